@@ -1,0 +1,368 @@
+"""Save, choose, load and export: atomic, without pickle, and independent of the number of ranks and the strategy.
+
+    output_dir/checkpoint-STEP/
+        model/shard-*.safetensors      parameters, fp32; each rank wrote its part
+        optimizer/shard-*.safetensors  AdamW's two moments of each parameter
+        state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
+        manifest.json                  size and SHA-256 of every other file, written last
+
+A checkpoint is written into a temporary directory, synced to the disk and renamed: it is there whole or not at all.
+All functions that say so must be called by every rank, with one directory that all ranks see.
+"""
+
+import base64
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from config import OptionError, Options
+
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, and what it must not change while it goes on."""
+
+    step: int  # optimizer steps done
+    tokens_seen: int  # input tokens of those steps, over all ranks
+    global_batch_size: int  # rows of one step; with step and seed it gives the data cursor
+    seed: int
+    data_fingerprint: str
+    model_fingerprint: str
+
+
+# --- The output directory -------------------------------------------------------------------------------------------
+
+
+def claim_output_dir(options: Options) -> IO[str]:
+    """Make sure that this run may write to output_dir, and lock it against a second one while the result is open.
+
+    For rank 0. Deletes nothing. Raises OptionError.
+    """
+    output_dir = Path(options.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise OptionError(f"output_dir {output_dir}: {error.strerror}; give a directory that can be written") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OptionError(f"output_dir {output_dir}: another run is writing to it; give another one") from error
+    if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
+        raise OptionError(
+            f"output_dir {output_dir}: it holds a run already; give another one, or\n"
+            "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
+        )
+    return lock
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Remove the run that output_dir holds, for rank 0 of a new one. Files that are no run's stay."""
+    for path in _run_files(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run_files(output_dir: Path) -> list[Path]:
+    """What a run leaves behind; not the lock, and nothing that a user may have put there."""
+    exported = ("model*.safetensors", "model.safetensors.index.json", "*config.json", "tokenizer*", "*.jinja")
+    patterns = ("checkpoint-*", ".saving-*", ".exporting-*", "metrics.jsonl", "tensorboard", *exported)
+    found = {path for pattern in patterns for path in output_dir.glob(pattern)}
+    return sorted(path for path in found if not path.name.startswith("checkpoint-") or _step_of(path) is not None)
+
+
+# --- Saving ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    output_dir: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    options: Options,
+) -> None:
+    """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`. Every rank must call."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    final = output_dir / f"checkpoint-{progress.step}"
+    if _broadcast(final.exists() and not problems(final) if rank == 0 else None):
+        return  # a checkpoint is never written over: this one was saved before the run was stopped
+    saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}")
+    saving.mkdir(exist_ok=True)
+
+    moments, optimizer_steps = _optimizer_state(model, optimizer)
+    for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True))
+    rng = _gather(_rng_state())
+    if rank == 0:
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "optimizer_steps": optimizer_steps,
+            "rng": rng,
+            "options": dataclasses.asdict(options),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        (saving / "state.json").write_text(json.dumps(state, indent=1))
+
+    dist.barrier()
+    files = sorted(path for path in saving.rglob("*") if path.is_file())
+    digests = _gather({str(path.relative_to(saving)): _sync_and_hash(path) for path in files[rank::world_size]})
+    if rank == 0:
+        manifest = {name: digest for part in digests for name, digest in part.items()}
+        (saving / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        _sync_and_hash(saving / MANIFEST)
+        for directory in (saving / "model", saving / "optimizer", saving):
+            _sync_directory(directory)
+        if final.exists():  # it is damaged: put aside, so that nothing is lost that somebody may want to look at
+            final.rename(output_dir / f"{final.name}-damaged-{uuid.uuid4().hex}")
+        saving.rename(final)
+        _sync_directory(output_dir)
+        _prune(output_dir, options.save_total_limit)
+    dist.barrier()
+
+
+def _prune(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, and what saves that were cut off have left."""
+    for path in output_dir.glob(".saving-*"):
+        shutil.rmtree(path)
+    for path in _checkpoints(output_dir)[limit:] if limit else []:
+        # Without its manifest it is no checkpoint any more, wherever the removal may be cut off.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and persistent buffers by name; of tied ones only the first name, as safetensors demands."""
+    unique = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
+
+
+def _optimizer_state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """AdamW's state by parameter name: the moments, in the shape and sharding of the parameter, and its step count.
+
+    Creates a state of zeros where there is none yet, as AdamW's own first step would, for `load` to fill.
+    """
+    moments, steps = {}, {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        moments[f"exp_avg.{name}"] = state["exp_avg"]
+        moments[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
+        steps[name] = state["step"]
+    return moments, dict(zip(steps, torch.stack(list(steps.values())).tolist(), strict=True))
+
+
+def _sync_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return _size_and_hash(path)
+
+
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename or a new file is on the disk only when the directory that holds its name is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+# --- Choosing and loading -------------------------------------------------------------------------------------------
+
+
+def choose(options: Options) -> Path | None:
+    """The checkpoint to resume, or None to start anew. Every rank must call; rank 0 looks and decides.
+
+    `auto` takes the newest valid checkpoint of output_dir, and warns about a damaged one that it passes over. Raises
+    OptionError on every rank, for a path that is no valid checkpoint, or when all of them are damaged.
+    """
+    chosen, error = _broadcast(_look_for_checkpoint(options) if dist.get_rank() == 0 else None)
+    if error:
+        raise OptionError(error)
+    return Path(chosen) if chosen else None
+
+
+def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
+    wanted = options.resume_from_checkpoint
+    if wanted is None:
+        return None, None
+    if wanted != "auto":
+        found = problems(Path(wanted))
+        remedy = "give --resume_from_checkpoint auto, or another one"
+        return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
+    candidates = _checkpoints(Path(options.output_dir))
+    for path in candidates:
+        found = problems(path)
+        if not found:
+            return str(path), None
+        print(f"warning: {path}: damaged, trying the one before it: {found[0]}", file=sys.stderr, flush=True)
+    if candidates:
+        return None, (
+            f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
+            "give --overwrite_output_dir without it to start anew"
+        )
+    return None, None
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint by its manifest; an empty list if nothing is. Reads every byte of it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+            actual = dict(zip(manifest, threads.map(lambda name: _size_and_hash(path / name), manifest), strict=True))
+    except FileNotFoundError as error:
+        return [f"{error.filename} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+    return [f"{path / name} is not what was saved" for name in manifest if manifest[name] != actual[name]]
+
+
+def load(
+    path: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    expected: Progress,
+) -> Progress:
+    """Restore parameters, optimizer state and, on the same number of ranks, each rank's RNG. Every rank must call.
+
+    Raises OptionError if the run would not be the same one: another model, other data, seed or global batch size.
+    On another number of ranks each RNG is seeded anew from seed, step and rank.
+    """
+    state = json.loads((path / "state.json").read_text())
+    progress = Progress(**state["progress"])
+    for name, remedy in (
+        ("model_fingerprint", "resume with the model that was trained"),
+        ("data_fingerprint", "resume with the data, tokenizer, block_size and packing of that run"),
+        ("seed", f"give --seed {progress.seed}"),
+        ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
+    ):
+        was, now = getattr(progress, name), getattr(expected, name)
+        if was != now:
+            raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
+
+    moments, _ = _optimizer_state(model, optimizer)
+    for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter]["step"].fill_(state["optimizer_steps"][name])
+
+    rank = dist.get_rank()
+    if len(state["rng"]) == dist.get_world_size():
+        _restore_rng(state["rng"][rank])
+    else:
+        seed_rank(progress.seed, progress.step, rank)
+    return progress
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The directories that are named like checkpoints, newest first; valid or not."""
+    found = [(step, path) for path in output_dir.glob("checkpoint-*") if (step := _step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
+# --- Random numbers -------------------------------------------------------------------------------------------------
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Seed this rank's generators, each rank differently: equal dropout on all ranks would be noise of one rank."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4]))
+
+
+def _rng_state() -> dict[str, str]:
+    """The generators that training draws from: torch's, on the CPU and on this rank's GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def _restore_rng(state: dict[str, str]) -> None:
+    states = {
+        device: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for device, text in state.items()
+    }
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# --- The finished model ---------------------------------------------------------------------------------------------
+
+
+def export(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
+
+    Costs a full fp32 copy of the model in rank 0's host memory.
+    """
+    weights = {}
+    for name, tensor in _parameters(model).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a sharded one: every rank sends
+        if dist.get_rank() == 0:
+            weights[name] = full.cpu()
+    if dist.get_rank() == 0:
+        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output_dir) as beside:
+            model.save_pretrained(beside, state_dict=weights)
+            tokenizer.save_pretrained(beside)
+            for path in sorted(Path(beside).iterdir()):
+                _sync_and_hash(path)
+                os.replace(path, output_dir / path.name)
+        _sync_directory(output_dir)
+    dist.barrier()
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and shapes of all parameters. Before or after sharding, it is the same."""
+    shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+# --- Between ranks --------------------------------------------------------------------------------------------------
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

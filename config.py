@@ -1,0 +1,266 @@
+"""Every option of the trainer: its name, default, help and check.
+
+Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
+`strategy`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`, `reshard_after_forward` and `prompt`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+# What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
+# that the user gives wins over this table.
+EMBEDDED_RECIPE: dict[str, Any] = {
+    "block_size": 256,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "dataloader_num_workers": 1,
+    "learning_rate": 6e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 40,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_steps": 700,
+    "eval_steps": 350,
+    "save_steps": 350,
+    "save_total_limit": 2,
+    "validation_split_percentage": 2,
+    "prompt": "def ",
+}
+
+
+class OptionError(ValueError):
+    """What a user can get wrong. Its text names the option, the value and the remedy in at most three lines."""
+
+
+@dataclasses.dataclass
+class Options:
+    """The options of one run. `parse` reads them, `check` refuses what cannot work."""
+
+    # The model
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Model to train: a local directory or a hub id. None: a small one with random weights."
+    )
+    config_name: str | None = HfArg(
+        default=None, help="Directory or hub id of a model configuration, to be trained from random weights."
+    )
+    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer, if it is not the model's own.")
+
+    # The data
+    train_file: str | None = HfArg(default=None, help="Training text: .txt, .jsonl or .parquet.")
+    validation_file: str | None = HfArg(default=None, help="Validation text, of the same kinds.")
+    dataset_name: str | None = HfArg(default=None, help="Training data by hub id or local directory, via `datasets`.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
+    text_column: str = HfArg(default="text", help="Column that holds the text of a document.")
+    validation_split_percentage: int = HfArg(
+        default=5, help="Without validation data: the last rows in this percentage are held out. 0: no validation."
+    )
+    block_size: int | None = HfArg(
+        default=None, help="Tokens in one row. None: 1024, or the model's positions where those are fewer."
+    )
+    packing: Literal["concat", "none"] = HfArg(
+        default="concat",
+        help="concat: documents are joined with EOS and cut into rows. none: one row per document, padded.",
+    )
+    preprocessing_num_workers: int | None = HfArg(
+        default=None, help="Processes that tokenise. None: one, with the tokenizer's own threads."
+    )
+    data_cache_dir: str = HfArg(
+        default="~/.cache/raw-trainer", help="Where tokenised data and the embedded tokenizer are kept."
+    )
+    dataloader_num_workers: int = HfArg(default=2, help="Processes per rank that prepare micro-batches.")
+    dataloader_prefetch_factor: int = HfArg(default=2, help="Micro-batches that each of them keeps ready.")
+
+    # The global batch
+    per_device_train_batch_size: int = HfArg(default=8, help="Rows in one micro-batch of one rank.")
+    per_device_eval_batch_size: int = HfArg(default=8, help="The same, in evaluation.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches of one rank in one optimizer step.")
+    global_batch_size: int | None = HfArg(
+        default=None, help="Rows in one optimizer step of all ranks; the accumulation follows from it."
+    )
+
+    # The optimizer and its schedule
+    learning_rate: float = HfArg(default=5e-5, help="Highest learning rate, reached after the warmup.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = HfArg(
+        default="linear", help="How the rate falls after the warmup: to 0 for linear and cosine."
+    )
+    warmup_steps: float = HfArg(default=0.0, help="Steps of linear warmup; below 1, a share of all steps.")
+    weight_decay: float = HfArg(default=0.0, help="Decay of matrices; norms and biases never decay.")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW: decay of the first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW: decay of the second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW: added to the denominator.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm. 0: never.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it wins over num_train_epochs.")
+
+    # How it is computed
+    strategy: Literal["ddp", "fsdp"] = HfArg(
+        default="ddp", help="ddp: every rank holds the whole model. fsdp: parameters and moments are sharded."
+    )
+    reshard_after_forward: bool = HfArg(
+        default=True, help="fsdp: free a layer's full parameters after its forward; costs a second all-gather."
+    )
+    bf16: bool = HfArg(
+        default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
+    )
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Keep only each layer's input for the backward and compute the rest again."
+    )
+    ddp_backend: Literal["nccl", "gloo"] | None = HfArg(
+        default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."
+    )
+    ddp_timeout: int = HfArg(default=1800, help="Seconds after which a collective is given up.")
+    seed: int = HfArg(default=42, help="Seed of initialisation, data order and dropout.")
+
+    # What it writes, and when
+    output_dir: str = HfArg(default="output", help="Directory of checkpoints, metrics and the final model.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Replace the run that output_dir holds, unless it is resumed."
+    )
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="A checkpoint directory, or auto: the newest valid one of output_dir, if there is any."
+    )
+    logging_steps: int = HfArg(default=10, help="Steps between two rows of metrics.jsonl.")
+    eval_steps: int = HfArg(default=0, help="Steps between evaluations. 0: only before and after training.")
+    save_steps: int = HfArg(default=500, help="Steps between checkpoints. 0: only after training.")
+    save_total_limit: int | None = HfArg(default=None, help="Checkpoints that are kept, the newest. None: all.")
+    report_to: Literal["none", "tensorboard"] = HfArg(default="none", help="Where else metrics go.")
+    prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
+
+
+class _Parser(HfArgumentParser):
+    """argparse that raises what it has to say instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}\n`python train.py --help` lists every option")
+
+
+def parse(argv: list[str]) -> Options:
+    """Read options from `argv`: `--name value` pairs, after an optional run.json or run.yaml.
+
+    An option on the command line wins over the file, and both win over `EMBEDDED_RECIPE`.
+    Raises OptionError for an unknown option, a value of the wrong type or an unreadable file.
+    """
+    parser = _Parser(Options, prog="train.py", allow_abbrev=False)
+    if argv and not argv[0].startswith("-"):
+        argv = _read_run_file(argv[0]) + argv[1:]
+    known = parser.parse_known_args(argv)[0]
+    if known.model_name_or_path is None and known.config_name is None:
+        parser.set_defaults(**EMBEDDED_RECIPE)
+    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(Options)], n=1)
+        hint = f"did you mean --{close[0]}?" if close else "`python train.py --help` lists every option"
+        raise OptionError(f"{unknown[0]}: unknown option; {hint}")
+    return options
+
+
+def _read_run_file(name: str) -> list[str]:
+    """The options of a .json or .yaml file as command-line words, so that both go through the same checks."""
+    path = Path(name)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise OptionError(f"{name}: not an option and not a .json or .yaml file of options")
+    try:
+        text = path.read_text()
+        # BaseLoader keeps every YAML scalar a string: 1e-4 would otherwise not be read as a number.
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise OptionError(f"{name}: cannot be read as a file of options: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise OptionError(f"{name}: must hold one mapping from option to value, as in learning_rate: 1e-4")
+    return [f"--{key}={value}" for key, value in values.items() if value not in (None, "null")]
+
+
+def check(options: Options, world_size: int) -> None:
+    """Refuse what cannot work, and derive `gradient_accumulation_steps` from `global_batch_size`.
+
+    Costs nothing and needs no process group. Raises OptionError.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        _at_least(options, name, 1)
+    for name in ("global_batch_size", "save_total_limit", "logging_steps", "ddp_timeout", "preprocessing_num_workers"):
+        _at_least(options, name, 1)
+    for name in (
+        "dataloader_num_workers",
+        "eval_steps",
+        "save_steps",
+        "warmup_steps",
+        "learning_rate",
+        "max_grad_norm",
+    ):
+        _at_least(options, name, 0)
+    _at_least(options, "weight_decay", 0)
+    _at_least(options, "dataloader_prefetch_factor", 1)
+    _at_least(options, "block_size", 2)
+    if not 0 <= options.validation_split_percentage < 100:
+        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
+    if options.max_steps <= 0 and options.num_train_epochs <= 0:
+        raise OptionError(f"num_train_epochs {options.num_train_epochs}: give more than 0, or max_steps")
+    if options.model_name_or_path and options.config_name:
+        raise OptionError("model_name_or_path and config_name: give one; config_name means random weights")
+    if options.train_file and options.dataset_name:
+        raise OptionError("train_file and dataset_name: give one")
+    if options.validation_file and not options.train_file:
+        raise OptionError(f"validation_file {options.validation_file}: needs a train_file beside it")
+    if options.ddp_backend == "nccl" and not torch.cuda.is_available():
+        raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
+    if options.global_batch_size:
+        derive_accumulation(options, world_size)
+
+
+def derive_accumulation(options: Options, world_size: int) -> None:
+    """Set the accumulation that gives `global_batch_size` rows; an OptionError shows an impossible division."""
+    assert options.global_batch_size
+    micro_batch = options.per_device_train_batch_size
+    accumulation, rest = divmod(options.global_batch_size, micro_batch * world_size)
+    if rest or not accumulation:
+        raise OptionError(
+            f"global_batch_size {options.global_batch_size}: not a multiple of per_device_train_batch_size "
+            f"{micro_batch} x {world_size} ranks = {micro_batch * world_size} rows; "
+            f"{options.global_batch_size} / {micro_batch * world_size} = "
+            f"{options.global_batch_size / (micro_batch * world_size):.3g} micro-steps\n"
+            "change global_batch_size, per_device_train_batch_size or the number of ranks"
+        )
+    options.gradient_accumulation_steps = accumulation
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run: how many rows, micro-batches and steps."""
+
+    block_size: int  # tokens in a row
+    accumulation: int  # micro-batches of one rank in a step
+    global_batch_size: int  # rows of all ranks in a step
+    steps_per_epoch: int  # whole global batches among the training rows
+    total_steps: int
+
+
+def plan(options: Options, rows: int, world_size: int) -> Plan:
+    """The plan for `rows` training rows. Raises OptionError if they do not fill one global batch."""
+    assert options.block_size
+    accumulation = options.gradient_accumulation_steps
+    global_batch_size = options.per_device_train_batch_size * accumulation * world_size
+    steps_per_epoch = rows // global_batch_size
+    if steps_per_epoch == 0:
+        raise OptionError(
+            f"global batch of {global_batch_size} rows = per_device_train_batch_size "
+            f"{options.per_device_train_batch_size} x {accumulation} micro-steps x {world_size} ranks: the training "
+            f"split has only {rows} rows of block_size {options.block_size}\ngive more text, or a smaller batch"
+        )
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
+    return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)
+
+
+def _at_least(options: Options, name: str, least: float) -> None:
+    value = getattr(options, name)
+    if value is not None and not value >= least:  # so that NaN is refused too
+        raise OptionError(f"{name} {value}: must be at least {least}")

@@ -1,0 +1,52 @@
+"""Which rows a rank reads, and how rows become a batch.
+
+Shapes: B rows, T tokens of the longest row.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.loss import IGNORED, next_tokens
+
+
+def micro_batches(indices: list[int], size: int, first: int, count: int) -> list[list[int]]:
+    """Micro-batches number `first` to `count` - 1 of a rank's `indices`, each of `size` rows.
+
+    Resuming moves `first`: no row is read only to be thrown away.
+    """
+    return [indices[start : start + size] for start in range(first * size, count * size, size)]
+
+
+def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list[list[int]]:
+    """The batches of validation rows that `rank` evaluates: every row once over all ranks.
+
+    Ranks get the same number of batches, because each forward may be a collective; batches may differ in size by a
+    row, and be empty where there are fewer rows than ranks.
+    """
+    batches = math.ceil(rows / (world_size * size)) * world_size
+    return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
+
+
+def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
+
+    Beside them two counts, int64 scalars: `tokens` without padding, and `targets`, the labels that are learned.
+    Padding needs no attention mask: causal attention never looks to the right, and the labels there are ignored.
+    It goes by length and not by token, because the pad token of many tokenizers is EOS, which must be learned.
+    No rows at all give one row without targets, so that a rank that has none left still enters the collectives.
+    """
+    shape = (max(1, len(rows)), max([2, *map(len, rows)]))
+    input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+    for index, row in enumerate(rows):
+        input_ids_BT[index, : len(row)] = row
+        labels_BT[index, : len(row)] = row
+    targets = (next_tokens(labels_BT) != IGNORED).sum()
+    return {
+        "input_ids": input_ids_BT,
+        "labels": labels_BT,
+        "tokens": torch.tensor(sum(map(len, rows))),
+        "targets": targets,
+    }

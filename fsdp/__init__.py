@@ -1,0 +1,9 @@
+"""Sharding: every rank holds a part of each parameter. The twin of `ddp`, with the same functions.
+
+Plain functions over raw torch calls: no options, no files, no loop.
+"""
+
+from fsdp.gradients import clip_grad_norm, set_gradient_sync
+from fsdp.wrap import wrap
+
+__all__ = ["clip_grad_norm", "set_gradient_sync", "wrap"]

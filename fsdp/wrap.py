@@ -1,0 +1,26 @@
+"""Shard a model over all ranks."""
+
+import torch
+from torch import nn
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+
+def wrap(model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool) -> nn.Module:
+    """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
+
+    Each rank keeps 1 / world size of every parameter, in fp32 on `device`. A decoder layer is one unit: its parameters
+    are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
+    `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
+    Embedding and head belong to the root unit, so that tied weights stay one tensor.
+    """
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for layer in decoder_layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision)
+    # The root is left whole between forward and backward: its backward is the first to start.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
+    return model.to(device)  # the parameters are there already; this moves the buffers

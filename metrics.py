@@ -1,0 +1,236 @@
+"""What a run tells: the start block, the progress bar, metrics.jsonl and TensorBoard. Only rank 0 writes.
+
+metrics.jsonl holds one JSON object a line. Rows of training, every `logging_steps` optimizer steps:
+
+    step               optimizer steps done, counted from 1
+    epoch              passes over the training rows: step / steps of one epoch
+    tokens_seen        input tokens of all steps so far, over all ranks, without padding
+    loss               of this step's global batch: nats per target token
+    grad_norm          L2 norm of this step's full gradient, before clipping
+    learning_rate      of this step
+    tokens_per_second  input tokens of all ranks since the last row, per second of training: evaluations and
+                       checkpoints are not counted in
+    mfu                model FLOPs (model/loss.py says which) per second over the peak of all GPUs; null where
+                       the peak is not known
+    peak_memory_gib    of rank 0 so far: allocated on its GPU, or resident on a CPU
+    data_wait_seconds  that rank 0 stood waiting for its micro-batches since the last row
+
+Rows of evaluations:
+
+    step, epoch, tokens_seen   as above; step 0 is before training
+    eval_loss                  nats per target token of all validation rows
+    eval_perplexity            e to the power of eval_loss
+    eval_tokens                target tokens evaluated
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from config import Options, Plan
+from data.rows import Data
+
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets of these products; the first name that matches counts.
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+class Recorder:
+    """Writes the rows of a run and keeps its clock: time that is not training does not count as training."""
+
+    def __init__(
+        self,
+        options: Options,
+        plan: Plan,
+        rank: int,
+        device: torch.device,
+        flops_per_token: float | None,
+    ) -> None:
+        self.writes = rank == 0
+        self.path = Path(options.output_dir) / "metrics.jsonl"
+        self.device = device
+        self.plan = plan
+        peak = peak_flops(device)
+        # The share of the GPUs' peak that one token per second makes.
+        self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
+        self.tokens_seen = self.tokens_at_last_row = 0
+        self.waited = self.paused = 0.0
+        self.started = time.perf_counter()
+        self.bar = tqdm(total=plan.total_steps, unit="step", disable=not self.writes, dynamic_ncols=True, leave=True)
+        self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
+
+    def start(self, step: int, tokens_seen: int) -> None:
+        """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
+        self.tokens_seen = self.tokens_at_last_row = tokens_seen
+        self.bar.update(step)
+        self.bar.unpause()
+        self.started = time.perf_counter()
+        if self.writes:
+            kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(beside, self.path)
+
+    def waiting(self, batches: Iterable[Any]) -> Generator[Any]:
+        """The same batches, with a watch on the time that it takes to get them."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock of training. On a GPU this waits for the steps that are still running there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+
+    def step(self, tokens: int) -> None:
+        """Count a step of `tokens` input tokens over all ranks. Costs no synchronisation."""
+        self.tokens_seen += tokens
+        self.bar.update(1)
+
+    def log(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Write a row of training; the floats must have been read from the device, so that its work is done."""
+        now = time.perf_counter()
+        speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.paused)
+        self._write(
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens_per_second=speed,
+            mfu=speed * self.mfu_per_speed if self.mfu_per_speed else None,
+            peak_memory_gib=peak_memory_gib(self.device),
+            data_wait_seconds=self.waited,
+        )
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
+        self.started, self.paused, self.waited, self.tokens_at_last_row = now, 0.0, 0.0, self.tokens_seen
+
+    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+        """Write a row of evaluation."""
+        perplexity = math.exp(min(loss, 700.0))
+        self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=tokens)
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {tokens:,} tokens")
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar; from rank 0 only."""
+        if self.writes:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, step: int, **values: Any) -> None:
+        if not self.writes:
+            return
+        row = {"step": step, "epoch": step / self.plan.steps_per_epoch, "tokens_seen": self.tokens_seen, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is not one."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s by its data sheet, where it is in PEAK_FLOPS."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for product, peak in PEAK_FLOPS.items() if product in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has had: allocated on its GPU by torch, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def _tensorboard(output_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # optional: not among the requirements
+
+    return SummaryWriter(str(output_dir / "tensorboard"))
+
+
+def start_block(
+    options: Options,
+    plan: Plan,
+    data: Data,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    resumed_from: Path | None,
+) -> str:
+    """What is about to run, as lines for people."""
+    ranks = dist.get_world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    parameters = list(model.parameters())
+    masters = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    compute = "bfloat16" if options.bf16 else masters
+    micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * plan.block_size
+    train = data.counts["train"]
+    lines = {
+        "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
+        "strategy": options.strategy
+        + (
+            ""
+            if options.strategy == "ddp"
+            else f", reshard after forward {'on' if options.reshard_after_forward else 'off'}"
+        ),
+        "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
+        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "data": f"{data.source}: {train.documents:,} documents, {train.tokens:,} tokens, {train.rows:,} rows of "
+        f"{plan.block_size} tokens; {train.dropped_tokens} tokens of a last partial row dropped, "
+        f"{train.empty_documents} empty documents skipped",
+        "validation": "none",
+        "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
+        f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
+        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, up to {plan.total_steps * tokens:,} tokens",
+        "output": str(options.output_dir),
+        "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
+    }
+    if data.validation:
+        held_out = data.counts["validation"]
+        lines["validation"] = f"{held_out.documents:,} documents, {held_out.rows:,} rows"
+    return "\n".join(f"{key:<13} {value}" for key, value in lines.items())

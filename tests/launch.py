@@ -1,0 +1,73 @@
+"""Run train.py on real processes that meet over gloo, as torchrun would start them.
+
+torchrun itself needs seconds to start each rank, because each imports torch anew. Here ranks are forked from a server
+that has imported everything and done nothing else; the store through which they meet is hosted by the test, as
+torchrun's agent hosts it, so that no port has to be guessed.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["checkpoint", "config", "data.rows", "ddp", "fsdp", "metrics", "model.build"])
+os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first rank
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@dataclass
+class Outcome:
+    """How the ranks of one run ended: exit codes by rank (negative: killed by that signal), and all they printed."""
+
+    exit_codes: list[int | None]
+    output: str
+
+
+def train(world_size: int, argv: Sequence[object], before: Callable[[], None] | None = None) -> Outcome:
+    """Run `train.py argv` on `world_size` ranks and wait for their end.
+
+    `before` is called in each process first, and may patch what it likes there.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        environment = {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        ranks = [
+            PROCESSES.Process(target=_run, args=(rank, environment, [str(word) for word in argv], log.name, before))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        return Outcome([process.exitcode for process in ranks], log.read())
+
+
+def train_ok(world_size: int, *argv: object) -> str:
+    """The same; the run must end well on every rank. Gives what it printed."""
+    outcome = train(world_size, argv)
+    assert outcome.exit_codes == [0] * world_size, outcome.output
+    return outcome.output
+
+
+def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, before: Callable[[], None] | None) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if before:
+        before()
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -1,0 +1,236 @@
+"""Train a causal language model, on one process or on many. Read this file first, from top to bottom.
+
+    python train.py                                                              one process
+    torchrun --nproc_per_node=8 train.py                                         one process per GPU
+    torchrun --nproc_per_node=8 train.py --strategy fsdp --model_name_or_path DIR --train_file text.jsonl
+
+Every process runs all of this file. Processes differ by their rank alone, and meet only in collectives (all_reduce,
+broadcast, barrier and what the wrapped model does in its forward and backward), which every rank must enter.
+Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, ModuleType
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+import checkpoint
+import config
+import ddp
+import fsdp
+import metrics
+from config import OptionError, Options, Plan
+from data.batches import collate, micro_batches, validation_batches
+from data.rows import Rows, prepare
+from model.build import build_model, complete, load_config, load_tokenizer
+from model.loss import flops_per_token, token_loss_sum
+from model.optimizer import build_optimizer, learning_rate
+
+Batch = dict[str, Tensor]
+
+
+def main(argv: list[str]) -> None:
+    """Train as the command line `argv` says. Raises OptionError for what its author can get wrong."""
+    # === What is asked for. Mistakes end here, before any process group exists. =====================================
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    options = config.parse(argv)
+    rank, world_size, local_rank = rank_from_environment()
+    config.check(options, world_size)
+    output_dir = Path(options.output_dir)
+    lock = checkpoint.claim_output_dir(options) if rank == 0 else None
+    tokenizer = load_tokenizer(options)
+    model_config = load_config(options, tokenizer)
+    data = prepare(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
+    plan = config.plan(options, len(data.train), world_size)
+
+    # === The processes meet: from here on, all of them must do the same. ============================================
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
+    dist.init_process_group(
+        backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=options.ddp_timeout)
+    )
+
+    # === The model, replicated or sharded, and its optimizer. =======================================================
+    torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
+    model = build_model(options, model_config)
+    model_fingerprint, model_flops = checkpoint.fingerprint_model(model), flops_per_token(model, plan.block_size)
+    strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
+    wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward)
+    optimizer = build_optimizer(model, options)
+    checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
+
+    # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
+    progress = checkpoint.Progress(0, 0, plan.global_batch_size, options.seed, data.fingerprint, model_fingerprint)
+    resumed_from = checkpoint.choose(options)
+    if resumed_from:
+        progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
+    elif rank == 0:
+        checkpoint.clear_output_dir(output_dir)
+    recorder = metrics.Recorder(options, plan, rank, device, model_flops)
+    recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
+    recorder.start(progress.step, progress.tokens_seen)
+    stop_requested = listen_for_stop()
+    if progress.step == 0 and data.validation:
+        with recorder.pause():
+            recorder.evaluation(0, *evaluate(wrapped, data.validation, options, device))
+
+    # === The loop. ==================================================================================================
+    batches = recorder.waiting(training_batches(data.train, plan, options, progress.step))
+    for step in range(progress.step + 1, plan.total_steps + 1):
+        step_batches = [next(batches) for _ in range(plan.accumulation)]
+
+        # The whole global batch is counted before the first backward, so that its loss is one mean over all its
+        # targets and not a mean of means. On CPU tensors, over gloo: the GPU is not waited for.
+        counts = torch.stack([sum_of(step_batches, "targets"), sum_of(step_batches, "tokens"), flag(stop_requested)])
+        dist.all_reduce(counts)
+        targets, tokens, stop = counts.tolist()
+
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for index, batch in enumerate(step_batches):
+            # Gradients add up on each rank and cross the network once, with the last micro-batch.
+            strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)
+            input_ids_BT = batch["input_ids"].to(device, non_blocking=True)
+            labels_BT = batch["labels"].to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+                logits_BTV = wrapped(input_ids=input_ids_BT, use_cache=False).logits
+            loss = token_loss_sum(logits_BTV, labels_BT)
+            # The exchange averages over ranks; times world_size makes it the sum that the division is meant for.
+            (loss * (world_size / max(1, targets))).backward()
+            loss_sum += loss.detach()
+        grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan.total_steps, options)
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.step(tokens)
+
+        if step % options.logging_steps == 0 or step == plan.total_steps:
+            dist.all_reduce(loss_sum)
+            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), group["lr"])  # waits for the GPU
+        if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
+            with recorder.pause():
+                recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
+        if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
+            progress.step, progress.tokens_seen = step, recorder.tokens_seen
+            with recorder.pause():
+                checkpoint.save(output_dir, model, optimizer, progress, options)
+        if stop:
+            recorder.say(f"stopped by a signal after step {step}; continue with --resume_from_checkpoint auto")
+            break
+    batches.close()
+
+    # === The finished model, for from_pretrained. ===================================================================
+    if progress.step == plan.total_steps:
+        checkpoint.export(output_dir, model, tokenizer)
+        recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
+        if options.prompt and rank == 0:
+            recorder.say(
+                f"--- completion of {options.prompt!r} ---\n{complete(output_dir, options.prompt, device)}\n---"
+            )
+    recorder.close()
+    dist.barrier()  # without it, a rank that is still busy may find its peers gone
+    dist.destroy_process_group()
+    if lock:
+        lock.close()
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """Rank, world size and rank on this host, as torchrun sets them; alone, the only process is rank 0 of 1."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def listen_for_stop() -> threading.Event:
+    """An event that SIGTERM or Ctrl-C sets: the step is finished and saved. A second signal ends the process."""
+    stop_requested = threading.Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop_requested.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request)
+    return stop_requested
+
+
+def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) -> Iterator[Batch]:
+    """This rank's micro-batches without end, from those of the step after `steps_done`.
+
+    Steps take whole global batches from the sampler's permutation of an epoch: it holds every row once and depends on
+    seed and epoch alone. Rank r of N takes rows r, r + N, r + 2N, ... of it, so that the global batch of a step is the
+    same rows however many ranks there are. What is left of an epoch after its last whole global batch is not used.
+    """
+    sampler: DistributedSampler[int] = DistributedSampler(rows, shuffle=True, seed=options.seed, drop_last=True)
+    epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)
+    while True:
+        sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
+        first, count = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
+        yield from load(rows, micro_batches(list(sampler), options.per_device_train_batch_size, first, count), options)
+        epoch, steps_into_epoch = epoch + 1, 0
+
+
+def load(rows: Rows, batches: list[list[int]], options: Options) -> DataLoader[Tensor]:
+    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by worker processes."""
+    return DataLoader(
+        rows,
+        batch_sampler=batches,  # any iterable of lists will do
+        collate_fn=collate,
+        num_workers=options.dataloader_num_workers,
+        prefetch_factor=options.dataloader_prefetch_factor if options.dataloader_num_workers else None,
+        pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
+        generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
+    )
+
+
+@torch.no_grad()
+def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.device) -> tuple[float, int]:
+    """The mean loss of all targets of `rows`, and their number; each counts once. Every rank must call."""
+    wrapped.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
+    indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
+    for batch in load(rows, indices, options):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            logits_BTV = wrapped(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+        totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device))
+        totals[1] += batch["targets"]
+    dist.all_reduce(totals)
+    wrapped.train()
+    loss, targets = totals.tolist()
+    return loss / max(1, targets), int(targets)
+
+
+def sum_of(batches: list[Batch], name: str) -> Tensor:
+    """The sum of a count over this rank's micro-batches: an int64 scalar on the CPU."""
+    return torch.stack([batch[name] for batch in batches]).sum()
+
+
+def flag(event: threading.Event) -> Tensor:
+    """1 if the event is set on this rank, else 0: summed over ranks, it is what they agree on."""
+    return torch.tensor(int(event.is_set()))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except OptionError as error:
+        if os.environ["RANK"] != "0":
+            time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
+        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
