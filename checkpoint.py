@@ -77,18 +77,25 @@ def claim_output_dir(options: Options) -> IO[str]:
     return lock
 
 
-def clear_output_dir(output_dir: Path) -> None:
-    """Remove the run that output_dir holds, for rank 0 of a new one. Files that are no run's stay."""
-    for path in _run_files(output_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def make_room(output_dir: Path, step: int) -> None:
+    """Make output_dir that of a run which is at `step`, for rank 0, when nothing can go wrong any more.
+
+    A new run removes what the old one left there; files that are no run's stay. A resumed one puts aside, under other
+    names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another one.
+    """
+    if step == 0:
+        for path in _run_files(output_dir):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _checkpoints(output_dir):
+        if _step_of(path) > step:
+            path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
 
 
 def _run_files(output_dir: Path) -> list[Path]:
     """What a run leaves behind; not the lock, and nothing that a user may have put there."""
     exported = ("model*.safetensors", "model.safetensors.index.json", "*config.json", "tokenizer*", "*.jinja")
-    patterns = ("checkpoint-*", ".saving-*", ".exporting-*", "metrics.jsonl", "tensorboard", *exported)
-    found = {path for pattern in patterns for path in output_dir.glob(pattern)}
-    return sorted(path for path in found if not path.name.startswith("checkpoint-") or _step_of(path) is not None)
+    patterns = (".saving-*", ".exporting-*", "metrics.jsonl", "tensorboard", *exported)
+    return [*_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]
 
 
 # --- Saving ---------------------------------------------------------------------------------------------------------
@@ -104,8 +111,6 @@ def save(
     """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`. Every rank must call."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = output_dir / f"checkpoint-{progress.step}"
-    if _broadcast(final.exists() and not problems(final) if rank == 0 else None):
-        return  # a checkpoint is never written over: this one was saved before the run was stopped
     saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}")
     saving.mkdir(exist_ok=True)
 
@@ -136,8 +141,6 @@ def save(
         _sync_and_hash(saving / MANIFEST)
         for directory in (saving / "model", saving / "optimizer", saving):
             _sync_directory(directory)
-        if final.exists():  # it is damaged: put aside, so that nothing is lost that somebody may want to look at
-            final.rename(output_dir / f"{final.name}-damaged-{uuid.uuid4().hex}")
         saving.rename(final)
         _sync_directory(output_dir)
         _prune(output_dir, options.save_total_limit)
@@ -227,6 +230,11 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         if not found:
             return str(path), None
         print(f"warning: {path}: damaged, trying the one before it: {found[0]}", file=sys.stderr, flush=True)
+    if not candidates and list(Path(options.output_dir).glob("model*.safetensors")):
+        return None, (
+            f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
+            "give --overwrite_output_dir without it to start anew"
+        )
     if candidates:
         return None, (
             f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
@@ -287,13 +295,13 @@ def load(
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The directories that are named like checkpoints, newest first; valid or not."""
-    found = [(step, path) for path in output_dir.glob("checkpoint-*") if (step := _step_of(path)) is not None]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _step_of(path) >= 0), key=_step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int | None:
+def _step_of(path: Path) -> int:
+    """The step of a directory that is named like a checkpoint; -1 for any other name."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() else None
+    return int(match[1]) if match and path.is_dir() else -1
 
 
 # --- Random numbers -------------------------------------------------------------------------------------------------

@@ -207,6 +207,9 @@ def check(options: Options, world_size: int) -> None:
         raise OptionError(f"num_train_epochs {options.num_train_epochs}: give more than 0, or max_steps")
     if options.model_name_or_path and options.config_name:
         raise OptionError("model_name_or_path and config_name: give one; config_name means random weights")
+    model = options.model_name_or_path or options.config_name
+    if model and Path(model).resolve() == Path(options.output_dir).resolve():
+        raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
     if options.train_file and options.dataset_name:
         raise OptionError("train_file and dataset_name: give one")
     if options.validation_file and not options.train_file:

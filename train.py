@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
     resumed_from = checkpoint.choose(options)
     if resumed_from:
         progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
-    elif rank == 0:
-        checkpoint.clear_output_dir(output_dir)
+    if rank == 0:
+        checkpoint.make_room(output_dir, progress.step)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
     recorder.start(progress.step, progress.tokens_seen)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 
@@ -23,4 +23,16 @@ def wrap(model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision)
     # The root is left whole between forward and backward: its backward is the first to start.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
+    model.register_forward_hook(_reshard_if_no_backward)
     return model.to(device)  # the parameters are there already; this moves the buffers
+
+
+def _reshard_if_no_backward(model: nn.Module, inputs: object, outputs: object) -> None:
+    """What is kept whole for a backward must be freed in evaluation, where none will come.
+
+    Otherwise the optimizer and the checkpoint would meet full parameters in the place of this rank's shards.
+    """
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

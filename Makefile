@@ -1,0 +1,55 @@
+# Two commands: `make train` and `make test`. `make help` lists the others.
+
+PYTHON ?= python3
+# Processes to train with: one per GPU, or two on the CPU.
+NPROC ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+# More options for train.py, or for pytest.
+ARGS ?=
+
+BIN := .venv/bin
+# One stamp per Python version: with another PYTHON the environment is made anew.
+VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+RUNTIME := .venv/.runtime-$(VERSION)
+DEVELOPMENT := .venv/.development-$(VERSION)
+PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
+
+.PHONY: help train test test-all test-gpu lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(RUNTIME) ## train the embedded default into output/ (NPROC=processes ARGS="options of train.py")
+	$(BIN)/torchrun --nproc_per_node=$(NPROC) train.py --overwrite_output_dir $(ARGS)
+
+test: $(DEVELOPMENT) ## run the tests that need no GPU and take seconds (ARGS="options of pytest")
+	$(PYTEST) -m "not gpu and not slow" $(ARGS)
+
+test-all: $(DEVELOPMENT) ## the same and those that take minutes
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
+	$(PYTEST) -m gpu $(ARGS)
+
+lint: $(DEVELOPMENT) ## ruff check, ruff format --check and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+format: $(DEVELOPMENT) ## let ruff write the format that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and output/, but no cache of prepared data
+	rm -rf .venv output .mypy_cache .pytest_cache .ruff_cache
+
+# A stamp is written last: an installation that was cut off is begun anew.
+$(RUNTIME): requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'PYTHON=$(PYTHON): needs Python 3.11 or newer')"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+$(DEVELOPMENT): $(RUNTIME) requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@

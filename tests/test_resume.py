@@ -1,0 +1,198 @@
+"""A run that was interrupted and resumed is the run that was not: to the bit on the same ranks, in value on others."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+import checkpoint
+import metrics
+from tests.launch import train, train_ok
+from tests.test_topology import PARAMETER_GATE, relative_l2
+
+# A run that ends after 15 steps and one that goes on to 20 do the same until then.
+STEADY = ["--lr_scheduler_type", "constant", "--eval_steps", 5]
+NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds")
+
+
+def trajectory(output_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run without what a clock or the memory measured."""
+    rows = metrics.read_rows(output_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in NOT_IN_TRAJECTORY} for row in rows]
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a sharded safetensors folder, whole, in this one process."""
+    described = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}  # type: ignore[union-attr]
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors
+
+
+def equal_to_the_bit(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold the same parameters, moments and step."""
+    for name in ("model", "optimizer"):
+        ours, theirs = read_tensors(first / name), read_tensors(second / name)
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    states = [json.loads((path / "state.json").read_text()) for path in (first, second)]
+    return all(states[0][key] == states[1][key] for key in ("progress", "optimizer_steps"))
+
+
+def cut_off_at(step: int, run: Path, copy: Path) -> None:
+    """Make `copy` what is left of `run` when it is killed some steps after `checkpoint-step` was saved."""
+    shutil.copytree(run / f"checkpoint-{step}", copy / f"checkpoint-{step}")
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    written = [row for row in rows if json.loads(row)["step"] <= step + 3]
+    (copy / "metrics.jsonl").write_text("".join(written) + rows[len(written)][:20])  # the last row only in part
+
+
+@pytest.fixture(scope="module")
+def with_dropout(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with dropout, so that the RNG of each rank matters."""
+    path = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    return path
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_same_ranks_to_the_bit(tiny: list[object], with_dropout: Path, tmp_path: Path, strategy: str) -> None:
+    """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""
+    options = [*tiny, "--model_name_or_path", with_dropout, "--strategy", strategy, "--gradient_checkpointing"]
+    options += ["--global_batch_size", 40, "--max_steps", 30, "--save_steps", 15, "--dataloader_num_workers", 1]
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    train_ok(2, *options, "--output_dir", unbroken)
+    assert metrics.read_rows(unbroken / "metrics.jsonl")[-1]["epoch"] > 1.5
+    cut_off_at(15, unbroken, resumed)
+    train_ok(2, *options, "--output_dir", resumed, "--resume_from_checkpoint", "auto")
+    assert trajectory(resumed) == trajectory(unbroken)
+    assert len(trajectory(resumed)) == 30 + 2
+    first, second = unbroken / "checkpoint-30", resumed / "checkpoint-30"
+    assert equal_to_the_bit(first, second)
+    rng = [json.loads((path / "state.json").read_text())["rng"] for path in (first, second)]
+    assert rng[0] == rng[1]
+    assert rng[0][0] != rng[0][1], "ranks must not draw the same dropout"
+
+
+@pytest.fixture(scope="module")
+def ddp_on_two(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("ddp")
+    train_ok(2, *tiny, *STEADY, "--output_dir", output_dir, "--save_steps", 10)
+    return output_dir
+
+
+def save_again(elsewhere: Path) -> None:
+    """Patch a rank so that it saves what it has just loaded, elsewhere."""
+    load = checkpoint.load
+
+    def load_and_save(path: Path, model: Any, optimizer: Any, expected: Any) -> checkpoint.Progress:
+        progress = load(path, model, optimizer, expected)
+        elsewhere.mkdir(exist_ok=True)
+        options = checkpoint.Options(output_dir=str(elsewhere))
+        checkpoint.save(elsewhere, model, optimizer, progress, options)
+        return progress
+
+    checkpoint.load = load_and_save
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "ddp"), (4, "ddp"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp")])
+def test_other_ranks_and_strategies(
+    tiny: list[object],
+    ddp_on_two: Path,
+    tmp_path: Path,
+    world_size: int,
+    strategy: str,
+) -> None:
+    """The loaded state is the saved one to the bit; what follows differs by rounding. Then back to two DDP ranks."""
+    resumed = tmp_path / "resumed"
+    cut_off_at(10, ddp_on_two, resumed)
+    options = [*tiny, *STEADY, "--output_dir", resumed, "--resume_from_checkpoint", "auto", "--save_steps", 15]
+    outcome = train(
+        world_size,
+        [*options, "--strategy", strategy, "--max_steps", 15],
+        before=partial(save_again, tmp_path / "again"),
+    )
+    assert outcome.exit_codes == [0] * world_size, outcome.output
+    assert equal_to_the_bit(tmp_path / "again" / "checkpoint-10", ddp_on_two / "checkpoint-10")
+
+    train_ok(2, *options)
+    expected = load_file(ddp_on_two / "model.safetensors")
+    assert relative_l2(load_file(resumed / "model.safetensors"), expected) < PARAMETER_GATE
+    for row, reference in zip(trajectory(resumed), trajectory(ddp_on_two), strict=True):
+        assert row.keys() == reference.keys()
+        for key in ("loss", "eval_loss"):
+            if key in row:
+                assert row[key] == pytest.approx(reference[key], abs=1e-5)
+
+
+def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
+    """Damaged checkpoints and names that only look like one are passed over; a damaged one is named, and kept."""
+    run = tmp_path / "run"
+    shutil.copytree(ddp_on_two, run)
+    for name in ("checkpoint-30.tmp", "checkpoint-40-backup", "checkpoint-", "checkpoint-x"):
+        shutil.copytree(run / "checkpoint-10", run / name)
+    shard = next((run / "checkpoint-20" / "optimizer").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    output = train_ok(2, *tiny, *STEADY, "--output_dir", run, "--resume_from_checkpoint", "auto")
+    assert f"warning: {run}/checkpoint-20: damaged" in output
+    assert output.count("warning: ") == 1
+    assert f"resumed from {run}/checkpoint-10" in output
+    assert equal_to_the_bit(run / "checkpoint-20", ddp_on_two / "checkpoint-20")
+    (aside,) = run.glob("checkpoint-20-put-aside-*")
+    assert (aside / "optimizer" / shard.name).read_bytes() == bytes(content)
+
+
+def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
+    """Each file of a checkpoint in turn: truncated, deleted, one bit flipped."""
+    intact = ddp_on_two / "checkpoint-10"
+    assert checkpoint.problems(intact) == []
+    names = [path.relative_to(intact) for path in intact.rglob("*") if path.is_file()]
+    assert len(names) == 6  # two shards of the model, two of the optimizer, state.json, manifest.json
+    for name in names:
+        for damage in ("truncated", "deleted", "flipped"):
+            copy = tmp_path / damage / name
+            shutil.copytree(intact, copy)
+            content = (copy / name).read_bytes()
+            if damage == "truncated":
+                (copy / name).write_bytes(content[:-1])
+            elif damage == "deleted":
+                (copy / name).unlink()
+            else:
+                middle = len(content) // 2
+                (copy / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+            assert checkpoint.problems(copy), (name, damage)
+
+
+def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ddp_on_two, run)
+    train_ok(2, *tiny, *STEADY, "--output_dir", run, "--resume_from_checkpoint", "auto")
+    assert trajectory(run) == trajectory(ddp_on_two)
+    assert (run / "model.safetensors").read_bytes() == (ddp_on_two / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seed", 7], "give --seed 42"),
+        (["--global_batch_size", 8], "give --global_batch_size 16"),
+        (["--block_size", 32], "resume with the data"),
+    ],
+)
+def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: list[object], message: str) -> None:
+    """What would change the order or the content of the data under a run that goes on."""
+    before = sorted(ddp_on_two.rglob("*"))
+    outcome = train(2, [*tiny, *STEADY, "--output_dir", ddp_on_two, "--resume_from_checkpoint", "auto", *change])
+    assert outcome.exit_codes == [2, 2]
+    assert message in outcome.output
+    assert sorted(ddp_on_two.rglob("*")) == before
