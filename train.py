@@ -33,7 +33,7 @@ import metrics
 from config import OptionError, Options, Plan
 from data.batches import collate, micro_batches, validation_batches
 from data.rows import Rows, prepare
-from model.build import build_model, complete, load_config, load_tokenizer
+from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token, token_loss_sum
 from model.optimizer import build_optimizer, learning_rate
 
@@ -44,13 +44,13 @@ def main(argv: list[str]) -> None:
     """Train as the command line `argv` says. Raises OptionError for what its author can get wrong."""
     # === What is asked for. Mistakes end here, before any process group exists. =====================================
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, or intended
     options = config.parse(argv)
     rank, world_size, local_rank = rank_from_environment()
     config.check(options, world_size)
     output_dir = Path(options.output_dir)
     lock = checkpoint.claim_output_dir(options) if rank == 0 else None
-    tokenizer = load_tokenizer(options)
-    model_config = load_config(options, tokenizer)
+    model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
     plan = config.plan(options, len(data.train), world_size)
 

@@ -198,8 +198,9 @@ def _pack(documents: datasets.Dataset, folder: Path, options: Options, eos: int,
     if options.packing == "concat":
         starts = np.arange(0, total + 1, options.block_size, dtype=np.int64)
     else:
-        ends = np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]), dtype=np.int64)
-        cuts = [np.arange(start, end, options.block_size) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        all_lengths = np.concatenate([*lengths, np.zeros(0, np.int64)])
+        ends = np.cumsum(all_lengths)
+        cuts = [np.arange(start, end, options.block_size) for start, end in zip(ends - all_lengths, ends, strict=True)]
         starts = np.concatenate([*cuts, [total]]).astype(np.int64)
     starts.tofile(folder / "starts.bin")
     digest.update(starts.tobytes())

@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,52 +20,35 @@ from transformers import (
 from config import OptionError, Options
 from data.corpus import embedded_tokenizer
 
+# The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
+# run is too short to grow them.
+EMBEDDED_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+}
 
-def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model; for a configuration that has none, the embedded one. Raises OptionError."""
-    name = options.tokenizer_name or options.model_name_or_path or options.config_name
-    if name is None or (name == options.config_name and not _has_tokenizer(name)):
-        return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise OptionError(
-            f"{name}: no tokenizer could be loaded: {_first_line(error)}\ngive --tokenizer_name"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\ngive --tokenizer_name")
-    return tokenizer
 
+def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration of the model that `options` name, and its tokenizer, which fit each other and the rows.
 
-def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The configuration of the model. Raises OptionError when it does not fit the tokenizer or the rows.
-
-    Sets `options.block_size` where the user gave none.
+    A configuration without a tokenizer, or no model at all, gets the embedded tokenizer. Sets `options.block_size`
+    where the user gave none. Raises OptionError.
     """
+    option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
-    if name is None:
-        config: PretrainedConfig = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    else:
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except Exception as error:
-            option = "model_name_or_path" if options.model_name_or_path else "config_name"
-            raise OptionError(
-                f"{option} {name}: no model configuration could be loaded: {_first_line(error)}\n"
-                "give a directory that holds config.json, or a hub id"
-            ) from error
+    config = _load_config(option, name) if name else None
+    tokenizer = _load_tokenizer(options)
+    if config is None:
+        config = Qwen3Config(**EMBEDDED_MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+
     positions = getattr(config, "max_position_embeddings", None) or 1024
     if options.block_size is None:
         options.block_size = min(1024, positions)
@@ -74,10 +57,38 @@ def load_config(options: Options, tokenizer: PreTrainedTokenizerBase) -> Pretrai
     highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise OptionError(
-            f"tokenizer {tokenizer.name_or_path or 'embedded'}: its highest token id is {highest}, beyond the "
-            f"model's vocabulary of {config.vocab_size}\ngive the model's own tokenizer"
+            f"tokenizer of {options.tokenizer_name or name or 'the embedded corpus'}: its highest token id is "
+            f"{highest}, beyond the model's vocabulary of {config.vocab_size}\ngive --tokenizer_name, the model's own"
         )
-    return config
+    return config, tokenizer
+
+
+def _load_config(option: str, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise OptionError(
+            f"{option} {name}: no model configuration could be loaded: {_first_line(error)}\n"
+            "give a directory that holds config.json, or a hub id"
+        ) from error
+
+
+def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
+    name = options.tokenizer_name or options.model_name_or_path or options.config_name
+    if name is None:
+        return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without tokenizer files
+            raise ValueError("it knows no tokens")
+    except Exception as error:
+        if name == options.config_name:
+            return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
+        cause = _first_line(error)
+        raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\ngive --tokenizer_name") from error
+    if tokenizer.eos_token_id is None:
+        raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\ngive --tokenizer_name")
+    return tokenizer
 
 
 def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
@@ -87,23 +98,25 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     they are the same on every rank and every kind of device for one seed. Costs a full copy in host memory per rank.
     """
     if options.model_name_or_path:
-        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # the checks below speak instead
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                options.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+                options.model_name_or_path,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # not ignored: reported below, in our words
+                output_loading_info=True,
             )
         except Exception as error:
             raise OptionError(
                 f"model_name_or_path {options.model_name_or_path}: its weights could not be loaded: "
                 f"{_first_line(error)}\ngive a complete checkpoint"
             ) from error
-        wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names and "error" not in kind}
-        if wrong:
-            kind, names = next(iter(wrong.items()))
-            raise OptionError(
-                f"model_name_or_path {options.model_name_or_path}: {len(names)} {kind.replace('_', ' ')}, "
-                f"for instance {names[0]}\ngive a complete checkpoint of a {type(model).__name__}"
-            )
+        for kind, names in loading.items():
+            if names:
+                raise OptionError(
+                    f"model_name_or_path {options.model_name_or_path}: {len(names)} {kind.replace('_', ' ')}, "
+                    f"for instance {min(map(str, names))}\ngive a complete checkpoint of a {type(model).__name__}"
+                )
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if options.gradient_checkpointing:
@@ -118,14 +131,6 @@ def complete(directory: Path, prompt: str, device: torch.device, new_tokens: int
     prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     output_BT = model.generate(**prompt_BT, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     return tokenizer.decode(output_BT[0], skip_special_tokens=True)
-
-
-def _has_tokenizer(name: str) -> bool:
-    try:
-        AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,243 @@
+"""From documents to global batches: nothing is lost, nothing is repeated, and ranks do not matter."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from config import OptionError, Options
+from data.batches import collate, micro_batches, validation_batches
+from data.corpus import PIECE, find_sources, read_documents
+from data.rows import Data, Rows, _first_held_out, prepare
+from model.loss import IGNORED
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(data_cache_dir=str(tmp_path / "cache"), block_size=32, validation_split_percentage=0)
+
+
+def tokens_of(rows: Rows | None) -> list[int]:
+    assert rows is not None
+    return [int(token) for index in range(len(rows)) for token in rows[index]]
+
+
+def expected_tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[int]:
+    """What `concat` must give, written the slow way: each document's tokens and one EOS."""
+    return [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    """`documents` in the format that the suffix of `path` names; a .txt file holds them all as one."""
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"text": text, "other": 1}) + "\n" for text in documents))
+        case ".parquet":
+            datasets.Dataset.from_dict({"text": documents}).to_parquet(str(path))
+        case ".txt":
+            path.write_text("".join(documents))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+@pytest.mark.parametrize("workers", [None, 2])
+def test_no_token_is_lost(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    tmp_path: Path,
+    suffix: str,
+    workers: int | None,
+) -> None:
+    """Rows are the documents with an EOS after each; only the last partial row is dropped, and counted."""
+    options.train_file = str(write(tmp_path / f"text{suffix}", documents))
+    options.preprocessing_num_workers = workers
+    data = prepare(options, tokenizer)
+    expected = expected_tokens(tokenizer, ["".join(documents)] if suffix == ".txt" else documents)
+    counts = data.counts["train"]
+    assert tokens_of(data.train) == expected[: len(expected) - counts.dropped_tokens]
+    assert counts.dropped_tokens == len(expected) % 32
+    assert counts.tokens == len(expected)
+    assert counts.documents == (1 if suffix == ".txt" else len(documents))
+    assert all(len(data.train[index]) == 32 for index in range(len(data.train)))
+
+
+def test_data_set_directory(
+    options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """--dataset_name takes a local directory, and the data set's own validation split."""
+    directory = tmp_path / "set"
+    directory.mkdir()
+    write(directory / "train.jsonl", documents[:150])
+    write(directory / "validation.jsonl", documents[150:])
+    options.dataset_name = str(directory)
+    data = prepare(options, tokenizer)
+    for rows, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
+        tokens = tokens_of(rows)
+        assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
+
+
+def test_packing_none(
+    options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """One row per document; one that is longer than a row goes on in the next. Not one token is dropped."""
+    documents = [*documents, " ".join(documents) * 3]
+    options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
+    data = prepare(options, tokenizer)
+    rows = iter(data.train[index].tolist() for index in range(len(data.train)))
+    for text in documents:
+        tokens = expected_tokens(tokenizer, [text])
+        for start in range(0, len(tokens), 32):
+            assert next(rows) == tokens[start : start + 32]
+    assert next(rows, None) is None
+    assert data.counts["train"].dropped_tokens == 0
+
+
+def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A .txt file is read in pieces; text and tokens are those of the whole file, to the last blank."""
+    text = "".join(f"def f{i}():\n\n\n    return {i}  \n \n\t\n" * (i % 5) + f"x{i}\r\n" for i in range(4000))
+    path = tmp_path / "large.txt"
+    path.write_bytes(text.encode())
+    options.train_file = str(path)
+    pieces = read_documents(find_sources(options)[0], "text", tmp_path)
+    assert len(pieces) > 5
+    assert max(map(len, pieces["text"])) < 2 * PIECE
+    assert "".join(pieces["text"]) == text
+    assert list(pieces["ends"]) == [False] * (len(pieces) - 1) + [True]
+    tokens = tokens_of(prepare(options, tokenizer).train)
+    assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
+
+
+def test_split_is_by_document(
+    options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """The last documents are held out, whole; together the splits are everything."""
+    options.train_file = str(write(tmp_path / "text.jsonl", documents))
+    options.validation_split_percentage, options.packing = 10, "none"
+    data = prepare(options, tokenizer)
+    assert (data.counts["train"].documents, data.counts["validation"].documents) == (180, 20)
+    assert tokens_of(data.train) == expected_tokens(tokenizer, documents[:180])
+    assert tokens_of(data.validation) == expected_tokens(tokenizer, documents[180:])
+
+
+def test_embedded_split_is_by_file(options: Options, tmp_path: Path) -> None:
+    """The held-out part of the embedded corpus starts where a file starts."""
+    source = find_sources(options)[0]
+    assert len(source.files) > 400
+    assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
+    pieces = read_documents(source, "text", tmp_path)
+    first = _first_held_out(pieces, 2)
+    assert pieces[first - 1]["ends"]
+    held_out = "".join(pieces["text"][first:])
+    start = next(i for i in range(len(source.files)) if held_out.startswith(source.files[-1 - i].read_text()[:200]))
+    assert held_out == "".join(path.read_bytes().decode(errors="replace") for path in source.files[-1 - start :])
+
+
+def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Empty documents are skipped and counted; a row without text is an error that names it."""
+    texts = ["one two three " * 20, "", "four five six " * 20]
+    options.train_file = str(write(tmp_path / "empty.jsonl", texts))
+    data = prepare(options, tokenizer)
+    assert (data.counts["train"].documents, data.counts["train"].empty_documents) == (2, 1)
+    assert tokens_of(data.train) == expected_tokens(tokenizer, [texts[0], texts[2]])[: len(tokens_of(data.train))]
+    path = tmp_path / "null.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    options.train_file = str(path)
+    with pytest.raises(OptionError, match=r"null.jsonl: row 1 has no text in column text"):
+        prepare(options, tokenizer)
+
+
+def test_cache_is_keyed_by_content(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prepared once; anew for other content, even of the same size and time, for another length or tokenizer."""
+    path = write(tmp_path / "text.jsonl", documents)
+    options.train_file = str(path)
+    cache = Path(options.data_cache_dir)
+
+    def entries() -> int:
+        return len([entry for entry in cache.iterdir() if entry.is_dir()])
+
+    first = prepare(options, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.rows._write", lambda *_: pytest.fail("prepared a second time"))
+        assert prepare(options, tokenizer).fingerprint == first.fingerprint
+    assert entries() == 1
+    times = path.stat()
+    path.write_text(path.read_text().replace("batch", "hctab"))
+    import os
+
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepare(options, tokenizer).fingerprint != first.fingerprint
+    options.block_size = 16
+    assert prepare(options, tokenizer).fingerprint != first.fingerprint
+    assert entries() == 3
+
+
+def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: int, steps: int) -> Iterator[list[int]]:
+    """The rows of each step, gathered from all ranks as train.py deals them out."""
+    for step in range(steps):
+        batch = []
+        for rank in range(world_size):
+            sampler: Any = DistributedSampler(
+                cast(Any, range(rows)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
+            )
+            first = step * accumulation
+            for indices in micro_batches(list(sampler), micro_batch, first, first + accumulation):
+                batch += indices
+        yield sorted(batch)
+
+
+def test_global_batch_does_not_depend_on_ranks() -> None:
+    reference = list(global_batches(101, 1, 12, 1, steps=8))
+    assert len({row for batch in reference for row in batch}) == 8 * 12, "no row twice in an epoch"
+    for world_size, micro_batch, accumulation in ((1, 3, 4), (2, 6, 1), (2, 2, 3), (3, 2, 2), (4, 3, 1), (4, 1, 3)):
+        assert list(global_batches(101, world_size, micro_batch, accumulation, steps=8)) == reference
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("rows", [1, 2, 5, 23, 24])
+@pytest.mark.parametrize("size", [1, 4])
+def test_validation_rows_count_once(world_size: int, rows: int, size: int) -> None:
+    """Each row on one rank, and the same number of forwards on all of them."""
+    batches = [validation_batches(rows, rank, world_size, size) for rank in range(world_size)]
+    assert sorted(row for rank in batches for batch in rank for row in batch) == list(range(rows))
+    assert len({len(rank) for rank in batches}) == 1
+    assert max(len(batch) for rank in batches for batch in rank) <= size
+
+
+def test_collate_masks_by_length() -> None:
+    """Padding is ignored because of where it stands; EOS, which many tokenizers pad with, is learned."""
+    batch = collate([torch.tensor([5, 6, 0]), torch.tensor([7])])
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORED, IGNORED]]
+    assert (int(batch["tokens"]), int(batch["targets"])) == (4, 2)
+    nothing = collate([])
+    assert (int(nothing["tokens"]), int(nothing["targets"])) == (0, 0)
+    assert nothing["input_ids"].shape == (1, 2)
+
+
+def test_rows_travel_by_path(options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path) -> None:
+    """A worker process that is not forked gets the path of the memory map, not its content."""
+    import pickle
+
+    options.train_file = str(train_file)
+    data: Data = prepare(options, tokenizer)
+    pickled = pickle.dumps(data.train)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[3], data.train[3])

@@ -1,0 +1,212 @@
+"""What a user can get wrong: a message of one to three lines, exit code 2, no traceback, nothing lost on the disk."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.launch import ROOT, train, train_ok
+
+
+def refused(*argv: object, world_size: int = 1) -> str:
+    """The message with which train.py refuses `argv`."""
+    outcome = train(world_size, argv)
+    assert outcome.exit_codes == [2] * world_size, outcome.output
+    assert "Traceback" not in outcome.output
+    # Without torchrun to end the others, each rank speaks in its turn, with the same words.
+    _, *messages = outcome.output.split("train.py: error: ")
+    assert len(messages) == world_size
+    assert len(messages[0].splitlines()) <= 3
+    return messages[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--leaning_rate", "1"], "--leaning_rate: unknown option; did you mean --learning_rate?"),
+        (["--zzz"], "--zzz: unknown option"),
+        (["--strategy", "zero"], "argument --strategy: invalid choice: 'zero' (choose from 'ddp', 'fsdp')"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--block_size", "1"], "block_size 1: must be at least 2"),
+        (["--learning_rate", "nan"], "learning_rate nan: must be at least 0"),
+        (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
+        (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: give more than 0"),
+        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: give one"),
+        (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: give one"),
+        (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
+        (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
+        (["missing.json"], "missing.json: cannot be read as a file of options"),
+        (["options.ini"], "options.ini: not an option and not a .json or .yaml file"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if argv == ["--ddp_backend", "nccl"]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    import config
+
+    with pytest.raises(config.OptionError) as error:
+        config.check(config.parse(argv), world_size=2)
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_impossible_division_shows_the_arithmetic() -> None:
+    message = refused("--global_batch_size", 30, "--per_device_train_batch_size", 4, world_size=2)
+    assert message.startswith(
+        "global_batch_size 30: not a multiple of per_device_train_batch_size 4 x 2 ranks = 8 rows"
+    )
+    assert "30 / 8 = 3.75 micro-steps" in message
+
+
+def test_printed_once_by_torchrun(tmp_path: Path) -> None:
+    """The real command: of four ranks, one speaks; what else is said is torchrun's own report."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", str(ROOT / "train.py")]
+    run = subprocess.run([*command, "--train_file", "no.txt"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1  # torchrun's; it names the workers' exit code 2
+    assert "exitcode  : 2" in run.stderr
+    assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; give a readable file") == 1
+    assert 'train.py", line' not in run.stderr, "a traceback of ours"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_files(tiny: list[object], tmp_path: Path) -> None:
+    output = ["--output_dir", tmp_path / "output"]
+    for name, content, expected in (
+        ("empty.txt", "", "the file is empty"),
+        ("text.csv", "a,b", "give a .txt, .jsonl or .parquet file"),
+        ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\ngive --text_column"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read as .jsonl"),
+        ("broken.parquet", "no parquet", "cannot be read as .parquet"),
+        ("numbers.jsonl", '{"text": 3}\n', "not strings"),
+        ("short.jsonl", '{"text": "a b c"}\n', "the validation split has 0 tokens"),
+    ):
+        path = write(tmp_path / name, content)
+        message = refused(*tiny, *output, "--train_file", path)
+        assert str(path) in message or "text_column" in message
+        assert expected in message, name
+        assert path.read_bytes() == content.encode()
+    assert "train_file /none.txt: No such file" in refused(*tiny, *output, "--train_file", "/none.txt")
+    assert "dataset_name" in refused(*tiny, *output, "--train_file", "", "--dataset_name", tmp_path / "none")
+
+
+def test_small_data(tiny: list[object], tmp_path: Path) -> None:
+    message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
+    assert message.startswith("global batch of 8000 rows = per_device_train_batch_size 4 x 2000 micro-steps x 1 ranks")
+
+
+def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
+    def broken(name: str, **changes: Any) -> Path:
+        shutil.copytree(model_dir, tmp_path / name)
+        config = json.loads((model_dir / "config.json").read_text())
+        write(tmp_path / name / "config.json", json.dumps(config | changes))
+        return tmp_path / name
+
+    def message(path: Path, *more: object) -> str:
+        return refused(*tiny, "--output_dir", tmp_path / "output", "--model_name_or_path", path, *more)
+
+    assert "block_size 300: the model has 256 positions" in message(model_dir, "--block_size", 300)
+    assert "its highest token id is 383, beyond the model's vocabulary of 100" in message(broken("v", vocab_size=100))
+    assert f"model_name_or_path {tmp_path}/none: no model configuration" in message(tmp_path / "none")
+    (broken("mute") / "tokenizer.json").unlink()
+    (tmp_path / "mute" / "tokenizer_config.json").unlink()
+    assert f"{tmp_path}/mute: no tokenizer could be loaded" in message(tmp_path / "mute")
+
+    short = broken("truncated")
+    write(short / "model.safetensors", (model_dir / "model.safetensors").read_bytes()[:-100])
+    assert f"model_name_or_path {short}: its weights could not be loaded" in message(short)
+
+    tensors = load_file(model_dir / "model.safetensors")
+    missing = broken("missing")
+    kept = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(kept, missing / "model.safetensors", metadata={"format": "pt"})
+    assert "1 missing keys, for instance model.norm.weight" in message(missing)
+    assert "mismatched keys" in message(broken("misshapen", intermediate_size=32))
+    assert "unexpected keys" in message(broken("unexpected", num_hidden_layers=1, layer_types=["full_attention"]))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("finished")
+    train_ok(1, *tiny, "--output_dir", output_dir, "--max_steps", 4, "--save_steps", 2)
+    return output_dir
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_output_dir_with_a_run(tiny: list[object], finished: Path, model_dir: Path) -> None:
+    """Refused unless it is to be resumed or replaced; and nothing in it changes."""
+    before = content(finished)
+    message = refused(*tiny, "--output_dir", finished)
+    assert message.startswith(f"output_dir {finished}: it holds a run already")
+    assert "--resume_from_checkpoint auto" in message
+    assert "--overwrite_output_dir" in message
+    assert "it is the model's own directory" in refused(*tiny, "--output_dir", model_dir, "--overwrite_output_dir")
+    # An error that is found later, with the permission to replace it given.
+    refused(*tiny, "--output_dir", finished, "--overwrite_output_dir", "--global_batch_size", 8000)
+    assert content(finished) == before
+
+
+def test_overwrite_replaces_the_run_alone(tiny: list[object], finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    write(run / "notes.txt", "mine")
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-2-backup")
+    train_ok(1, *tiny, "--output_dir", run, "--max_steps", 2, "--overwrite_output_dir")
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / "checkpoint-2-backup" / "manifest.json").exists()
+    assert not (run / "checkpoint-4").exists()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2 + 2
+
+
+def test_damaged_checkpoint(tiny: list[object], finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoint-4" / "state.json").write_text("{}")
+    before = content(run)
+    message = refused(*tiny, "--output_dir", run, "--resume_from_checkpoint", run / "checkpoint-4", world_size=2)
+    assert message.startswith(f"resume_from_checkpoint {run}/checkpoint-4: no valid checkpoint: ")
+    assert "state.json is not what was saved" in message
+    (run / "checkpoint-2" / "manifest.json").unlink()
+    message = refused(*tiny, "--output_dir", run, "--resume_from_checkpoint", run / "checkpoint-2")
+    assert "checkpoint-2/manifest.json is missing" in message
+    outcome = train(1, [*tiny, "--output_dir", run, "--resume_from_checkpoint", "auto"])
+    assert "all 2 checkpoints of" in outcome.output
+    assert outcome.exit_codes == [2]
+    assert content(run) == {name: data for name, data in before.items() if "checkpoint-2/manifest" not in name}
+
+
+def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, tmp_path: Path) -> None:
+    """`auto` starts anew where there is nothing, but does not take that as a permission to replace a model."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    message = refused(*tiny, "--output_dir", run, "--resume_from_checkpoint", "auto")
+    assert "holds a finished model but no checkpoint" in message
+
+
+def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) -> None:
+    """As root, permissions do not bind: a file in the way, and a file system that nobody may write to."""
+    write(tmp_path / "file", "")
+    message = refused(*tiny, "--output_dir", tmp_path / "file" / "output")
+    assert message.startswith(f"output_dir {tmp_path}/file/output: Not a directory; give a directory that can be")
+    assert "output_dir /proc/output: " in refused(*tiny, "--output_dir", "/proc/output")
+    message = refused(*tiny, "--output_dir", tmp_path / "output", "--data_cache_dir", "/proc/cache")
+    assert message.startswith("data_cache_dir /proc/cache: ")
+
+
+def test_second_run_on_the_same_directory(tiny: list[object], tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing to it" in refused(*tiny, "--output_dir", tmp_path)
