@@ -77,11 +77,12 @@ def claim_output_dir(options: Options) -> IO[str]:
     return lock
 
 
-def make_room(output_dir: Path, step: int) -> None:
+def make_room(output_dir: Path, step: int, limit: int | None) -> None:
     """Make output_dir that of a run which is at `step`, for rank 0, when nothing can go wrong any more.
 
     A new run removes what the old one left there; files that are no run's stay. A resumed one puts aside, under other
-    names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another one.
+    names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another one. And it
+    finishes the pruning that the end of the old one may have cut off.
     """
     if step == 0:
         for path in _run_files(output_dir):
@@ -89,6 +90,7 @@ def make_room(output_dir: Path, step: int) -> None:
     for path in _checkpoints(output_dir):
         if _step_of(path) > step:
             path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
+    _prune(output_dir, limit)
 
 
 def _run_files(output_dir: Path) -> list[Path]:

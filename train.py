@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     if resumed_from:
         progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
     if rank == 0:
-        checkpoint.make_room(output_dir, progress.step)
+        checkpoint.make_room(output_dir, progress.step, options.save_total_limit)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
     recorder.start(progress.step, progress.tokens_seen)

@@ -89,7 +89,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read as .jsonl"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
         ("numbers.jsonl", '{"text": 3}\n', "not strings"),
-        ("short.jsonl", '{"text": "a b c"}\n', "the validation split has 0 tokens"),
+        ("short.jsonl", '{"text": "a b c"}\n', "the train split has 0 tokens"),
     ):
         path = write(tmp_path / name, content)
         message = refused(*tiny, *output, "--train_file", path)

@@ -1,0 +1,126 @@
+"""A save that is cut off anywhere leaves the previous checkpoint, or the new one: never a damaged one that is used."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import checkpoint
+from tests.launch import train, train_ok
+from tests.test_resume import trajectory
+
+# What changes the disk while a checkpoint is saved and the one before it is pruned.
+CHANGES = [
+    (os, "fsync"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "mkdir"),
+    (os, "rename"),
+    (Path, "write_text"),
+]
+NOT_REACHED = 77
+
+
+def killed_at(event: int, rank: int) -> None:
+    """Let `rank` die just before change number `event`, counted from 1, that its second save makes to the disk.
+
+    A rank that gets through the save ends with NOT_REACHED, so that the test knows when it has tried every change.
+    """
+    if os.environ["RANK"] != str(rank):
+        return
+    save, seen = checkpoint.save, 0
+
+    def count(original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == event:
+                os._exit(9)
+            return original(*args, **kwargs)
+
+        return counted
+
+    def watched_save(*args: Any, **kwargs: Any) -> None:
+        for owner, name in CHANGES:
+            setattr(owner, name, count(getattr(owner, name)))
+        save(*args, **kwargs)
+        os._exit(NOT_REACHED)
+
+    checkpoint.save = watched_save
+
+
+@pytest.fixture(scope="module")
+def short(tiny: list[object]) -> list[object]:
+    return [*tiny, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 20]
+
+
+@pytest.fixture(scope="module")
+def unbroken(short: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("unbroken")
+    train_ok(1, *short, "--output_dir", output_dir, "--max_steps", 4)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def half_way(short: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps, stopped when two are done and saved."""
+    output_dir = tmp_path_factory.mktemp("half")
+    outcome = train(1, [*short, "--output_dir", output_dir], before=die_after_first_save)
+    assert outcome.exit_codes == [9], outcome.output
+    assert checkpoint.problems(output_dir / "checkpoint-2") == []
+    return output_dir
+
+
+def die_after_first_save() -> None:
+    save = checkpoint.save
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        os._exit(9)
+
+    checkpoint.save = save_and_die
+
+
+def check_survived(run: Path, short: list[object], unbroken: Path) -> None:
+    """Exactly one valid checkpoint is chosen, and the resumed run ends as the unbroken one did."""
+    valid = [path for path in run.glob("checkpoint-*") if checkpoint.problems(path) == []]
+    assert valid
+    train_ok(1, *short, "--output_dir", run, "--resume_from_checkpoint", "auto")
+    assert trajectory(run) == trajectory(unbroken)
+    expected, actual = load_file(unbroken / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(actual[name].equal(expected[name]) for name in expected)
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-4"]
+    assert list(run.glob(".saving-*")) == []
+
+
+def test_killed_at_every_change(short: list[object], half_way: Path, unbroken: Path, tmp_path: Path) -> None:
+    """One process, killed before each file is written or synced, before each rename and removal."""
+    for event in range(1, 100):
+        run = tmp_path / str(event)
+        shutil.copytree(half_way, run)
+        options = [*short, "--output_dir", run, "--resume_from_checkpoint", "auto"]
+        outcome = train(1, options, before=partial(killed_at, event, 0))
+        if outcome.exit_codes == [NOT_REACHED]:
+            break
+        assert outcome.exit_codes == [9], outcome.output
+        check_survived(run, short, unbroken)
+    assert event > 15, "the patches must see what a save does"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_ranks_killed(
+    short: list[object], half_way: Path, unbroken: Path, tmp_path: Path, rank: int
+) -> None:
+    """The other rank fails by itself, within the timeout; the checkpoint before is intact."""
+    run = tmp_path / "run"
+    shutil.copytree(half_way, run)
+    options = [*short, "--output_dir", run, "--resume_from_checkpoint", "auto"]
+    outcome = train(2, options, before=partial(killed_at, 2, rank))
+    assert outcome.exit_codes[rank] == 9, outcome.output
+    assert outcome.exit_codes[1 - rank] not in (0, 9)
+    assert checkpoint.problems(run / "checkpoint-2") == []
+    assert not (run / "checkpoint-4").exists()

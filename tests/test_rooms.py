@@ -1,0 +1,154 @@
+"""The small parts, one by one: options, schedule, loss, the twins."""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, get_scheduler
+
+import config
+import ddp
+import fsdp
+import metrics
+from config import Options
+from data.batches import collate
+from model.build import load_config_and_tokenizer
+from model.loss import IGNORED, flops_per_token, next_tokens, token_loss_sum
+from model.optimizer import build_optimizer, learning_rate
+
+
+def test_twins_have_the_same_functions() -> None:
+    """`ddp` and `fsdp` offer the same names with the same signatures, few enough not to be a Trainer."""
+    ours, theirs = (
+        {name: inspect.signature(value) for name, value in vars(twin).items() if isinstance(value, FunctionType)}
+        for twin in (ddp, fsdp)
+    )
+    assert ours == theirs
+    assert set(ours) == set(ddp.__all__) == set(fsdp.__all__)
+    assert len(ours) <= 6
+
+
+def test_twins_use_torch_alone() -> None:
+    """No options, no files, nothing of the other rooms: only torch, and the type of the model."""
+    for twin in (ddp, fsdp):
+        for path in Path(inspect.getfile(twin)).parent.glob("*.py"):
+            imports = [line.split()[1].split(".")[0] for line in path.read_text().splitlines() if " import " in line]
+            assert set(imports) <= {"torch", "transformers", twin.__name__}, path
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3, 0.25])
+def test_schedule_is_that_of_transformers(kind: str, warmup: float) -> None:
+    options = Options(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=0.5)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    warmup_steps = int(warmup) if warmup >= 1 else int(12 * warmup)
+    theirs = get_scheduler("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup_steps, 12)
+    for step in range(1, 13):
+        assert learning_rate(step, 12, options) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_decay_is_for_matrices_alone(model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    decayed, others = build_optimizer(model, Options(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+    assert all(parameter.dim() == 1 for parameter in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_loss_is_that_of_transformers(model_dir: Path) -> None:
+    """Sum over targets / number of targets = the mean that transformers computes on the same labels."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    batch = collate([torch.randint(0, 384, (length,)) for length in (7, 12, 2)])
+    theirs = model(input_ids=batch["input_ids"], labels=batch["labels"])
+    ours = token_loss_sum(theirs.logits, batch["labels"]) / batch["targets"]
+    assert ours.item() == pytest.approx(theirs.loss.item(), abs=1e-6)
+    assert int(batch["targets"]) == 6 + 11 + 1
+
+
+def test_labels_are_the_next_tokens() -> None:
+    assert next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, IGNORED]]
+
+
+def test_mean_of_means_would_be_another_gradient(model_dir: Path) -> None:
+    """What the trainer must not do differs by more than 1e-2, so that the topology test would see it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    micro_batches = [collate([torch.randint(0, 384, (length,))]) for length in (64, 3)]
+
+    def gradient(mean_of_means: bool) -> torch.Tensor:
+        model.zero_grad()
+        targets = sum(int(batch["targets"]) for batch in micro_batches)
+        for batch in micro_batches:
+            loss = token_loss_sum(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+            part: Any = loss / int(batch["targets"]) / 2 if mean_of_means else loss / targets
+            part.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    right, wrong = gradient(False), gradient(True)
+    assert float((wrong - right).norm() / right.norm()) > 1e-2
+
+
+def test_a_batch_without_targets_is_finite() -> None:
+    batch = collate([torch.tensor([3])])
+    loss = token_loss_sum(torch.randn(1, 2, 8, requires_grad=True), batch["labels"])
+    assert loss.item() == 0.0
+
+
+def test_flops() -> None:
+    """Against the count by hand: 6 per multiplied weight, 6 x layers x query width x length for causal attention."""
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "vocab_size": 32, "head_dim": 4}
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, num_attention_heads=2, num_key_value_heads=1))
+    weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 32
+    assert flops_per_token(model, 10) == 6 * weights + 6 * 3 * 8 * 10
+
+
+def test_run_file(tmp_path: Path) -> None:
+    """run.json and run.yaml are the same options; the command line wins over them, they over the recipe."""
+    values = {"learning_rate": 1e-4, "strategy": "fsdp", "bf16": True, "train_file": None, "max_steps": 7}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    (tmp_path / "run.yaml").write_text(
+        "learning_rate: 1e-4\nstrategy: fsdp\nbf16: true\ntrain_file: null\nmax_steps: 7"
+    )
+    for name in ("run.json", "run.yaml"):
+        options = config.parse([str(tmp_path / name), "--max_steps", "9"])
+        assert (options.learning_rate, options.strategy, options.bf16, options.max_steps) == (1e-4, "fsdp", True, 9)
+        assert options.train_file is None
+        assert options.block_size == config.EMBEDDED_RECIPE["block_size"]
+    assert config.parse(["--model_name_or_path", "x"]).learning_rate == 5e-5, "the recipe is for no model at all"
+
+
+def test_every_option_has_a_help() -> None:
+    assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
+    assert set(config.EMBEDDED_RECIPE) <= {field.name for field in dataclasses.fields(Options)}
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int) -> None:
+    options = Options(global_batch_size=16, per_device_train_batch_size=2, block_size=8, num_train_epochs=1.5)
+    config.check(options, world_size)
+    plan = config.plan(options, rows=100, world_size=world_size)
+    assert (plan.accumulation, plan.global_batch_size) == (accumulation, 16)
+    assert (plan.steps_per_epoch, plan.total_steps) == (6, 9)
+
+
+def test_config_without_tokenizer_gets_the_embedded_one(model_dir: Path, tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(model_dir, vocab_size=5000).save_pretrained(tmp_path / "shape")
+    options = Options(config_name=str(tmp_path / "shape"), data_cache_dir=str(tmp_path / "cache"))
+    _, tokenizer = load_config_and_tokenizer(options)
+    assert len(tokenizer) == 4096
+    assert options.block_size == 256
+
+
+def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert metrics.read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert metrics.read_rows(tmp_path / "none.jsonl") == []
