@@ -1,0 +1,71 @@
+"""The same proofs with CUDA tensors: one rank over NCCL, and two ranks that share a GPU over gloo."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import metrics
+from tests.launch import train_ok
+from tests.test_resume import equal_to_the_bit
+from tests.test_topology import relative_l2
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: one rank, DDP over NCCL, fp32."""
+    output_dir = tmp_path_factory.mktemp("one")
+    train_ok(1, *tiny, "--output_dir", output_dir, "--bf16", "false", "--save_steps", 10)
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("world_size", "extra"),
+    [
+        (1, ["--strategy", "fsdp"]),
+        (2, ["--ddp_backend", "gloo"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing"]),
+    ],
+    ids=str,
+)
+def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
+    train_ok(world_size, *tiny, "--output_dir", tmp_path, "--bf16", "false", "--dataloader_num_workers", 2, *extra)
+    for row, reference in zip(
+        metrics.read_rows(tmp_path / "metrics.jsonl"), metrics.read_rows(one_rank / "metrics.jsonl"), strict=True
+    ):
+        for key in ("loss", "eval_loss"):
+            if key in reference:
+                assert row[key] == pytest.approx(reference[key], abs=1e-5)
+        if "loss" in reference:
+            assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+            assert row["peak_memory_gib"] > 0
+    expected = load_file(one_rank / "model.safetensors")
+    assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str) -> None:
+    """bf16 compute over fp32 masters: the curve stays in a band around fp32's, and what is saved is fp32."""
+    train_ok(1, *tiny, "--output_dir", tmp_path, "--strategy", strategy)
+    rows, references = (metrics.read_rows(path / "metrics.jsonl") for path in (tmp_path, one_rank))
+    assert rows[1]["grad_norm"] == pytest.approx(references[1]["grad_norm"], rel=2e-2)
+    assert rows[1]["grad_norm"] != references[1]["grad_norm"], "it must have computed in bf16"
+    for row, reference in zip(rows, references, strict=True):
+        if "loss" in reference:
+            assert row["loss"] == pytest.approx(reference["loss"], abs=2e-2)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
+def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Path) -> None:
+    """Saved by one DDP rank over NCCL, resumed by two FSDP ranks over gloo."""
+    shutil.copytree(one_rank / "checkpoint-10", tmp_path / "checkpoint-10")
+    options = ["--bf16", "false", "--strategy", "fsdp", "--ddp_backend", "gloo", "--resume_from_checkpoint", "auto"]
+    train_ok(2, *tiny, "--output_dir", tmp_path, *options)
+    expected = load_file(one_rank / "model.safetensors")
+    assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < 1e-5
+    assert equal_to_the_bit(tmp_path / "checkpoint-10", one_rank / "checkpoint-10")

@@ -1,0 +1,107 @@
+"""Every command of the README, as it stands, on small data: `torchrun` and `python` are this environment's."""
+
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import metrics
+from tests.launch import ROOT
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+SHORTER = ["--max_steps", "2", "--block_size", "64", "--bf16", "false"]
+
+
+@pytest.fixture
+def place(model_dir: Path, train_file: Path, tmp_path: Path) -> Path:
+    """A directory that holds what the commands name."""
+    shutil.copytree(model_dir, tmp_path / "DIR")
+    shutil.copy(train_file, tmp_path / "text.jsonl")
+    (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
+    return tmp_path
+
+
+def words_of(command: str, place: Path) -> list[str]:
+    """The words of a README command, with its long runs made short and its host made this one."""
+    words = [word.replace("/shared/output", f"{place}/shared") for word in shlex.split(command)]
+    words = [str(ROOT / "train.py") if word == "train.py" else word for word in words]
+    if words[0] == "torchrun":
+        words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    if "--train_file" not in words and "run.yaml" not in words and "--help" not in words:
+        words += ["--train_file", "text.jsonl"]
+    return words if "--help" in words else [*words, *SHORTER, "--data_cache_dir", str(place / "cache")]
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "train.py" in command and "--nnodes" not in command]
+)
+def test_command(command: str, place: Path) -> None:
+    words = words_of(command, place)
+    if "auto" in words:  # it continues something: the first command of that section
+        first = next(other for other in COMMANDS if "--output_dir ./output" in other and "auto" not in other)
+        subprocess.run(words_of(first, place), cwd=place, check=True, capture_output=True)
+        words[words.index("--max_steps") + 1] = "4"
+    run = subprocess.run(words, cwd=place, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if "--help" in words:
+        assert "--gradient_accumulation_steps" in run.stdout
+        return
+    (output_dir,) = (path.parent for path in place.glob("*/metrics.jsonl"))
+    assert metrics.read_rows(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
+    AutoModelForCausalLM.from_pretrained(output_dir)
+    AutoTokenizer.from_pretrained(output_dir)
+
+
+def test_two_hosts(place: Path) -> None:
+    """The command for several hosts, started twice as on two of them, with one rank each."""
+    (command,) = (command for command in COMMANDS if "--nnodes" in command)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    words = words_of(
+        command.replace("host0:29400", endpoint).replace("--nproc_per_node 8", "--nproc_per_node 1"), place
+    )
+    hosts = [
+        subprocess.Popen([*words, "--ddp_backend", "gloo"], cwd=place, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    errors = [host.communicate()[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], errors
+    assert metrics.read_rows(place / "shared" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_make_train(tmp_path: Path) -> None:
+    """The quickstart itself, twice, with a few steps: the embedded corpus, two processes, the completion."""
+    assert COMMANDS[:2] == ["make train", "make test"]
+    options = "--max_steps 12 --warmup_steps 2 --logging_steps 5 --validation_split_percentage 1"
+    options += f" --output_dir {tmp_path}/output --data_cache_dir {tmp_path}/cache"
+    for _ in range(2):
+        command = ["make", "train", "NPROC=2", f"PYTHON={sys.executable}", f"ARGS={options}"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "--- completion of 'def ' ---" in run.stdout
+        for word in ("step/s", "loss ", "lr ", "tokens/s", "/12 ["):
+            assert word in run.stderr, "the progress bar"
+    rows = metrics.read_rows(tmp_path / "output" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [5, 10, 12]
+    assert rows[0]["eval_loss"] > 8 > rows[-1]["eval_loss"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    AutoTokenizer.from_pretrained(tmp_path / "output")
+
+
+def test_make_help() -> None:
+    """Every target has its line."""
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in shown.splitlines()] == phony.split()
+    assert all(len(line.split()) > 3 for line in shown.splitlines())
