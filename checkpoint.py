@@ -341,9 +341,10 @@ def export(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     """
     weights = {}
     for name, tensor in _parameters(model).items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a sharded one: every rank sends
+        tensor = tensor.cpu()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # gathered from all ranks, over gloo
         if dist.get_rank() == 0:
-            weights[name] = full.cpu()
+            weights[name] = full
     if dist.get_rank() == 0:
         with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output_dir) as beside:
             model.save_pretrained(beside, state_dict=weights)
