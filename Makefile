@@ -20,7 +20,8 @@ help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(RUNTIME) ## train the embedded default into output/ (NPROC=processes ARGS="options of train.py")
-	$(BIN)/torchrun --nproc_per_node=$(NPROC) train.py --overwrite_output_dir $(ARGS)
+	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
+	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests that need no GPU and take seconds (ARGS="options of pytest")
 	$(PYTEST) -m "not gpu and not slow" $(ARGS)

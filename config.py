@@ -27,11 +27,11 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 100,
     "adam_beta2": 0.99,
-    "max_steps": 2400,
-    "eval_steps": 800,
-    "save_steps": 800,
+    "max_steps": 2000,
+    "eval_steps": 1000,
+    "save_steps": 1000,
     "save_total_limit": 2,
-    "validation_split_percentage": 2,
+    "validation_split_percentage": 4,
     "prompt": "def ",
 }
 

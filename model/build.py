@@ -125,11 +125,14 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def complete(directory: Path, prompt: str, device: torch.device, new_tokens: int = 48) -> str:
-    """The greedy continuation of `prompt` by the exported model, loaded as any user of transformers would."""
+    """A continuation of `prompt`, drawn with a fixed seed, by the exported model as any user of transformers loads it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).to(device)
     prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    output_BT = model.generate(**prompt_BT, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    torch.manual_seed(0)
+    output_BT = model.generate(
+        **prompt_BT, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0
+    )
     return tokenizer.decode(output_BT[0], skip_special_tokens=True)
 
 
