@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
     plan = config.plan(options, len(data.train), world_size)
+    torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
+    model = build_model(options, model_config)
 
     # === The processes meet: from here on, all of them must do the same. ============================================
     device = torch.device("cpu")
@@ -65,8 +67,6 @@ def main(argv: list[str]) -> None:
     )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
-    torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
-    model = build_model(options, model_config)
     model_fingerprint, model_flops = checkpoint.fingerprint_model(model), flops_per_token(model, plan.block_size)
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward)
@@ -113,15 +113,16 @@ def main(argv: list[str]) -> None:
             loss_sum += loss.detach()
         grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
 
+        rate = learning_rate(step, plan.total_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan.total_steps, options)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         recorder.step(tokens)
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
-            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), group["lr"])  # waits for the GPU
+            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate)  # waits for the GPU
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
             with recorder.pause():
                 recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
@@ -130,7 +131,6 @@ def main(argv: list[str]) -> None:
             with recorder.pause():
                 checkpoint.save(output_dir, model, optimizer, progress, options)
         if stop:
-            recorder.say(f"stopped by a signal after step {step}; continue with --resume_from_checkpoint auto")
             break
     batches.close()
 
@@ -142,6 +142,8 @@ def main(argv: list[str]) -> None:
             recorder.say(
                 f"--- completion of {options.prompt!r} ---\n{complete(output_dir, options.prompt, device)}\n---"
             )
+    else:
+        recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     dist.barrier()  # without it, a rank that is still busy may find its peers gone
     dist.destroy_process_group()

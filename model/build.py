@@ -125,7 +125,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def complete(directory: Path, prompt: str, device: torch.device, new_tokens: int = 48) -> str:
-    """A continuation of `prompt`, drawn with a fixed seed, by the exported model as any user of transformers loads it."""
+    """What the exported model, loaded as any user of transformers would, makes of `prompt`; drawn with a fixed seed."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).to(device)
     prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)

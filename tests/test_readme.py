@@ -102,6 +102,7 @@ def test_make_help() -> None:
     """Every target has its line."""
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--no-print-directory", "help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[1] for line in shown.splitlines()] == phony.split()
     assert all(len(line.split()) > 3 for line in shown.splitlines())
