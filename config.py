@@ -6,6 +6,7 @@ Names and meanings are those of transformers' `TrainingArguments` and of `run_cl
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -213,6 +214,8 @@ def check(options: Options, world_size: int) -> None:
         raise OptionError("train_file and dataset_name: give one")
     if options.validation_file and not options.train_file:
         raise OptionError(f"validation_file {options.validation_file}: needs a train_file beside it")
+    if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or give none")
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
     if options.global_batch_size:

@@ -7,6 +7,7 @@ starts, and where the last one ends).
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -152,6 +153,8 @@ def _tokenize(
     documents: datasets.Dataset, source: Source, options: Options, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> datasets.Dataset:
     """Token ids of each row, in parallel; EOS closes each document. Empty documents become empty rows."""
+    # The tokenizer's threads need not fear the workers that a DataLoader forks later: those use no tokenizer.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     eos = tokenizer.eos_token_id
 
     def tokenize(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:

@@ -77,6 +77,7 @@ def tiny(model_dir: Path, train_file: Path, tmp_path_factory: pytest.TempPathFac
         "learning_rate": 3e-3,
         "weight_decay": 0.1,
         "warmup_steps": 2,
+        "max_grad_norm": 0.4,
         "max_steps": 20,
         "logging_steps": 1,
         "save_steps": 0,

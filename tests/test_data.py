@@ -88,6 +88,17 @@ def test_data_set_directory(
         assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
 
 
+def test_text_column(
+    options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """Text may stand in another column than `text`."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"id": 1, "content": text}) + "\n" for text in documents))
+    options.train_file, options.text_column = str(path), "content"
+    tokens = tokens_of(prepare(options, tokenizer).train)
+    assert tokens == expected_tokens(tokenizer, documents)[: len(tokens)]
+
+
 def test_packing_none(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:

@@ -3,12 +3,14 @@
 import dataclasses
 import inspect
 import json
+import math
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, get_scheduler
 
@@ -21,6 +23,7 @@ from data.batches import collate
 from model.build import load_config_and_tokenizer
 from model.loss import IGNORED, flops_per_token, next_tokens, token_loss_sum
 from model.optimizer import build_optimizer, learning_rate
+from tests.launch import train_ok
 
 
 def test_twins_have_the_same_functions() -> None:
@@ -145,6 +148,9 @@ def test_config_without_tokenizer_gets_the_embedded_one(model_dir: Path, tmp_pat
     _, tokenizer = load_config_and_tokenizer(options)
     assert len(tokenizer) == 4096
     assert options.block_size == 256
+    options.tokenizer_name = str(model_dir)
+    _, tokenizer = load_config_and_tokenizer(options)
+    assert len(tokenizer) == 384
 
 
 def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
@@ -152,3 +158,38 @@ def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert metrics.read_rows(path) == [{"step": 1}, {"step": 2}]
     assert metrics.read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_tensorboard(tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the same numbers as metrics.jsonl; where it is not installed, that is said before anything starts."""
+    train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", 2, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+    expected = [row["loss"] for row in rows if "loss" in row]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(config.OptionError, match="pip install tensorboard"):
+        config.check(config.parse(["--report_to", "tensorboard"]), world_size=1)
+
+
+def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
+    """metrics.jsonl has the fields that the docstring of metrics.py defines, no more and no fewer."""
+    train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", 2, "--logging_steps", 2)
+    evaluation, training, _ = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert training.keys() == {
+        "step",
+        "epoch",
+        "tokens_seen",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_gib",
+        "data_wait_seconds",
+    }
+    assert metrics.__doc__
+    assert all(f"    {name}" in metrics.__doc__ for name in training)
+    assert training["tokens_per_second"] > 0
+    assert evaluation.keys() == {"step", "epoch", "tokens_seen", "eval_loss", "eval_perplexity", "eval_tokens"}
+    assert evaluation["eval_perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
