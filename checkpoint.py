@@ -45,6 +45,7 @@ class Progress:
 
     step: int  # optimizer steps done
     tokens_seen: int  # input tokens of those steps, over all ranks
+    skipped_steps: int  # those of them that changed nothing, because their gradient was not usable
     global_batch_size: int  # rows of one step; with step and seed it gives the data cursor
     seed: int
     data_fingerprint: str

@@ -1,7 +1,8 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`, `reshard_after_forward` and `prompt`.
+`strategy`, `reshard_after_forward`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`,
+`max_skipped_steps` and `prompt`.
 """
 
 import dataclasses
@@ -100,6 +101,9 @@ class Options:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm. 0: never.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it wins over num_train_epochs.")
+    max_skipped_steps: int = HfArg(
+        default=10, help="Steps in a row that may be skipped because their gradient is not finite or has no target."
+    )
 
     # How it is computed
     strategy: Literal["ddp", "fsdp"] = HfArg(
@@ -236,6 +240,16 @@ def derive_accumulation(options: Options, world_size: int) -> None:
             "change global_batch_size, per_device_train_batch_size or the number of ranks"
         )
     options.gradient_accumulation_steps = accumulation
+
+
+def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
+    """Raises OptionError when training does not get on any more. All ranks have counted the same."""
+    if skipped_in_a_row > options.max_skipped_steps:
+        raise OptionError(
+            f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
+            "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a lower "
+            f"--learning_rate than {options.learning_rate}, or look for rows without targets"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

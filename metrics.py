@@ -1,6 +1,7 @@
 """What a run tells: the start block, the progress bar, metrics.jsonl and TensorBoard. Only rank 0 writes.
 
-metrics.jsonl holds one JSON object a line. Rows of training, every `logging_steps` optimizer steps:
+metrics.jsonl holds one JSON object a line; null stands for a number that is not finite. Rows of training, every
+`logging_steps` optimizer steps:
 
     step               optimizer steps done, counted from 1
     epoch              passes over the training rows: step / steps of one epoch
@@ -8,6 +9,8 @@ metrics.jsonl holds one JSON object a line. Rows of training, every `logging_ste
     loss               of this step's global batch: nats per target token
     grad_norm          L2 norm of this step's full gradient, before clipping
     learning_rate      of this step
+    skipped_steps      steps so far that changed no parameter, because their gradient was not finite or their global
+                       batch had no target
     tokens_per_second  input tokens of all ranks since the last row, per second of training: evaluations and
                        checkpoints are not counted in
     mfu                model FLOPs (model/loss.py says which) per second over the peak of all GPUs; null where
@@ -116,7 +119,7 @@ class Recorder:
         self.tokens_seen += tokens
         self.bar.update(1)
 
-    def log(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+    def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
         """Write a row of training; the floats must have been read from the device, so that its work is done."""
         now = time.perf_counter()
         speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.paused)
@@ -125,6 +128,7 @@ class Recorder:
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            skipped_steps=skipped_steps,
             tokens_per_second=speed,
             mfu=speed * self.mfu_per_speed if self.mfu_per_speed else None,
             peak_memory_gib=peak_memory_gib(self.device),
@@ -154,6 +158,7 @@ class Recorder:
     def _write(self, step: int, **values: Any) -> None:
         if not self.writes:
             return
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         row = {"step": step, "epoch": step / self.plan.steps_per_epoch, "tokens_seen": self.tokens_seen, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
 
     # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
-    progress = checkpoint.Progress(0, 0, plan.global_batch_size, options.seed, data.fingerprint, model_fingerprint)
+    progress = checkpoint.Progress(0, 0, 0, plan.global_batch_size, options.seed, data.fingerprint, model_fingerprint)
     resumed_from = checkpoint.choose(options)
     if resumed_from:
         progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
             recorder.evaluation(0, *evaluate(wrapped, data.validation, options, device))
 
     # === The loop. ==================================================================================================
+    skipped = torch.tensor(progress.skipped_steps, device=device)
+    skipped_in_a_row = torch.zeros_like(skipped)
     batches = recorder.waiting(training_batches(data.train, plan, options, progress.step))
     for step in range(progress.step + 1, plan.total_steps + 1):
         step_batches = [next(batches) for _ in range(plan.accumulation)]
@@ -113,6 +115,12 @@ def main(argv: list[str]) -> None:
             loss_sum += loss.detach()
         grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
 
+        # A gradient that is not finite, or comes from no target at all, must change nothing. Every rank sees the same
+        # norm, so all decide alike, and the fused optimizer reads the flag where it lies: nobody waits for the GPU.
+        skip = ~torch.isfinite(grad_norm) | (targets == 0)
+        skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+
         rate = learning_rate(step, plan.total_steps, options)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -122,12 +130,15 @@ def main(argv: list[str]) -> None:
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
-            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate)  # waits for the GPU
+            # Here the GPU is waited for.
+            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate, int(skipped.item()))
+            config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
             with recorder.pause():
                 recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
+            progress.skipped_steps = int(skipped.item())
             with recorder.pause():
                 checkpoint.save(output_dir, model, optimizer, progress, options)
         if stop:

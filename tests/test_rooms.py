@@ -183,6 +183,7 @@ def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
         "loss",
         "grad_norm",
         "learning_rate",
+        "skipped_steps",
         "tokens_per_second",
         "mfu",
         "peak_memory_gib",

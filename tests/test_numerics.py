@@ -1,0 +1,88 @@
+"""Gradients that must not be used: not finite on one rank, or of a global batch without a target."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import data.batches
+import metrics
+import model.loss
+from model.loss import IGNORED
+from tests.launch import train, train_ok
+from tests.test_resume import equal_to_the_bit
+
+# Two ranks, two micro-batches each, no evaluation in between: call number c of a rank belongs to step c // 2 + 1.
+SHAPE = ["--lr_scheduler_type", "constant", "--warmup_steps", 0, "--validation_split_percentage", 0]
+
+
+def nan_on_rank_1(steps: set[int]) -> None:
+    """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
+    original, calls = model.loss.token_loss_sum, iter(range(10_000))
+
+    def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        call = next(calls)
+        value = original(logits_BTV, labels_BT)
+        poisoned = os.environ["RANK"] == "1" and call % 2 == 1 and call // 2 + 1 in steps
+        return value * float("nan") if poisoned else value
+
+    model.loss.token_loss_sum = loss
+
+
+def all_masked(steps: set[int]) -> None:
+    """Patch a rank: no label of its micro-batches in `steps` is a target."""
+    original, calls = data.batches.collate, iter(range(10_000))
+
+    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+        batch = original(rows)
+        if next(calls) // 2 + 1 in steps:
+            batch["labels"].fill_(IGNORED)
+            batch["targets"].zero_()
+        return batch
+
+    data.batches.collate = collate
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
+def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
+    """The same verdict on every rank; parameters, moments and AdamW's step count stay; it is counted, and goes on."""
+    options = [*tiny, *SHAPE, "--strategy", strategy, "--save_steps", 1]
+    outcome = train(2, [*options, "--output_dir", tmp_path, "--max_steps", 4], before=partial(fault, {3}))
+    assert outcome.exit_codes == [0, 0], outcome.output
+    before, faulty, after = (json.loads((tmp_path / f"checkpoint-{step}/state.json").read_text()) for step in (2, 3, 4))
+    assert set(before["optimizer_steps"].values()) == set(faulty["optimizer_steps"].values()) == {2.0}
+    assert set(after["optimizer_steps"].values()) == {3.0}
+    assert [state["progress"]["skipped_steps"] for state in (before, faulty, after)] == [0, 1, 1]
+    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1, 1]
+    if fault is nan_on_rank_1:
+        assert metrics.read_rows(tmp_path / "metrics.jsonl")[2]["loss"] is None
+
+    for state, step in ((before, 2), (faulty, 3)):  # but for the counts, the two checkpoints are one
+        state["progress"] |= {"step": 0, "tokens_seen": 0, "skipped_steps": 0}
+        (tmp_path / f"checkpoint-{step}/state.json").write_text(json.dumps(state))
+    assert equal_to_the_bit(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    assert not equal_to_the_bit(tmp_path / "checkpoint-3", tmp_path / "checkpoint-4")
+
+
+def test_too_many_in_a_row(tiny: list[object], tmp_path: Path) -> None:
+    """The count starts again with each good step; beyond the limit both ranks end, with a diagnosis."""
+    options = [*tiny, *SHAPE, "--output_dir", tmp_path, "--max_skipped_steps", 2]
+    fault = partial(nan_on_rank_1, {2, 3, 5, 6, 8, 9, 10})
+    outcome = train(2, options, before=fault)
+    assert outcome.exit_codes == [2, 2]
+    assert "max_skipped_steps 2: up to step 10, 3 steps in a row had no usable gradient" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 7
+
+
+def test_skipped_steps_survive_a_resume(tiny: list[object], tmp_path: Path) -> None:
+    options: list[Any] = [*tiny, *SHAPE, "--output_dir", tmp_path]
+    assert train(2, [*options, "--max_steps", 3], before=partial(nan_on_rank_1, {2})).exit_codes == [0, 0]
+    train_ok(2, *options, "--max_steps", 5, "--resume_from_checkpoint", "auto")
+    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 1]
