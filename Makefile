@@ -12,25 +12,30 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 RUNTIME := .venv/.runtime-$(VERSION)
 DEVELOPMENT := .venv/.development-$(VERSION)
 PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
+# Without a GPU in sight, so that what the tests prove does not depend on the machine.
+ON_CPU = CUDA_VISIBLE_DEVICES=
 
-.PHONY: help train test test-all test-gpu lint format clean
+.PHONY: help train test test-all test-gpu proof lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-train: $(RUNTIME) ## train the embedded default into output/ (NPROC=processes ARGS="options of train.py")
+train: $(RUNTIME) ## train the embedded default anew into output/ (NPROC=processes ARGS="options of train.py")
 	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
 	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests that need no GPU and take seconds (ARGS="options of pytest")
-	$(PYTEST) -m "not gpu and not slow" $(ARGS)
+	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(ARGS)
 
 test-all: $(DEVELOPMENT) ## the same and those that take minutes
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(ON_CPU) $(PYTEST) -m "not gpu" $(ARGS)
 
 test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)
+
+proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
+	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
 
 lint: $(DEVELOPMENT) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .

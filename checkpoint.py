@@ -37,6 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config import OptionError, Options
 
 MANIFEST = "manifest.json"
+LEFT_OVER = (".saving-*", ".exporting-*")  # what was being written when a run was cut off
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 @dataclasses.dataclass
@@ -68,8 +70,12 @@ def claim_output_dir(options: Options) -> IO[str]:
         raise OptionError(f"output_dir {output_dir}: {error.strerror}; give a directory that can be written") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise OptionError(f"output_dir {output_dir}: another run is writing to it; give another one") from error
+    except OSError as error:
+        raise OptionError(
+            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; give another one"
+        ) from error
     if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
         raise OptionError(
             f"output_dir {output_dir}: it holds a run already; give another one, or\n"
@@ -78,26 +84,27 @@ def claim_output_dir(options: Options) -> IO[str]:
     return lock
 
 
-def make_room(output_dir: Path, step: int, limit: int | None) -> None:
-    """Make output_dir that of a run which is at `step`, for rank 0, when nothing can go wrong any more.
+def make_room(options: Options, step: int) -> None:
+    """Make output_dir that of a run which is at `step`. For rank 0, after everything that can be checked was.
 
-    A new run removes what the old one left there; files that are no run's stay. A resumed one puts aside, under other
-    names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another one. And it
-    finishes the pruning that the end of the old one may have cut off.
+    A new run that may overwrite removes what the old one left; files that are no run's stay. A resumed one puts aside,
+    under other names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another
+    one. And it finishes the pruning that the end of the old one may have cut off.
     """
-    if step == 0:
+    output_dir = Path(options.output_dir)
+    if step == 0 and options.overwrite_output_dir:
         for path in _run_files(output_dir):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in _checkpoints(output_dir):
         if _step_of(path) > step:
             path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
-    _prune(output_dir, limit)
+    _prune(output_dir, options.save_total_limit)
 
 
 def _run_files(output_dir: Path) -> list[Path]:
     """What a run leaves behind; not the lock, and nothing that a user may have put there."""
-    exported = ("model*.safetensors", "model.safetensors.index.json", "*config.json", "tokenizer*", "*.jinja")
-    patterns = (".saving-*", ".exporting-*", "metrics.jsonl", "tensorboard", *exported)
+    exported = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
+    patterns = (*LEFT_OVER, "metrics.jsonl", "tensorboard", "special_tokens_map.json", "chat_template.jinja", *exported)
     return [*_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]
 
 
@@ -152,7 +159,7 @@ def save(
 
 def _prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, and what saves that were cut off have left."""
-    for path in output_dir.glob(".saving-*"):
+    for path in (path for pattern in LEFT_OVER for path in output_dir.glob(pattern)):
         shutil.rmtree(path)
     for path in _checkpoints(output_dir)[limit:] if limit else []:
         # Without its manifest it is no checkpoint any more, wherever the removal may be cut off.
@@ -233,7 +240,8 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         if not found:
             return str(path), None
         print(f"warning: {path}: damaged, trying the one before it: {found[0]}", file=sys.stderr, flush=True)
-    if not candidates and list(Path(options.output_dir).glob("model*.safetensors")):
+    finished = any(list(Path(options.output_dir).glob(pattern)) for pattern in WEIGHTS)
+    if not candidates and finished and not options.overwrite_output_dir:
         return None, (
             f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
             "give --overwrite_output_dir without it to start anew"
@@ -285,8 +293,9 @@ def load(
     moments, _ = _optimizer_state(model, optimizer)
     for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter]["step"].fill_(state["optimizer_steps"][name])
+    parameters = dict(model.named_parameters())
+    for name, step in state["optimizer_steps"].items():
+        optimizer.state[parameters[name]]["step"].fill_(step)
 
     rank = dist.get_rank()
     if len(state["rng"]) == dist.get_world_size():
@@ -361,6 +370,25 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     """SHA-256 over the names and shapes of all parameters. Before or after sharding, it is the same."""
     shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def require_same_job(options: Options, *job: Any) -> None:
+    """Every rank must call. Raises OptionError on all of them, unless all were given the same job and directory.
+
+    Else ranks would wait for each other in different collectives, or write a checkpoint that no host has whole.
+    """
+    sees_lock = (Path(options.output_dir) / ".lock").exists()
+    jobs, sights = zip(*_gather((job, sees_lock)), strict=True)
+    if others := [rank for rank, other in enumerate(jobs) if other != jobs[0]]:
+        raise OptionError(
+            f"ranks {others}: they have other data, another model or other steps than rank 0\n"
+            "give all ranks the same options, files and Python version"
+        )
+    if blind := [rank for rank, sees in enumerate(sights) if not sees]:
+        raise OptionError(
+            f"output_dir {options.output_dir}: ranks {blind} do not see what rank 0 writes there\n"
+            "give a directory that all hosts share"
+        )
 
 
 # --- Between ranks --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`,
+`strategy`, `reshard_after_forward`, `replicas`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`,
 `max_skipped_steps` and `prompt`.
 """
 
@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -112,6 +113,9 @@ class Options:
     reshard_after_forward: bool = HfArg(
         default=True, help="fsdp: free a layer's full parameters after its forward; costs a second all-gather."
     )
+    replicas: int = HfArg(
+        default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."
+    )
     bf16: bool = HfArg(
         default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
     )
@@ -122,6 +126,9 @@ class Options:
         default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."
     )
     ddp_timeout: int = HfArg(default=1800, help="Seconds after which a collective is given up.")
+    full_determinism: bool = HfArg(
+        default=False, help="Only algorithms that give the same bits each time; slower on a GPU."
+    )
     seed: int = HfArg(default=42, help="Seed of initialisation, data order and dropout.")
 
     # What it writes, and when
@@ -156,9 +163,12 @@ def parse(argv: list[str]) -> Options:
     parser = _Parser(Options, prog="train.py", allow_abbrev=False)
     if argv and not argv[0].startswith("-"):
         argv = _read_run_file(argv[0]) + argv[1:]
-    known = parser.parse_known_args(argv)[0]
-    if known.model_name_or_path is None and known.config_name is None:
-        parser.set_defaults(**EMBEDDED_RECIPE)
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if not given & {"model_name_or_path", "config_name"}:
+        recipe = dict(EMBEDDED_RECIPE)
+        if "num_train_epochs" in given:
+            del recipe["max_steps"]  # it would win over what the user asked for
+        parser.set_defaults(**recipe)
     options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
@@ -191,7 +201,14 @@ def check(options: Options, world_size: int) -> None:
     """
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         _at_least(options, name, 1)
-    for name in ("global_batch_size", "save_total_limit", "logging_steps", "ddp_timeout", "preprocessing_num_workers"):
+    for name in (
+        "replicas",
+        "global_batch_size",
+        "save_total_limit",
+        "logging_steps",
+        "ddp_timeout",
+        "preprocessing_num_workers",
+    ):
         _at_least(options, name, 1)
     for name in (
         "dataloader_num_workers",
@@ -218,8 +235,19 @@ def check(options: Options, world_size: int) -> None:
         raise OptionError("train_file and dataset_name: give one")
     if options.validation_file and not options.train_file:
         raise OptionError(f"validation_file {options.validation_file}: needs a train_file beside it")
+    if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
+        raise OptionError(
+            f"replicas {options.replicas}: needs --strategy fsdp, and {world_size} ranks are "
+            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of the number of ranks"
+        )
     if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or give none")
+    local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < local_ranks and options.ddp_backend != "gloo":
+        raise OptionError(
+            f"--nproc_per_node {local_ranks}: this host has {gpus} GPUs\ngive at most that many, or let ranks share a "
+            "GPU with --ddp_backend gloo"
+        )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
     if options.global_batch_size:
@@ -247,8 +275,8 @@ def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
     if skipped_in_a_row > options.max_skipped_steps:
         raise OptionError(
             f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
-            "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a lower "
-            f"--learning_rate than {options.learning_rate}, or look for rows without targets"
+            "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a "
+            f"lower --learning_rate than {options.learning_rate}, or look for rows without targets"
         )
 
 

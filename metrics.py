@@ -30,6 +30,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -48,6 +49,7 @@ from data.rows import Data
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets of these products; the first name that matches counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
+    "H200 NVL": 835e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -84,7 +86,7 @@ class Recorder:
     def start(self, step: int, tokens_seen: int) -> None:
         """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
         self.tokens_seen = self.tokens_at_last_row = tokens_seen
-        self.bar.update(step)
+        self.bar.initial = self.bar.n = self.bar.last_print_n = step  # the steps of an earlier run are no speed
         self.bar.unpause()
         self.started = time.perf_counter()
         if self.writes:
@@ -93,7 +95,7 @@ class Recorder:
             beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(beside, self.path)
 
-    def waiting(self, batches: Iterable[Any]) -> Generator[Any]:
+    def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """The same batches, with a watch on the time that it takes to get them."""
         iterator = iter(batches)
         while True:
@@ -182,14 +184,15 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for product, peak in PEAK_FLOPS.items() if product in name), None)
+    return next((peak for product, peak in PEAK_FLOPS.items() if re.search(rf"\b{product}\b", name)), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has had: allocated on its GPU by torch, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _tensorboard(output_dir: Path) -> Any:
@@ -224,6 +227,7 @@ def start_block(
             else f", reshard after forward {'on' if options.reshard_after_forward else 'off'}"
         ),
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
+        "tokenizer": f"{data.tokenizer}",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "data": f"{data.source}: {train.documents:,} documents, {train.tokens:,} tokens, {train.rows:,} rows of "
         f"{plan.block_size} tokens; {train.dropped_tokens} tokens of a last partial row dropped, "

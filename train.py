@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=8 train.py                                         one process per GPU
     torchrun --nproc_per_node=8 train.py --strategy fsdp --model_name_or_path DIR --train_file text.jsonl
 
-Every process runs all of this file. Processes differ by their rank alone, and meet only in collectives (all_reduce,
-broadcast, barrier and what the wrapped model does in its forward and backward), which every rank must enter.
+Every process runs all of this file. Processes differ by their rank, which decides the rows that they read; rank 0 also
+writes. They meet only in collectives (all_reduce, broadcast, barrier, and what the wrapped model does in its forward
+and backward), which every rank must enter.
 Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
 """
 
@@ -38,16 +39,20 @@ from model.loss import flops_per_token, token_loss_sum
 from model.optimizer import build_optimizer, learning_rate
 
 Batch = dict[str, Tensor]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: list[str]) -> None:
     """Train as the command line `argv` says. Raises OptionError for what its author can get wrong."""
-    # === What is asked for. Mistakes end here, before any process group exists. =====================================
+    # === What is asked for. Mistakes end here, before any process group exists; those of a checkpoint where it is read.
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, or intended
     options = config.parse(argv)
     rank, world_size, local_rank = rank_from_environment()
     config.check(options, world_size)
+    if options.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
+        torch.use_deterministic_algorithms(True)
     output_dir = Path(options.output_dir)
     lock = checkpoint.claim_output_dir(options) if rank == 0 else None
     model_config, tokenizer = load_config_and_tokenizer(options)
@@ -57,6 +62,7 @@ def main(argv: list[str]) -> None:
     model = build_model(options, model_config)
 
     # === The processes meet: from here on, all of them must do the same. ============================================
+    # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo those on the CPU.
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -67,19 +73,30 @@ def main(argv: list[str]) -> None:
     )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
-    model_fingerprint, model_flops = checkpoint.fingerprint_model(model), flops_per_token(model, plan.block_size)
+    model_fingerprint = checkpoint.fingerprint_model(model)
+    model_flops = flops_per_token(model, plan.block_size)
+    checkpoint.require_same_job(options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint)
+    # `wrapped` is what is called; `model` is the same parameters by their own names, for optimizer and checkpoint.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward)
+    wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward, options.replicas)
     optimizer = build_optimizer(model, options)
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
 
     # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
-    progress = checkpoint.Progress(0, 0, 0, plan.global_batch_size, options.seed, data.fingerprint, model_fingerprint)
+    progress = checkpoint.Progress(
+        step=0,
+        tokens_seen=0,
+        skipped_steps=0,
+        global_batch_size=plan.global_batch_size,
+        seed=options.seed,
+        data_fingerprint=data.fingerprint,
+        model_fingerprint=model_fingerprint,
+    )
     resumed_from = checkpoint.choose(options)
     if resumed_from:
         progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
     if rank == 0:
-        checkpoint.make_room(output_dir, progress.step, options.save_total_limit)
+        checkpoint.make_room(options, progress.step)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
     recorder.start(progress.step, progress.tokens_seen)
@@ -91,32 +108,35 @@ def main(argv: list[str]) -> None:
     # === The loop. ==================================================================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
-    batches = recorder.waiting(training_batches(data.train, plan, options, progress.step))
+    batches = recorder.timed(training_batches(data.train, plan, options, progress.step))
     for step in range(progress.step + 1, plan.total_steps + 1):
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # The whole global batch is counted before the first backward, so that its loss is one mean over all its
-        # targets and not a mean of means. On CPU tensors, over gloo: the GPU is not waited for.
+        # targets and not a mean of means. A signal may have reached one rank only: summed, all leave at the same step.
+        # On CPU tensors, over gloo: the GPU is not waited for.
         counts = torch.stack([sum_of(step_batches, "targets"), sum_of(step_batches, "tokens"), flag(stop_requested)])
         dist.all_reduce(counts)
         targets, tokens, stop = counts.tolist()
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
-            # Gradients add up on each rank and cross the network once, with the last micro-batch.
+            # Gradients add up on each rank; only the last backward exchanges them, while it still computes.
             strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)
             input_ids_BT = batch["input_ids"].to(device, non_blocking=True)
             labels_BT = batch["labels"].to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 logits_BTV = wrapped(input_ids=input_ids_BT, use_cache=False).logits
+            # Labels are the input ids: the loss shifts them by one. It is outside of autocast, in fp32.
             loss = token_loss_sum(logits_BTV, labels_BT)
-            # The exchange averages over ranks; times world_size makes it the sum that the division is meant for.
+            # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets.
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
 
         # A gradient that is not finite, or comes from no target at all, must change nothing. Every rank sees the same
-        # norm, so all decide alike, and the fused optimizer reads the flag where it lies: nobody waits for the GPU.
+        # norm, so all decide alike; the fused optimizer reads the flag where it lies (the hook that torch's GradScaler
+        # uses), and nobody waits for the GPU.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
@@ -143,16 +163,14 @@ def main(argv: list[str]) -> None:
                 checkpoint.save(output_dir, model, optimizer, progress, options)
         if stop:
             break
-    batches.close()
+    batches.close()  # ends the loader's worker processes
 
     # === The finished model, for from_pretrained. ===================================================================
     if progress.step == plan.total_steps:
         checkpoint.export(output_dir, model, tokenizer)
         recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
-            recorder.say(
-                f"--- completion of {options.prompt!r} ---\n{complete(output_dir, options.prompt, device)}\n---"
-            )
+            recorder.say(f"--- completion of {options.prompt!r} ---\n{complete(output_dir, options.prompt)}\n---")
     else:
         recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
@@ -176,11 +194,18 @@ def listen_for_stop() -> threading.Event:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop_requested.set()
-        signal.signal(number, signal.SIG_DFL)
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, request)
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, request)
     return stop_requested
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """For a worker process of a loader: signals reach whole process groups, but the step still needs its rows."""
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) -> Iterator[Batch]:
@@ -194,8 +219,8 @@ def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) 
     epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)
     while True:
         sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
-        first, count = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
-        yield from load(rows, micro_batches(list(sampler), options.per_device_train_batch_size, first, count), options)
+        first, end = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
+        yield from load(rows, micro_batches(list(sampler), options.per_device_train_batch_size, first, end), options)
         epoch, steps_into_epoch = epoch + 1, 0
 
 
@@ -205,6 +230,7 @@ def load(rows: Rows, batches: list[list[int]], options: Options) -> DataLoader[T
         rows,
         batch_sampler=batches,  # any iterable of lists will do
         collate_fn=collate,
+        worker_init_fn=outlive_stop_signals,
         num_workers=options.dataloader_num_workers,
         prefetch_factor=options.dataloader_prefetch_factor if options.dataloader_num_workers else None,
         pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
@@ -243,7 +269,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OptionError as error:
-        if os.environ["RANK"] != "0":
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
         print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -12,12 +12,12 @@ from torch import Tensor
 from model.loss import IGNORED, next_tokens
 
 
-def micro_batches(indices: list[int], size: int, first: int, count: int) -> list[list[int]]:
-    """Micro-batches number `first` to `count` - 1 of a rank's `indices`, each of `size` rows.
+def micro_batches(indices: list[int], size: int, first: int, end: int) -> list[list[int]]:
+    """Micro-batches number `first` to `end` - 1 of a rank's `indices`, each of `size` rows.
 
     Resuming moves `first`: no row is read only to be thrown away.
     """
-    return [indices[start : start + size] for start in range(first * size, count * size, size)]
+    return [indices[start : start + size] for start in range(first * size, end * size, size)]
 
 
 def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list[list[int]]:

@@ -44,8 +44,9 @@ def find_sources(options: Options) -> tuple[Source, Source | None]:
 def read_documents(source: Source, text_column: str, scratch: Path) -> datasets.Dataset:
     """The rows {"text": str} of a source, each a document; those of .txt files are pieces of documents.
 
-    Such a piece has a second field, `ends`: whether it is the last one of its document. Copies that `datasets` makes
-    go to `scratch`. Raises OptionError for a file that cannot be parsed, or a column that is not there.
+    Such a piece has two more fields, `begins` and `ends`: whether it is the first and the last one of its document.
+    Copies that `datasets` makes go to `scratch`. Raises OptionError for a file that cannot be parsed, or a column
+    that is not there.
     """
     if source.dataset is not None:
         rows = source.dataset
@@ -151,14 +152,14 @@ def _read_pieces(files: list[Path]) -> Iterator[dict[str, object]]:
     for path in files:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             piece: list[str] = []
-            size = 0
+            size, begins = 0, True
             for line in file:
                 if size >= PIECE and not line[0].isspace():
-                    yield {"text": "".join(piece), "ends": False}
-                    piece, size = [], 0
+                    yield {"text": "".join(piece), "begins": begins, "ends": False}
+                    piece, size, begins = [], 0, False
                 piece.append(line)
                 size += len(line)
-            yield {"text": "".join(piece), "ends": True}
+            yield {"text": "".join(piece), "begins": begins, "ends": True}
 
 
 def _hash_files(files: list[Path]) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from config import OptionError, Options
 from data.corpus import Source, find_sources, read_documents
 
-FORMAT = 1  # raised when prepared files of an older version can no longer be read
+FORMAT = 2  # raised when prepared files of an older version can no longer be read
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):
@@ -61,6 +61,7 @@ class Data:
     """Training and validation rows, with their counts and a fingerprint (SHA-256) of all their tokens."""
 
     source: str
+    tokenizer: str
     fingerprint: str
     train: Rows
     validation: Rows | None
@@ -92,7 +93,8 @@ def prepare(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
                 shutil.rmtree(scratch)
     finally:
         lock.release()
-    return _open(cache / key, train.name)
+    name = options.tokenizer_name or tokenizer.name_or_path or "embedded"
+    return _open(cache / key, train.name, f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}")
 
 
 def _cache_key(options: Options, tokenizer: PreTrainedTokenizerBase, train: Source, validation: Source | None) -> str:
@@ -152,22 +154,23 @@ def _first_held_out(documents: datasets.Dataset, percentage: int) -> int:
 def _tokenize(
     documents: datasets.Dataset, source: Source, options: Options, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> datasets.Dataset:
-    """Token ids of each row, in parallel; EOS closes each document. Empty documents become empty rows."""
+    """Token ids of each row, in parallel. Empty documents become empty rows.
+
+    EOS closes each document; BOS opens it where the tokenizer itself would put one (Llama and Gemma do, Qwen not).
+    """
     # The tokenizer's threads need not fear the workers that a DataLoader forks later: those use no tokenizer.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    eos = tokenizer.eos_token_id
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    eos = [tokenizer.eos_token_id]
 
     def tokenize(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         for index, text in zip(indices, batch["text"], strict=True):
             if text is None:
                 raise OptionError(f"{source.name}: row {index} has no text in column {options.text_column}")
-        rows = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
-        ends = batch.get("ends", [True] * len(rows))
-        return {
-            "tokens": [
-                [*row, eos] if row and end and row[-1] != eos else row for row, end in zip(rows, ends, strict=True)
-            ]
-        }
+        rows = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        every = [True] * len(batch["text"])
+        pieces = zip(rows["input_ids"], batch.get("begins", every), batch.get("ends", every), strict=True)
+        return {"tokens": [bos * begins + row + eos * ends if row else [] for row, begins, ends in pieces]}
 
     return documents.map(
         tokenize,
@@ -210,8 +213,8 @@ def _pack(documents: datasets.Dataset, folder: Path, options: Options, eos: int,
     return Split(len(starts) - 1, documents_ended, empty, total, int(total - starts[-1]))
 
 
-def _open(folder: Path, source: str) -> Data:
+def _open(folder: Path, source: str, tokenizer: str) -> Data:
     about = json.loads((folder / "about.json").read_text())
     counts = {name: Split(**values) for name, values in about["counts"].items()}
     rows = {name: Rows(folder / name) for name in counts}
-    return Data(source, about["fingerprint"], rows["train"], rows.get("validation"), counts)
+    return Data(source, tokenizer, about["fingerprint"], rows["train"], rows.get("validation"), counts)

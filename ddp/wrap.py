@@ -6,12 +6,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
-def wrap(model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool) -> nn.Module:
+def wrap(
+    model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     `model` moves to `device` whole, in fp32; rank 0's parameters are broadcast to the others. Each backward exchanges
-    the fp32 gradients of all parameters, in buckets, while it still computes. `bf16` and `reshard_after_forward` are
-    the concern of the twin: here torch.autocast casts, and nothing is sharded.
+    the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`, `reshard_after_forward` and
+    `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded, each rank is a replica.
     """
     model.to(device)
     device_ids = [device.index] if device.type == "cuda" else None

@@ -8,15 +8,23 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 
-def wrap(model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool) -> nn.Module:
+def wrap(
+    model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     Each rank keeps 1 / world size of every parameter, in fp32 on `device`. A decoder layer is one unit: its parameters
     are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
     `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
     Embedding and head belong to the root unit, so that tied weights stay one tensor.
+
+    With `replicas` above 1, shards are spread over world size / `replicas` ranks next to each other, which gather and
+    reduce among themselves (fast links, one host); the reduced shards are then averaged over the replicas.
     """
     mesh = init_device_mesh(device.type, (get_world_size(),))
+    if replicas > 1:
+        shape = (replicas, get_world_size() // replicas)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:

@@ -49,16 +49,17 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     if config is None:
         config = Qwen3Config(**EMBEDDED_MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
 
-    positions = getattr(config, "max_position_embeddings", None) or 1024
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or 1024
     if options.block_size is None:
         options.block_size = min(1024, positions)
     if options.block_size > positions:
         raise OptionError(f"block_size {options.block_size}: the model has {positions} positions; give at most that")
     highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
+    if highest >= text_config.vocab_size:
         raise OptionError(
             f"tokenizer of {options.tokenizer_name or name or 'the embedded corpus'}: its highest token id is "
-            f"{highest}, beyond the model's vocabulary of {config.vocab_size}\ngive --tokenizer_name, the model's own"
+            f"{highest}, beyond the model's vocabulary of {text_config.vocab_size}\ngive --tokenizer_name"
         )
     return config, tokenizer
 
@@ -75,17 +76,18 @@ def _load_config(option: str, name: str) -> PretrainedConfig:
 
 def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     name = options.tokenizer_name or options.model_name_or_path or options.config_name
-    if name is None:
+    alone = name == options.config_name and not list(Path(str(name)).glob("tokenizer*"))  # a configuration, no more
+    if name is None or (alone and Path(str(name)).exists()):
         return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without tokenizer files
             raise ValueError("it knows no tokens")
     except Exception as error:
-        if name == options.config_name:
-            return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
         cause = _first_line(error)
         raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\ngive --tokenizer_name") from error
+    if not tokenizer.is_fast:
+        raise OptionError(f"{name}: its tokenizer is not a fast one\ngive --tokenizer_name, one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\ngive --tokenizer_name")
     return tokenizer
@@ -124,11 +126,14 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     return model.train()
 
 
-def complete(directory: Path, prompt: str, device: torch.device, new_tokens: int = 48) -> str:
-    """What the exported model, loaded as any user of transformers would, makes of `prompt`; drawn with a fixed seed."""
+def complete(directory: Path, prompt: str, new_tokens: int = 48) -> str:
+    """What the exported model, loaded as any user of transformers would, makes of `prompt`; drawn with a fixed seed.
+
+    On the CPU: beside the training state, the GPU may have no room for a second model.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory).to(device)
-    prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
     output_BT = model.generate(
         **prompt_BT, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0

@@ -29,16 +29,19 @@ def next_tokens(labels_BT: Tensor) -> Tensor:
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
-    """Floating-point operations of one forward and backward pass, per token; None for mixtures of experts.
+    """Floating-point operations of one forward and backward pass, per token; None for layers it cannot count.
 
     6 per weight that a token is multiplied with (2 forward, 4 backward; Kaplan et al. 2020, section 2.1), and for
     attention 6 x layers x query width x length: half of the full square, because it is causal. Recomputation by
-    activation checkpointing is not counted, so that MFU means useful work.
+    activation checkpointing is not counted, so that MFU means useful work. Mixtures of experts and other layers that
+    are not torch.nn.Linear are not known here.
     """
-    config = model.config
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    embedding = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    counted = {id(weight) for weight in [*linear, *embedding]}
+    if any(parameter.dim() > 1 and id(parameter) not in counted for parameter in model.parameters()):
         return None
-    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length
-    return 6.0 * matrices + 6.0 * attention
+    return 6.0 * sum(weight.numel() for weight in linear) + 6.0 * attention

@@ -1,86 +1,27 @@
-"""What the tests train: a tiny Qwen3 model with tied embeddings, a tokenizer, and ragged documents."""
+"""What the tests share: the small world of tests/world.py, made once a session."""
 
-import json
-import random
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tests.launch import ROOT
-
-VOCABULARY = 384
+from tests import world
 
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
-    """200 documents of 1 to 400 words, drawn from the project's own text; the same in each session."""
-    words = (ROOT / "train.py").read_text().split(" ")
-    draw = random.Random(0)
-    starts_and_lengths = [(draw.randrange(len(words)), int(400 ** draw.random())) for _ in range(200)]
-    return [" ".join(words[start : start + length]) or "nothing" for start, length in starts_and_lengths]
+    return world.make_documents()
 
 
 @pytest.fixture(scope="session")
-def train_file(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    path = tmp_path_factory.mktemp("data") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make_train_file(tmp_path_factory.mktemp("data") / "documents.jsonl")
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    """A directory as users have it: config.json, model.safetensors and a tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(documents, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        eos_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
-    return path
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def tiny(model_dir: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """The options that most runs share: 16 ragged rows a step, so that micro-batches differ in their targets."""
-    cache = tmp_path_factory.mktemp("cache")
-    options = {
-        "model_name_or_path": model_dir,
-        "train_file": train_file,
-        "data_cache_dir": cache,
-        "packing": "none",
-        "block_size": 64,
-        "validation_split_percentage": 10,
-        "global_batch_size": 16,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.1,
-        "warmup_steps": 2,
-        "max_grad_norm": 0.4,
-        "max_steps": 20,
-        "logging_steps": 1,
-        "save_steps": 0,
-        "dataloader_num_workers": 0,
-    }
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    return world.options(model_dir, train_file, tmp_path_factory.mktemp("cache"))

@@ -69,7 +69,7 @@ def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, befo
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.argv = ["train.py", *argv]
     if before:
         before()
-    sys.argv = ["train.py", *argv]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

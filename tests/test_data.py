@@ -1,6 +1,8 @@
 """From documents to global batches: nothing is lost, nothing is repeated, and ranks do not matter."""
 
 import json
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +10,7 @@ from typing import Any, cast
 import datasets
 import pytest
 import torch
+from tokenizers import processors
 from torch.utils.data import DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -130,6 +133,21 @@ def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizer
     assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
 
 
+def test_bos_once_per_document(options: Options, model_dir: Path, tmp_path: Path) -> None:
+    """A tokenizer that opens a text with BOS opens each document with it, and not each piece of a large file."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    bos = tokenizer.convert_tokens_to_ids("!")
+    template = processors.TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.bos_token = "!"
+    options.train_file, options.packing = str(tmp_path / "large.txt"), "none"
+    Path(options.train_file).write_text("one two\n" * PIECE)
+    tokens = tokens_of(prepare(options, tokenizer).train)
+    assert tokens[0] == bos
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert (tokens.count(bos), tokens.count(tokenizer.eos_token_id)) == (1, 1)
+
+
 def test_split_is_by_document(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
@@ -190,8 +208,7 @@ def test_cache_is_keyed_by_content(
         assert prepare(options, tokenizer).fingerprint == first.fingerprint
     assert entries() == 1
     times = path.stat()
-    path.write_text(path.read_text().replace("batch", "hctab"))
-    import os
+    path.write_text(path.read_text().replace("the", "eht"))
 
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert prepare(options, tokenizer).fingerprint != first.fingerprint
@@ -245,8 +262,6 @@ def test_collate_masks_by_length() -> None:
 
 def test_rows_travel_by_path(options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path) -> None:
     """A worker process that is not forked gets the path of the memory map, not its content."""
-    import pickle
-
     options.train_file = str(train_file)
     data: Data = prepare(options, tokenizer)
     pickled = pickle.dumps(data.train)

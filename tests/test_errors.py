@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,10 +32,13 @@ def refused(*argv: object, world_size: int = 1) -> str:
     [
         (["--leaning_rate", "1"], "--leaning_rate: unknown option; did you mean --learning_rate?"),
         (["--zzz"], "--zzz: unknown option"),
-        (["--strategy", "zero"], "argument --strategy: invalid choice: 'zero' (choose from 'ddp', 'fsdp')"),
+        (["--strategy", "zero"], "argument --strategy: invalid choice: 'zero' (choose from "),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--block_size", "1"], "block_size 1: must be at least 2"),
         (["--learning_rate", "nan"], "learning_rate nan: must be at least 0"),
+        (["--adam_beta1", "1"], "adam_beta1 1.0: must be at least 0 and below 1"),
+        (["--replicas", "2"], "replicas 2: needs --strategy fsdp"),
+        (["--strategy", "fsdp", "--replicas", "3"], "2 ranks are 0.667 for each replica"),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
         (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: give more than 0"),
         (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: give one"),
@@ -46,10 +50,9 @@ def refused(*argv: object, world_size: int = 1) -> str:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_options(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options(argv: list[str], expected: str) -> None:
     if argv == ["--ddp_backend", "nccl"]:
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    import config
+        import config
 
     with pytest.raises(config.OptionError) as error:
         config.check(config.parse(argv), world_size=2)
@@ -73,6 +76,38 @@ def test_printed_once_by_torchrun(tmp_path: Path) -> None:
     assert "exitcode  : 2" in run.stderr
     assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; give a readable file") == 1
     assert 'train.py", line' not in run.stderr, "a traceback of ours"
+
+
+def test_without_torchrun() -> None:
+    """The real command without a launcher: nothing in the environment says which rank this is."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "train.py"), "--zzz"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2
+    assert run.stderr == "train.py: error: --zzz: unknown option; `python train.py --help` lists every option\n"
+
+
+def another_seed_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--seed") + 1] = "7"
+
+
+def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path) -> None:
+    outcome = train(2, [*tiny, "--output_dir", tmp_path, "--seed", 42], before=another_seed_on_rank_1)
+    assert outcome.exit_codes == [2, 2]
+    assert "ranks [1]: they have other data, another model or other steps than rank 0" in outcome.output
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def another_directory_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--output_dir") + 1] += "-unseen"
+
+
+def test_output_dir_that_is_not_shared(tiny: list[object], tmp_path: Path) -> None:
+    outcome = train(2, [*tiny, "--output_dir", tmp_path / "output"], before=another_directory_on_rank_1)
+    assert outcome.exit_codes == [2, 2]
+    assert "ranks [1] do not see what rank 0 writes there" in outcome.output
 
 
 def write(path: Path, content: str | bytes) -> Path:

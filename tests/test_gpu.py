@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import metrics
 from tests.launch import train_ok
+from tests.proof import relative_l2
 from tests.test_resume import equal_to_the_bit
-from tests.test_topology import relative_l2
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

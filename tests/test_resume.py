@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import checkpoint
 import metrics
 from tests.launch import train, train_ok
-from tests.test_topology import PARAMETER_GATE, relative_l2
+from tests.proof import GATES, read_tensors, relative_l2
 
 # A run that ends after 15 steps and one that goes on to 20 do the same until then.
 STEADY = ["--lr_scheduler_type", "constant", "--eval_steps", 5]
@@ -25,14 +24,6 @@ def trajectory(output_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run without what a clock or the memory measured."""
     rows = metrics.read_rows(output_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in NOT_IN_TRAJECTORY} for row in rows]
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a sharded safetensors folder, whole, in this one process."""
-    described = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}  # type: ignore[union-attr]
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors
 
 
 def equal_to_the_bit(first: Path, second: Path) -> bool:
@@ -125,7 +116,7 @@ def test_other_ranks_and_strategies(
 
     train_ok(2, *options)
     expected = load_file(ddp_on_two / "model.safetensors")
-    assert relative_l2(load_file(resumed / "model.safetensors"), expected) < PARAMETER_GATE
+    assert relative_l2(load_file(resumed / "model.safetensors"), expected) < GATES.parameters
     for row, reference in zip(trajectory(resumed), trajectory(ddp_on_two), strict=True):
         assert row.keys() == reference.keys()
         for key in ("loss", "eval_loss"):

@@ -128,6 +128,12 @@ def test_run_file(tmp_path: Path) -> None:
     assert config.parse(["--model_name_or_path", "x"]).learning_rate == 5e-5, "the recipe is for no model at all"
 
 
+def test_epochs_win_over_the_recipe() -> None:
+    """Who asks for epochs gets them, also with the small model, whose recipe counts steps."""
+    assert config.parse(["--num_train_epochs", "1"]).max_steps == -1
+    assert config.parse([]).max_steps == config.EMBEDDED_RECIPE["max_steps"]
+
+
 def test_every_option_has_a_help() -> None:
     assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
     assert set(config.EMBEDDED_RECIPE) <= {field.name for field in dataclasses.fields(Options)}

@@ -1,0 +1,79 @@
+"""The small world that the tests and the proof train in: ragged documents, a tokenizer, a tiny tied Qwen3 model."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from tests.launch import ROOT
+
+VOCABULARY = 384
+
+
+def make_documents() -> list[str]:
+    """200 documents of 1 to 400 words, drawn from the licence, so that they are the same each time."""
+    words = (ROOT / "LICENSE").read_text().split(" ")
+    draw = random.Random(0)
+    lengths = [int(400 ** draw.random()) for _ in range(200)]
+    return [" ".join(draw.choice(words) for _ in range(length)) for length in lengths]
+
+
+def make_train_file(path: Path) -> Path:
+    """The documents as .jsonl."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents()))
+    return path
+
+
+def make_model(path: Path) -> Path:
+    """A directory as users have it: config.json, model.safetensors and a tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(make_documents(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        eos_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
+    """The options that most runs share: 16 ragged rows a step, so that micro-batches differ in their targets."""
+    values = {
+        "model_name_or_path": model_dir,
+        "train_file": train_file,
+        "data_cache_dir": cache,
+        "packing": "none",
+        "block_size": 64,
+        "validation_split_percentage": 10,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.4,
+        "max_steps": 20,
+        "logging_steps": 1,
+        "save_steps": 0,
+        "dataloader_num_workers": 0,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
