@@ -209,7 +209,6 @@ def test_cache_is_keyed_by_content(
     assert entries() == 1
     times = path.stat()
     path.write_text(path.read_text().replace("the", "eht"))
-
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert prepare(options, tokenizer).fingerprint != first.fingerprint
     options.block_size = 16
