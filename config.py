@@ -39,6 +39,31 @@ EMBEDDED_RECIPE: dict[str, Any] = {
 }
 
 
+POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "replicas",
+    "save_total_limit",
+    "logging_steps",
+    "ddp_timeout",
+    "preprocessing_num_workers",
+    "dataloader_prefetch_factor",
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_skipped_steps",
+    "dataloader_num_workers",
+    "eval_steps",
+    "save_steps",
+)
+
+
 class OptionError(ValueError):
     """What a user can get wrong. Its text names the option, the value and the remedy in at most three lines."""
 
@@ -199,29 +224,14 @@ def check(options: Options, world_size: int) -> None:
 
     Costs nothing and needs no process group. Raises OptionError.
     """
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+    for name in POSITIVE:
         _at_least(options, name, 1)
-    for name in (
-        "replicas",
-        "global_batch_size",
-        "save_total_limit",
-        "logging_steps",
-        "ddp_timeout",
-        "preprocessing_num_workers",
-    ):
-        _at_least(options, name, 1)
-    for name in (
-        "dataloader_num_workers",
-        "eval_steps",
-        "save_steps",
-        "warmup_steps",
-        "learning_rate",
-        "max_grad_norm",
-    ):
+    for name in NOT_NEGATIVE:
         _at_least(options, name, 0)
-    _at_least(options, "weight_decay", 0)
-    _at_least(options, "dataloader_prefetch_factor", 1)
     _at_least(options, "block_size", 2)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(options, name) < 1:
+            raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
     if not 0 <= options.validation_split_percentage < 100:
         raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
     if options.max_steps <= 0 and options.num_train_epochs <= 0:

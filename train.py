@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -175,7 +176,6 @@ def main(argv: list[str]) -> None:
         recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     dist.barrier()  # without it, a rank that is still busy may find its peers gone
-    dist.destroy_process_group()
     if lock:
         lock.close()
 
@@ -265,11 +265,24 @@ def flag(event: threading.Event) -> Tensor:
     return torch.tensor(int(event.is_set()))
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End the process, and leave the rest to the operating system: files are closed, peers have passed the barrier.
+
+    There is no destroy_process_group, and no teardown by Python: both destroy gloo's process group while they hold the
+    interpreter's lock, and wait for gloo's threads, which may just then need that lock to release a tensor. Such a run
+    hung once in some hundred, or aborted ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OptionError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"train.py: error: {error}", file=sys.stderr)
+        leave(2)
+    leave(0)
