@@ -207,7 +207,7 @@ The reference is one process that takes the 16 rows at once. Every line below is
 another strategy, or in other micro-steps, and how far it is from the reference: the whole gradient of the first step
 before clipping (relative L2), the loss of the worst of 20 steps (absolute), its gradient norm (relative), the initial
 evaluation (absolute), and the parameters after 20 steps (relative L2). What remains is the rounding of fp32 sums in
-another order. AdamW hides a gradient that is wrong by a factor; SGD (here as the limit of AdamW for an epsilon far above
+another order. AdamW hides a gradient that is wrong by a factor; SGD (here the limit of AdamW for an epsilon far above
 every gradient) does not.
 
 {matrix}
