@@ -61,7 +61,7 @@ def test_same_ranks_to_the_bit(tiny: list[object], with_dropout: Path, tmp_path:
     options += ["--global_batch_size", 40, "--max_steps", 30, "--save_steps", 15, "--dataloader_num_workers", 1]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     train_ok(2, *options, "--output_dir", unbroken)
-    assert metrics.read_rows(unbroken / "metrics.jsonl")[-1]["epoch"] > 1.5
+    assert metrics.read_rows(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
     cut_off_at(15, unbroken, resumed)
     train_ok(2, *options, "--output_dir", resumed, "--resume_from_checkpoint", "auto")
     assert trajectory(resumed) == trajectory(unbroken)
