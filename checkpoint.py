@@ -22,7 +22,9 @@ import shutil
 import sys
 import tempfile
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,41 +113,110 @@ def _run_files(output_dir: Path) -> list[Path]:
 # --- Saving ---------------------------------------------------------------------------------------------------------
 
 
-def save(
-    output_dir: Path,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    options: Options,
-) -> None:
-    """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`. Every rank must call."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final = output_dir / f"checkpoint-{progress.step}"
-    saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}")
-    saving.mkdir(exist_ok=True)
+@dataclasses.dataclass
+class Snapshot:
+    """What one rank contributes to a checkpoint, at one moment of training."""
 
-    moments, optimizer_steps = _optimizer_state(model, optimizer)
-    for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True))
-    rng = _gather(_rng_state())
-    if rank == 0:
-        state = {
-            "progress": dataclasses.asdict(progress),
-            "optimizer_steps": optimizer_steps,
-            "rng": rng,
-            "options": dataclasses.asdict(options),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    rng: dict[str, str]
+    state: dict[str, Any]  # the rest of state.json, the same on all ranks
+
+
+class Saver:
+    """Writes checkpoints in a thread, from a copy, while training goes on. Every rank has one, and calls alike.
+
+    The thread's collectives have a process group of their own: they must not mix with those of the loop.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.ddp_timeout))
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future[None] | None = None
+        self.copies: dict[str, Tensor] = {}
+
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`.
+
+        Waits for the checkpoint before, and for the copy; with `async_save` false, for the files too, and saves the
+        memory of the copy: 12 bytes a parameter, divided among the ranks. Raises OptionError like `wait`.
+        """
+        self.wait()
+        moments, optimizer_steps = _optimizer_state(optimizer)
+        snapshot = Snapshot(
+            _share_of_rank(_parameters(model)),
+            _share_of_rank(moments),
+            _rng_state(),
+            {
+                "progress": dataclasses.asdict(progress),
+                "optimizer_steps": optimizer_steps,
+                "options": dataclasses.asdict(self.options),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
             },
-        }
-        (saving / "state.json").write_text(json.dumps(state, indent=1))
+        )
+        if self.options.async_save:
+            snapshot.parameters = self._copy(snapshot.parameters)
+            snapshot.moments = self._copy(snapshot.moments)
+        self.writing = self.thread.submit(_write, snapshot, self.options, self.group)
+        if not self.options.async_save:
+            self.wait()
 
-    dist.barrier()
-    files = sorted(path for path in saving.rglob("*") if path.is_file())
-    digests = _gather({str(path.relative_to(saving)): _sync_and_hash(path) for path in files[rank::world_size]})
-    if rank == 0:
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written cannot be: the ranks must agree on it, and then `wait`."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one could not write it."""
+        try:
+            if self.writing:
+                self.writing.result()
+        except (OSError, dcp.CheckpointException) as error:
+            failures = getattr(error, "failures", {0: (error, None)})
+            causes = {str(cause) for cause, _ in failures.values() if isinstance(cause, OSError)}
+            if not causes:
+                raise
+            raise OptionError(
+                f"output_dir {self.options.output_dir}: the checkpoint could not be written: {min(causes)[:200]}\n"
+                "make room or give another one; the checkpoint before is intact: --resume_from_checkpoint auto"
+            ) from error
+        self.writing = None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory: page-locked, so that a GPU copies fast, and used again for the next save."""
+        for name, tensor in tensors.items():
+            if name not in self.copies:
+                self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self.copies[name] for name in tensors}
+
+
+def _write(snapshot: Snapshot, options: Options, group: dist.ProcessGroup) -> None:
+    """Write, sync and rename a checkpoint, then prune. Every rank must call. Raises OSError on all if one fails."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    output_dir = Path(options.output_dir)
+    final = output_dir / f"checkpoint-{snapshot.state['progress']['step']}"
+    saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}", group)
+    rng = _gather(snapshot.rng, group)
+
+    def write_state() -> None:
+        saving.mkdir(exist_ok=True)
+        if rank == 0:
+            (saving / "state.json").write_text(json.dumps(snapshot.state | {"rng": rng}, indent=1))
+
+    def sync() -> dict[str, Any]:
+        files = sorted(path for path in saving.rglob("*") if path.is_file())
+        return {str(path.relative_to(saving)): _sync_and_hash(path) for path in files[rank::world_size]}
+
+    def complete() -> None:
+        if rank > 0:
+            return
         manifest = {name: digest for part in digests for name, digest in part.items()}
         (saving / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         _sync_and_hash(saving / MANIFEST)
@@ -154,7 +225,13 @@ def save(
         saving.rename(final)
         _sync_directory(output_dir)
         _prune(output_dir, options.save_total_limit)
-    dist.barrier()
+
+    _together(write_state, group)
+    for name, tensors in (("model", snapshot.parameters), ("optimizer", snapshot.moments)):
+        writer = dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    digests = _together(sync, group)
+    _together(complete, group)
 
 
 def _prune(output_dir: Path, limit: int | None) -> None:
@@ -173,15 +250,25 @@ def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
 
 
-def _optimizer_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _share_of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes: its shards, and of the tensors that all ranks hold as many bytes as each of them."""
+    loads = [0] * dist.get_world_size()
+    share = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        owner = dist.get_rank() if isinstance(tensor, DTensor) else loads.index(min(loads))
+        loads[owner] += tensor.numel()
+        if owner == dist.get_rank():
+            share[name] = tensor.detach()
+    return share
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
     """AdamW's state by parameter name: the moments, in the shape and sharding of the parameter, and its step count.
 
     Creates a state of zeros where there is none yet, as AdamW's own first step would, for `load` to fill.
     """
     moments, steps = {}, {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named_parameters(optimizer).items():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -191,6 +278,12 @@ def _optimizer_state(
         moments[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
         steps[name] = state["step"]
     return moments, dict(zip(steps, torch.stack(list(steps.values())).tolist(), strict=True))
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer updates, by name; a sharded one updates a part of each of the model's parameters."""
+    groups = optimizer.param_groups
+    return {name: part for group in groups for name, part in zip(group["param_names"], group["params"], strict=True)}
 
 
 def _sync_and_hash(path: Path) -> dict[str, Any]:
@@ -290,10 +383,10 @@ def load(
         if was != now:
             raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
 
-    moments, _ = _optimizer_state(model, optimizer)
+    moments, _ = _optimizer_state(optimizer)
     for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
-    parameters = dict(model.named_parameters())
+    parameters = _named_parameters(optimizer)
     for name, step in state["optimizer_steps"].items():
         optimizer.state[parameters[name]]["step"].fill_(step)
 
@@ -394,15 +487,28 @@ def require_same_job(options: Options, *job: Any) -> None:
 # --- Between ranks --------------------------------------------------------------------------------------------------
 
 
-def _broadcast(value: Any) -> Any:
+def _broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, by rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def _together(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+    """What `work` returns on every rank, by rank. If it fails on one, all raise its OSError: nobody waits for it."""
+    result, error = None, None
+    try:
+        result = work()
+    except OSError as failure:
+        error = str(failure)
+    results, errors = zip(*_gather((result, error), group), strict=True)
+    if failures := [error for error in errors if error]:
+        raise OSError(failures[0])
+    return list(results)

@@ -1,8 +1,8 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `replicas`, `global_batch_size`, `packing`, `text_column`, `data_cache_dir`,
-`max_skipped_steps` and `prompt`.
+`strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `packing`, `text_column`,
+`data_cache_dir`, `max_skipped_steps`, `async_save`, `ledger` and `prompt`.
 """
 
 import dataclasses
@@ -141,6 +141,9 @@ class Options:
     replicas: int = HfArg(
         default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."
     )
+    shard_optimizer: bool = HfArg(
+        default=False, help="ddp: each rank updates its part of the parameters, and keeps only that part's moments."
+    )
     bf16: bool = HfArg(
         default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
     )
@@ -167,7 +170,11 @@ class Options:
     logging_steps: int = HfArg(default=10, help="Steps between two rows of metrics.jsonl.")
     eval_steps: int = HfArg(default=0, help="Steps between evaluations. 0: only before and after training.")
     save_steps: int = HfArg(default=500, help="Steps between checkpoints. 0: only after training.")
+    async_save: bool = HfArg(default=True, help="Train on while a checkpoint is written, from a copy in host memory.")
     save_total_limit: int | None = HfArg(default=None, help="Checkpoints that are kept, the newest. None: all.")
+    ledger: bool = HfArg(
+        default=False, help="Record the rows of every step and their tokens; `python -m data.ledger` checks them."
+    )
     report_to: Literal["none", "tensorboard"] = HfArg(default="none", help="Where else metrics go.")
     prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
 
@@ -250,6 +257,8 @@ def check(options: Options, world_size: int) -> None:
             f"replicas {options.replicas}: needs --strategy fsdp, and {world_size} ranks are "
             f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of the number of ranks"
         )
+    if options.shard_optimizer and options.strategy != "ddp":
+        raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
     if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or give none")
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +82,8 @@ def main(argv: list[str]) -> None:
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward, options.replicas)
     optimizer = build_optimizer(model, options)
+    if options.shard_optimizer:
+        strategy.shard_optimizer(optimizer)
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
 
     # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
@@ -101,6 +104,7 @@ def main(argv: list[str]) -> None:
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
     recorder.start(progress.step, progress.tokens_seen)
+    saver = checkpoint.Saver(options)
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
         with recorder.pause():
@@ -114,11 +118,14 @@ def main(argv: list[str]) -> None:
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # The whole global batch is counted before the first backward, so that its loss is one mean over all its
-        # targets and not a mean of means. A signal may have reached one rank only: summed, all leave at the same step.
-        # On CPU tensors, over gloo: the GPU is not waited for.
-        counts = torch.stack([sum_of(step_batches, "targets"), sum_of(step_batches, "tokens"), flag(stop_requested)])
+        # targets and not a mean of means. A signal or a full disk may have met one rank only: summed, all leave at the
+        # same step. On CPU tensors, over gloo: the GPU is not waited for.
+        happened = torch.tensor([stop_requested.is_set(), saver.failed()])
+        counts = torch.cat([sum_of(step_batches, "targets"), sum_of(step_batches, "tokens"), happened])
         dist.all_reduce(counts)
-        targets, tokens, stop = counts.tolist()
+        targets, tokens, stop, failed = counts.tolist()
+        if failed:
+            saver.wait()  # raises on every rank
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
@@ -146,7 +153,8 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        optimizer.zero_grad()
+        strategy.gather_parameters(optimizer)  # the parts that other ranks have updated, with a sharded optimizer
+        wrapped.zero_grad()
         recorder.step(tokens)
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
@@ -161,10 +169,11 @@ def main(argv: list[str]) -> None:
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
             progress.skipped_steps = int(skipped.item())
             with recorder.pause():
-                checkpoint.save(output_dir, model, optimizer, progress, options)
+                saver.save(model, optimizer, progress)
         if stop:
             break
     batches.close()  # ends the loader's worker processes
+    saver.wait()
 
     # === The finished model, for from_pretrained. ===================================================================
     if progress.step == plan.total_steps:
@@ -256,13 +265,8 @@ def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.dev
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:
-    """The sum of a count over this rank's micro-batches: an int64 scalar on the CPU."""
-    return torch.stack([batch[name] for batch in batches]).sum()
-
-
-def flag(event: threading.Event) -> Tensor:
-    """1 if the event is set on this rank, else 0: summed over ranks, it is what they agree on."""
-    return torch.tensor(int(event.is_set()))
+    """The sum of a count over this rank's micro-batches: an int64 [1] on the CPU."""
+    return torch.stack([batch[name].sum() for batch in batches]).sum(dim=0, keepdim=True)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -285,4 +289,7 @@ if __name__ == "__main__":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
         print(f"train.py: error: {error}", file=sys.stderr)
         leave(2)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     leave(0)

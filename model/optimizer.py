@@ -10,10 +10,12 @@ from config import Options
 def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) as one fused kernel; only matrices decay, norms and biases do not.
 
-    Must be called after wrapping: sharding replaces the parameters. Its state follows their dtype, fp32.
+    Must be called after wrapping: sharding replaces the parameters. Its state follows their dtype, fp32. Its groups
+    hold the parameters' names beside them, as `param_names`.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() < 2]
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [(name, parameter) for name, parameter in learned if parameter.dim() >= 2]
+    vectors = [(name, parameter) for name, parameter in learned if parameter.dim() < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=options.learning_rate,

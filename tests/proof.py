@@ -51,6 +51,7 @@ FSDP = ("--strategy", "fsdp")
 WHOLE = (*FSDP, "--reshard_after_forward", "false")
 HYBRID = (*FSDP, "--replicas", "2")
 BF16 = ("--bf16", "true")
+SHARDED_OPTIMIZER = ("--shard_optimizer",)
 
 REFERENCE = Case("single", 1, 16)
 CASES = [
@@ -60,6 +61,10 @@ CASES = [
     Case("DDP", 2, 2),
     Case("DDP", 4, 4),
     Case("DDP", 4, 1),
+    Case("DDP, sharded optimizer", 1, 4, SHARDED_OPTIMIZER),
+    Case("DDP, sharded optimizer", 2, 2, SHARDED_OPTIMIZER),
+    Case("DDP, sharded optimizer", 4, 4, SHARDED_OPTIMIZER),
+    Case("DDP, sharded optimizer", 4, 1, SHARDED_OPTIMIZER),
     Case("FSDP", 1, 4, FSDP),
     Case("FSDP", 2, 8, FSDP),
     Case("FSDP", 2, 2, FSDP),

@@ -32,7 +32,7 @@ def killed_at(event: int, rank: int) -> None:
     """
     if os.environ["RANK"] != str(rank):
         return
-    save, seen = checkpoint.save, 0
+    write, seen = checkpoint._write, 0
 
     def count(original: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -44,13 +44,13 @@ def killed_at(event: int, rank: int) -> None:
 
         return counted
 
-    def watched_save(*args: Any, **kwargs: Any) -> None:
+    def watched_write(snapshot: Any, options: Any, group: Any) -> None:
         for owner, name in CHANGES:
             setattr(owner, name, count(getattr(owner, name)))
-        save(*args, **kwargs)
+        write(snapshot, options, group)
         os._exit(NOT_REACHED)
 
-    checkpoint.save = watched_save
+    checkpoint._write = watched_write
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def half_way(short: list[object], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def die_after_first_save() -> None:
-    save = checkpoint.save
+    write = checkpoint._write
 
-    def save_and_die(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
+    def write_and_die(snapshot: Any, options: Any, group: Any) -> None:
+        write(snapshot, options, group)
         os._exit(9)
 
-    checkpoint.save = save_and_die
+    checkpoint._write = write_and_die
 
 
 def check_survived(run: Path, short: list[object], unbroken: Path) -> None:

@@ -87,8 +87,8 @@ def save_again(elsewhere: Path) -> None:
     def load_and_save(path: Path, model: Any, optimizer: Any, expected: Any) -> checkpoint.Progress:
         progress = load(path, model, optimizer, expected)
         elsewhere.mkdir(exist_ok=True)
-        options = checkpoint.Options(output_dir=str(elsewhere))
-        checkpoint.save(elsewhere, model, optimizer, progress, options)
+        saver = checkpoint.Saver(checkpoint.Options(output_dir=str(elsewhere), async_save=False))
+        saver.save(model, optimizer, progress)
         return progress
 
     checkpoint.load = load_and_save
