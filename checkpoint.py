@@ -105,8 +105,9 @@ def make_room(options: Options, step: int) -> None:
 
 def _run_files(output_dir: Path) -> list[Path]:
     """What a run leaves behind; not the lock, and nothing that a user may have put there."""
-    exported = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
-    patterns = (*LEFT_OVER, "metrics.jsonl", "tensorboard", "special_tokens_map.json", "chat_template.jinja", *exported)
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    exported = ("config.json", "generation_config.json", *tokenizer, *WEIGHTS)
+    patterns = (*LEFT_OVER, "metrics.jsonl", "ledger", "tensorboard", *exported)
     return [*_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]
 
 

@@ -90,10 +90,7 @@ class Recorder:
         self.bar.unpause()
         self.started = time.perf_counter()
         if self.writes:
-            kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-            beside = self.path.with_suffix(".tmp")
-            beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(beside, self.path)
+            drop_rows_beyond(self.path, step)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """The same batches, with a watch on the time that it takes to get them."""
@@ -171,12 +168,20 @@ class Recorder:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is not one."""
+    """The rows of a file of JSON lines; a last line that a killed process left unfinished is not one."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def drop_rows_beyond(path: Path, step: int) -> None:
+    """Leave only the rows of the first `step` steps, and none at 0, in a file that is then there whole or as before."""
+    kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(beside, path)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -35,7 +35,8 @@ import fsdp
 import metrics
 from config import OptionError, Options, Plan
 from data.batches import collate, micro_batches, validation_batches
-from data.rows import Rows, prepare
+from data.ledger import Ledger
+from data.rows import Row, Rows, prepare
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token, token_loss_sum
 from model.optimizer import build_optimizer, learning_rate
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> None:
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
+    ledger = Ledger(output_dir, rank, plan, len(data.train), progress.step) if options.ledger else None
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
         with recorder.pause():
@@ -126,6 +128,8 @@ def main(argv: list[str]) -> None:
         targets, tokens, stop, failed = counts.tolist()
         if failed:
             saver.wait()  # raises on every rank
+        if ledger:
+            ledger.write(step, step_batches)
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
@@ -233,7 +237,7 @@ def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) 
         epoch, steps_into_epoch = epoch + 1, 0
 
 
-def load(rows: Rows, batches: list[list[int]], options: Options) -> DataLoader[Tensor]:
+def load(rows: Rows, batches: list[list[int]], options: Options) -> DataLoader[Row]:
     """A loader of `batches` (lists of row numbers), in that order, prepared ahead by worker processes."""
     return DataLoader(
         rows,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.rows import Row
 from model.loss import IGNORED, next_tokens
 
 
@@ -30,23 +31,25 @@ def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list
     return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
 
 
-def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+def collate(rows: list[Row]) -> dict[str, Tensor]:
     """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
 
-    Beside them two counts, int64 scalars: `tokens` without padding, and `targets`, the labels that are learned.
-    Padding needs no attention mask: causal attention never looks to the right, and the labels there are ignored.
-    It goes by length and not by token, because the pad token of many tokenizers is EOS, which must be learned.
-    No rows at all give one row without targets, so that a rank that has none left still enters the collectives.
+    Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; and `targets`, a scalar,
+    how many labels are learned. Padding needs no attention mask: causal attention never looks to the right, and the
+    labels there are ignored. It goes by length and not by token, because the pad token of many tokenizers is EOS, which
+    must be learned. No rows at all give one row without targets, so that a rank that has none left still enters the
+    collectives.
     """
-    shape = (max(1, len(rows)), max([2, *map(len, rows)]))
+    lengths = [len(tokens) for _, tokens in rows]
+    shape = (max(1, len(rows)), max([2, *lengths]))
     input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
-    for index, row in enumerate(rows):
-        input_ids_BT[index, : len(row)] = row
-        labels_BT[index, : len(row)] = row
-    targets = (next_tokens(labels_BT) != IGNORED).sum()
+    for index, (_, tokens) in enumerate(rows):
+        input_ids_BT[index, : len(tokens)] = tokens
+        labels_BT[index, : len(tokens)] = tokens
     return {
         "input_ids": input_ids_BT,
         "labels": labels_BT,
-        "tokens": torch.tensor(sum(map(len, rows))),
-        "targets": targets,
+        "rows": torch.tensor([number for number, _ in rows], dtype=torch.int64),
+        "tokens": torch.tensor(lengths, dtype=torch.int64),
+        "targets": (next_tokens(labels_BT) != IGNORED).sum(),
     }

@@ -27,8 +27,12 @@ from data.corpus import Source, find_sources, read_documents
 FORMAT = 2  # raised when prepared files of an older version can no longer be read
 
 
-class Rows(torch.utils.data.Dataset[Tensor]):
-    """The rows of a prepared split; row i is an int64 tensor of at most block_size tokens, read on demand."""
+Row = tuple[int, Tensor]
+"""A row's number in its split, and its tokens: int64, at most block_size of them."""
+
+
+class Rows(torch.utils.data.Dataset[Row]):
+    """The rows of a prepared split, read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,8 +42,8 @@ class Rows(torch.utils.data.Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int64))
+    def __getitem__(self, index: int) -> Row:
+        return index, torch.from_numpy(self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int64))
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return Rows, (self.folder,)  # to a worker process travels the path, not the file

@@ -22,6 +22,7 @@ from torch import Tensor
 import data.batches
 import metrics
 import model.loss
+from data.rows import Row
 from tests import world
 from tests.launch import ROOT, train
 
@@ -145,7 +146,7 @@ def mean_of_means() -> None:
         targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
         return loss_sum(logits_BTV, labels_BT) / targets
 
-    def count_micro_batches(rows: list[Tensor]) -> dict[str, Tensor]:
+    def count_micro_batches(rows: list[Row]) -> dict[str, Tensor]:
         return collate(rows) | {"targets": torch.tensor(1)}
 
     model.loss.token_loss_sum = mean

@@ -33,7 +33,7 @@ def options(tmp_path: Path) -> Options:
 
 def tokens_of(rows: Rows | None) -> list[int]:
     assert rows is not None
-    return [int(token) for index in range(len(rows)) for token in rows[index]]
+    return [int(token) for index in range(len(rows)) for token in rows[index][1]]
 
 
 def expected_tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[int]:
@@ -73,7 +73,7 @@ def test_no_token_is_lost(
     assert counts.dropped_tokens == len(expected) % 32
     assert counts.tokens == len(expected)
     assert counts.documents == (1 if suffix == ".txt" else len(documents))
-    assert all(len(data.train[index]) == 32 for index in range(len(data.train)))
+    assert all(len(data.train[index][1]) == 32 for index in range(len(data.train)))
 
 
 def test_data_set_directory(
@@ -109,7 +109,7 @@ def test_packing_none(
     documents = [*documents, " ".join(documents) * 3]
     options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
     data = prepare(options, tokenizer)
-    rows = iter(data.train[index].tolist() for index in range(len(data.train)))
+    rows = iter(data.train[index][1].tolist() for index in range(len(data.train)))
     for text in documents:
         tokens = expected_tokens(tokenizer, [text])
         for start in range(0, len(tokens), 32):
@@ -250,12 +250,12 @@ def test_validation_rows_count_once(world_size: int, rows: int, size: int) -> No
 
 def test_collate_masks_by_length() -> None:
     """Padding is ignored because of where it stands; EOS, which many tokenizers pad with, is learned."""
-    batch = collate([torch.tensor([5, 6, 0]), torch.tensor([7])])
+    batch = collate([(3, torch.tensor([5, 6, 0])), (1, torch.tensor([7]))])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORED, IGNORED]]
-    assert (int(batch["tokens"]), int(batch["targets"])) == (4, 2)
+    assert (batch["rows"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([3, 1], [3, 1], 2)
     nothing = collate([])
-    assert (int(nothing["tokens"]), int(nothing["targets"])) == (0, 0)
+    assert (int(nothing["tokens"].sum()), int(nothing["targets"])) == (0, 0)
     assert nothing["input_ids"].shape == (1, 2)
 
 
@@ -265,4 +265,4 @@ def test_rows_travel_by_path(options: Options, tokenizer: PreTrainedTokenizerBas
     data: Data = prepare(options, tokenizer)
     pickled = pickle.dumps(data.train)
     assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[3], data.train[3])
+    assert torch.equal(pickle.loads(pickled)[3][1], data.train[3][1])

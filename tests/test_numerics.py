@@ -13,6 +13,7 @@ from torch import Tensor
 import data.batches
 import metrics
 import model.loss
+from data.rows import Row
 from model.loss import IGNORED
 from tests.launch import train, train_ok
 from tests.test_resume import equal_to_the_bit
@@ -38,7 +39,7 @@ def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
     original, calls = data.batches.collate, iter(range(10_000))
 
-    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    def collate(rows: list[Row]) -> dict[str, Tensor]:
         batch = original(rows)
         if next(calls) // 2 + 1 in steps:
             batch["labels"].fill_(IGNORED)
