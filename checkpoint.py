@@ -71,8 +71,9 @@ def claim_output_dir(options: Options) -> IO[str]:
     except OSError as error:
         raise OptionError(f"output_dir {output_dir}: {error.strerror}; give a directory that can be written") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # A record lock: unlike one of flock, it ends with this process, and is not held on by forked loader workers.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         raise OptionError(f"output_dir {output_dir}: another run is writing to it; give another one") from error
     except OSError as error:
         raise OptionError(

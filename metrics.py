@@ -17,6 +17,8 @@ metrics.jsonl holds one JSON object a line; null stands for a number that is not
                        the peak is not known
     peak_memory_gib    of rank 0 so far: allocated on its GPU, or resident on a CPU
     data_wait_seconds  that rank 0 stood waiting for its micro-batches since the last row
+    save_seconds       that training stood still for checkpoints since the last row: while the state was copied, and
+                       while the checkpoint before was not yet on the disk
 
 Rows of evaluations:
 
@@ -36,7 +38,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -78,7 +80,7 @@ class Recorder:
         # The share of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
         self.tokens_seen = self.tokens_at_last_row = 0
-        self.waited = self.paused = 0.0
+        self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=not self.writes, dynamic_ncols=True, leave=True)
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
@@ -105,13 +107,16 @@ class Recorder:
             yield batch
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, to: Literal["evaluate", "save"]) -> Iterator[None]:
         """Stop the clock of training. On a GPU this waits for the steps that are still running there."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - before
+        if to == "evaluate":
+            self.evaluating += time.perf_counter() - before
+        else:
+            self.saving += time.perf_counter() - before
 
     def step(self, tokens: int) -> None:
         """Count a step of `tokens` input tokens over all ranks. Costs no synchronisation."""
@@ -121,7 +126,7 @@ class Recorder:
     def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
         """Write a row of training; the floats must have been read from the device, so that its work is done."""
         now = time.perf_counter()
-        speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.paused)
+        speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.evaluating - self.saving)
         self._write(
             step,
             loss=loss,
@@ -132,9 +137,11 @@ class Recorder:
             mfu=speed * self.mfu_per_speed if self.mfu_per_speed else None,
             peak_memory_gib=peak_memory_gib(self.device),
             data_wait_seconds=self.waited,
+            save_seconds=self.saving,
         )
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
-        self.started, self.paused, self.waited, self.tokens_at_last_row = now, 0.0, 0.0, self.tokens_seen
+        self.started, self.tokens_at_last_row = now, self.tokens_seen
+        self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Write a row of evaluation."""

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     ledger = Ledger(output_dir, rank, plan, len(data.train), progress.step) if options.ledger else None
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
-        with recorder.pause():
+        with recorder.pause("evaluate"):
             recorder.evaluation(0, *evaluate(wrapped, data.validation, options, device))
 
     # === The loop. ==================================================================================================
@@ -167,12 +167,12 @@ def main(argv: list[str]) -> None:
             recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
-            with recorder.pause():
+            with recorder.pause("evaluate"):
                 recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
             progress.skipped_steps = int(skipped.item())
-            with recorder.pause():
+            with recorder.pause("save"):
                 saver.save(model, optimizer, progress)
         if stop:
             break

@@ -111,9 +111,8 @@ def main() -> int:
         if not (path / "ledger" / "about.json").exists():
             print(f"{path}: it has no ledger; train with --ledger", file=sys.stderr)
             return 2
-    found = [f"{path}: {problem}" for path in directories for problem in problems(path)]
-    if arguments.other:
-        found += differences(*directories)
+    found = differences(*directories) if arguments.other else []
+    found += [f"{path}: {problem}" for path in directories for problem in problems(path)]
     for problem in found[:20]:
         print(problem)
     if found:

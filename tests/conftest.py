@@ -1,5 +1,7 @@
 """What the tests share: the small world of tests/world.py, made once a session."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model_with_dropout(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with dropout, so that the RNG of each rank matters."""
+    path = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -36,10 +36,18 @@ class Outcome:
     output: str
 
 
-def train(world_size: int, argv: Sequence[object], before: Callable[[], None] | None = None) -> Outcome:
+Ranks = list["multiprocessing.process.BaseProcess"]
+
+
+def train(
+    world_size: int,
+    argv: Sequence[object],
+    before: Callable[[], None] | None = None,
+    meanwhile: Callable[[Ranks], None] | None = None,
+) -> Outcome:
     """Run `train.py argv` on `world_size` ranks and wait for their end.
 
-    `before` is called in each process first, and may patch what it likes there.
+    `before` is called in each process first, and may patch what it likes there; `meanwhile` here, while they run.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
@@ -55,6 +63,8 @@ def train(world_size: int, argv: Sequence[object], before: Callable[[], None] | 
         ]
         for process in ranks:
             process.start()
+        if meanwhile:
+            meanwhile(list(ranks))
         for process in ranks:
             process.join(timeout=DEADLINE)
             process.kill()  # one that hangs ends here with exit code -9, which no test expects; others ended before
@@ -75,6 +85,8 @@ def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, befo
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *argv]
+    # Loaders start their workers as they would under torchrun, and not, as a child of our server would, with servers.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     if before:
         before()
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -194,6 +194,7 @@ def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
         "mfu",
         "peak_memory_gib",
         "data_wait_seconds",
+        "save_seconds",
     }
     assert metrics.__doc__
     assert all(f"    {name}" in metrics.__doc__ for name in training)

@@ -1,0 +1,58 @@
+"""Ways to kill a rank: at a line of our code, counted, or from outside at a random moment of training."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.launch import ROOT, Ranks
+
+
+def die_at_line(file: str, text: str, count: int, rank: int) -> None:
+    """Let `rank` be killed (SIGKILL) when it is about to run a line of `file` that holds `text`: its `count`-th one.
+
+    Lines are seen in the thread that calls, and in threads that it starts later: those of train.py are steps and
+    evaluations, those of checkpoint.py in the saving thread are a save.
+    """
+    at_line(file, text, count, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def at_line(file: str, text: str, count: int, rank: int, act: Callable[[], None]) -> None:
+    """Let `rank` call `act` when it is about to run a line of `file` that holds `text`: its `count`-th one."""
+    if os.environ["RANK"] != str(rank):
+        return
+    path, seen = str(ROOT / file), 0
+    lines = {number for number, line in enumerate((ROOT / file).read_text().splitlines(), 1) if text in line}
+    assert lines, f"{file} has no line with {text}"
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != path:
+            return None
+        if event == "line" and frame.f_lineno in lines:
+            seen += 1
+            if seen == count:
+                act()
+        return trace
+
+    threading.settrace(trace)
+    sys.settrace(trace)
+
+
+def kill_at_random(draw: random.Random, output_dir: Path, seconds: float, ranks: Ranks) -> None:
+    """Kill one rank, or all at once, up to `seconds` after they have written their first metrics; or they are done."""
+    victims = draw.choice([ranks, [draw.choice(ranks)]])
+    delay = draw.uniform(0, seconds)
+    metrics = output_dir / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while not (metrics.exists() and metrics.stat().st_mtime_ns > before) and ranks[0].is_alive():
+        time.sleep(0.01)
+    time.sleep(delay)
+    for victim in victims:
+        victim.kill()

@@ -1,0 +1,103 @@
+"""The ledger shows which rows were learned from: the same on any topology, none lost or repeated by any resume."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data.ledger
+from tests.launch import ROOT, train_ok
+
+OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant", "--save_steps", 0]
+RESUME = ["--resume_from_checkpoint", "auto"]
+TWO_EPOCHS = ["--max_steps", 40]  # and a bit: an epoch has 17 steps
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one")
+    train_ok(1, *tiny, *OPTIONS, *TWO_EPOCHS, "--output_dir", run)
+    return run
+
+
+def check(*directories: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data.ledger", *map(str, directories)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "more"),
+    [
+        (2, 4, []),
+        (4, 12, ["--dataloader_num_workers", 2]),
+        (3, 2, ["--strategy", "fsdp"]),
+    ],
+)
+def test_the_same_global_batches(
+    tiny: list[object], one_process: Path, tmp_path: Path, world_size: int, micro_batch: int, more: list[object]
+) -> None:
+    options = [*OPTIONS, *TWO_EPOCHS, *more, "--per_device_train_batch_size", micro_batch]
+    train_ok(world_size, *tiny, *options, "--output_dir", tmp_path)
+    assert len(data.ledger.read(tmp_path)) == 40
+    assert data.ledger.problems(tmp_path) == data.ledger.differences(tmp_path, one_process) == []
+
+
+def test_epochs_have_other_orders(one_process: Path) -> None:
+    """Each epoch is a permutation of its own: no step of the second has the rows of its counterpart in the first."""
+    steps = data.ledger.read(one_process)
+    first, second = ([steps[step + epoch * 17] for step in range(1, 18)] for epoch in (0, 1))
+    assert all(rows not in first for rows in second)
+    used = [{row for rows in epoch for row in rows} for epoch in (first, second)]
+    assert [len(rows) for rows in used] == [17 * 48] * 2
+
+
+def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:
+    """0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
+    for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):
+        train_ok(world_size, *tiny, *OPTIONS, "--output_dir", tmp_path, *RESUME, "--max_steps", steps)
+        assert len(data.ledger.read(tmp_path)) == steps
+    assert data.ledger.problems(tmp_path) == data.ledger.differences(tmp_path, one_process) == []
+    assert len(list((tmp_path / "ledger").glob("rank-*"))) == 4
+
+
+def test_the_command(one_process: Path, tmp_path: Path) -> None:
+    """What is right is summed up; what is wrong is named; the exit code tells them apart."""
+    right = check(one_process, one_process)
+    assert (right.returncode, right.stderr) == (0, "")
+    assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right.stdout
+    assert "the same global batches in all 40 steps of both" in right.stdout
+    wrong = check(changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else []))
+    assert (wrong.returncode, wrong.stdout.splitlines()[-1]) == (1, "1 problems")
+    assert "step 5 has 0 rows, not 48" in wrong.stdout
+    assert check(tmp_path / "nothing").returncode == 2
+
+
+def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
+    first = data.ledger.read(one_process)[1]
+    again = changed(one_process, tmp_path / "again", lambda step, rows: [*first] if step == 2 else rows)
+    assert f"row {first[0][0]} is in step 1 and again in step 2 of the same epoch" in data.ledger.problems(again)
+    assert data.ledger.differences(again, one_process) == [f"step 2: other rows than in {one_process}"]
+    short = changed(one_process, tmp_path / "short", lambda step, rows: rows[1:] if step == 9 else rows)
+    assert data.ledger.problems(short) == ["step 9 has 47 rows, not 48"]
+    lost = changed(one_process, tmp_path / "lost", lambda step, rows: None if step == 6 else rows)
+    assert data.ledger.problems(lost) == ["steps [6] are missing"]
+    other = changed(
+        one_process, tmp_path / "other", lambda step, rows: [(*row[:2], "0") for row in rows] if step == 20 else rows
+    )
+    assert len(data.ledger.problems(other)) > 40
+    assert "is not the one it was before" in data.ledger.problems(other)[0]
+
+
+def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:
+    """A copy of a ledger in which each step has the rows that `change` makes of its own; None removes the step."""
+    shutil.copytree(run / "ledger", copy / "ledger")
+    path = copy / "ledger" / "rank-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | {"rows": change(line["step"], line["rows"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["rows"] is not None))
+    return copy
