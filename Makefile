@@ -15,7 +15,7 @@ PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
 # Without a GPU in sight, so that what the tests prove does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
-.PHONY: help train test test-all test-gpu proof lint format clean
+.PHONY: help train test test-all test-gpu proof museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -33,6 +33,9 @@ test-all: $(DEVELOPMENT) ## the same and those that take minutes
 
 test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)
+
+museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
+	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum
 
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -229,23 +229,29 @@ def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) 
     same rows however many ranks there are. What is left of an epoch after its last whole global batch is not used.
     """
     sampler: DistributedSampler[int] = DistributedSampler(rows, shuffle=True, seed=options.seed, drop_last=True)
-    epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)
-    while True:
-        sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
-        first, end = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
-        yield from load(rows, micro_batches(list(sampler), options.per_device_train_batch_size, first, end), options)
-        epoch, steps_into_epoch = epoch + 1, 0
+
+    def indices() -> Iterator[list[int]]:
+        epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)
+        while True:
+            sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
+            first, end = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
+            yield from micro_batches(list(sampler), options.per_device_train_batch_size, first, end)
+            epoch, steps_into_epoch = epoch + 1, 0
+
+    # One loader for all epochs: its workers are forked once, before there is a thread that saves, whose locks they
+    # would inherit.
+    yield from load(rows, indices(), options, options.dataloader_num_workers)
 
 
-def load(rows: Rows, batches: list[list[int]], options: Options) -> DataLoader[Row]:
-    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by worker processes."""
+def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: int) -> DataLoader[Row]:
+    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes."""
     return DataLoader(
         rows,
         batch_sampler=batches,  # any iterable of lists will do
         collate_fn=collate,
         worker_init_fn=outlive_stop_signals,
-        num_workers=options.dataloader_num_workers,
-        prefetch_factor=options.dataloader_prefetch_factor if options.dataloader_num_workers else None,
+        num_workers=workers,
+        prefetch_factor=options.dataloader_prefetch_factor if workers else None,
         pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
         generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
     )
@@ -257,7 +263,7 @@ def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.dev
     wrapped.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
     indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
-    for batch in load(rows, indices, options):
+    for batch in load(rows, indices, options, workers=0):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             logits_BTV = wrapped(input_ids=batch["input_ids"].to(device), use_cache=False).logits
         totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device))

@@ -160,3 +160,26 @@ def test_the_share_of_each_rank(tiny: list[object], tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in (tmp_path / "checkpoint-1" / "optimizer").iterdir()]
     assert len(sizes) == 4
     assert max(sizes) < 1.5 * min(sizes)
+
+
+def no_fork_after_the_first_save() -> None:
+    """Patch a rank: once a thread may be saving, a fork is an error."""
+    save = checkpoint.Saver.save
+
+    def fork() -> int:
+        raise AssertionError("a fork beside the saving thread")
+
+    def save_and_forbid(*arguments: Any) -> None:
+        save(*arguments)
+        os.fork = fork
+
+    setattr(checkpoint.Saver, "save", save_and_forbid)  # noqa: B010
+
+
+def test_no_worker_is_forked_beside_the_saving_thread(tiny: list[object], tmp_path: Path) -> None:
+    """A forked process inherits the locks that other threads hold, and may wait for one for ever: it did."""
+    options = [*tiny, "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--max_steps", 40]
+    options += ["--save_steps", 3, "--eval_steps", 4, "--dataloader_num_workers", 2, "--output_dir", tmp_path]
+    outcome = train(2, options, before=no_fork_after_the_first_save)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["epoch"] > 2

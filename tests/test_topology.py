@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import config
 import metrics
+from data.rows import prepare
 from tests import proof
 from tests.launch import train_ok
 from tests.proof import BF16_CASES, CASES, GATES, REFERENCE, Case, curve, first_gradient, relative_l2
@@ -71,3 +74,54 @@ def test_clipping(tiny: list[object], tmp_path: Path) -> None:
         norms[limit] = [row["grad_norm"] for row in rows if "loss" in row]
     assert norms[0.0][0] == norms[0.4][0] > 0.4
     assert norms[0.0][1:] != norms[0.4][1:]
+
+
+def test_random_weights_do_not_depend_on_ranks(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
+    """One seed gives one model: the first evaluation of random weights is the same on shards as on one process."""
+    options = ["--config_name", model_dir, "--tokenizer_name", model_dir, *tiny[2:], "--max_steps", 1]
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
+    train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
+    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, abs=GATES.evaluation)
+
+
+def test_evaluation_changes_nothing(
+    tiny: list[object], model_with_dropout: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """The losses of training, with dropout, are the same to the bit whether there are evaluations in between or not."""
+    options = [*tiny, "--model_name_or_path", model_with_dropout, "--max_steps", 6]
+    train_ok(2, *options, "--output_dir", tmp_path / "with", "--validation_file", train_file, "--eval_steps", 2)
+    train_ok(2, *options, "--output_dir", tmp_path / "without", "--validation_split_percentage", 0)
+    losses = [
+        [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("with", "without")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_checkpointing_repeats_the_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
+    """Activation checkpointing, on and off: the same gradient, because the second forward drops the same places."""
+    options = [*tiny, "--model_name_or_path", model_with_dropout]
+    expected = first_gradient(REFERENCE, options, tmp_path / "off")
+    checkpointed = dataclasses.replace(REFERENCE, options=("--gradient_checkpointing",))
+    assert relative_l2(first_gradient(checkpointed, options, tmp_path / "on"), expected) < GATES.gradient
+    assert relative_l2(first_gradient(REFERENCE, tiny, tmp_path / "no dropout"), expected) > 1e-2
+
+
+def test_the_exported_model_is_the_trained_one(tiny: list[object], tmp_path: Path) -> None:
+    """Loaded by transformers, with its own loss, it has the evaluation loss that the trainer reported."""
+    train_ok(2, *tiny, "--output_dir", tmp_path, "--max_steps", 6, "--strategy", "fsdp")
+    loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    rows = prepare(config.parse(list(map(str, tiny))), AutoTokenizer.from_pretrained(tmp_path)).validation
+    assert rows
+    total = targets = 0.0
+    with torch.no_grad():
+        for _, tokens in (rows[index] for index in range(len(rows))):
+            if len(tokens) > 1:
+                total += loaded(input_ids=tokens[None], labels=tokens[None]).loss.item() * (len(tokens) - 1)
+                targets += len(tokens) - 1
+    evaluation = metrics.read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert targets == evaluation["eval_tokens"]
+    assert total / targets == pytest.approx(evaluation["eval_loss"], abs=1e-5)

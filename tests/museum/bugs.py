@@ -1,0 +1,521 @@
+"""The bugs: classics of distributed training, each as a wrong line in the place of a right one.
+
+The order is that of a run: what the step learns from, its loss, its gradient, the update, the evaluation, the resume.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Change:
+    """A piece of a file's text, and what the bug makes of it."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The run whose loss curve shows the symptom: options beyond those of tests/world.py."""
+
+    ranks: int = 2
+    options: tuple[object, ...] = ()
+    resume_at: int | None = None  # stop after so many steps and resume
+    value: str = "loss"  # the field of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug with its story, what one sees of it, the changes that plant it, and the test that kills it."""
+
+    name: str
+    story: str
+    symptom: str
+    changes: tuple[Change, ...]
+    killer: str
+    curve: Curve | None = None
+
+
+def one(file: str, right: str, wrong: str) -> tuple[Change, ...]:
+    """The most common case: one change."""
+    return (Change(file, right, wrong),)
+
+
+def curve_test(case: str) -> str:
+    """The test that holds the gates of one topology."""
+    return f"tests/test_topology.py::test_same_curve[{case}]"
+
+
+BACKWARD = "(loss * (world_size / max(1, targets))).backward()"
+NUMERICS = "tests/test_numerics.py::test_changes_nothing"
+RESUME_TO_THE_BIT = "tests/test_resume.py::test_same_ranks_to_the_bit[ddp]"
+LOADED_STATE = "tests/test_resume.py::test_other_ranks_and_strategies[1-ddp]"
+
+BUGS = [
+    # --- Data -------------------------------------------------------------------------------------------------------
+    Bug(
+        "no set_epoch",
+        "A DistributedSampler shuffles by seed and epoch, and nobody tells it the epoch: PyTorch's own documentation "
+        "warns of it, and loops still forget it.",
+        "Nothing breaks. Every epoch has the order of the first one; the training loss gets a pattern that repeats.",
+        one(
+            "train.py",
+            "            sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first\n",
+            "",
+        ),
+        "tests/test_ledger.py::test_epochs_have_other_orders",
+    ),
+    Bug(
+        "another shuffle on each rank",
+        "Each rank seeds its own sampler, because seeds 'must differ between ranks'. For dropout they must; for the "
+        "permutation that all ranks divide among themselves they must not.",
+        "Ranks take overlapping shares: in an epoch some rows come twice and others never, which no curve shows.",
+        one(
+            "train.py",
+            "shuffle=True, seed=options.seed, drop_last=True)",
+            "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True)",
+        ),
+        "tests/test_ledger.py::test_the_same_global_batches[2-4-more0]",
+    ),
+    Bug(
+        "the epoch starts again on resume",
+        "The checkpoint knows the step, but the loader begins its epoch anew: the rows before the cut are seen twice, "
+        "and the last ones of the epoch wait for the next.",
+        "After each resume the training loss is a little too good: the model has seen these rows before.",
+        one("train.py", "first, end = steps_into_epoch * plan.accumulation,", "first, end = 0,"),
+        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+    ),
+    Bug(
+        "the cursor without its permutation",
+        "The position in the epoch is restored, and the number of the epoch is not: the right place of another order.",
+        "None in the curve. From the second epoch on, rows are repeated and lost at every resume.",
+        one(
+            "train.py",
+            "epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)",
+            "epoch, steps_into_epoch = 0, steps_done % plan.steps_per_epoch",
+        ),
+        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+    ),
+    Bug(
+        "documents without EOS",
+        "Documents are joined without a token between them, so that the end of a text is never learned.",
+        "The loss looks normal; the model never stops writing.",
+        one("data/rows.py", "bos * begins + row + eos * ends if row else []", "bos * begins + row if row else []"),
+        "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
+    ),
+    Bug(
+        "EOS masked as padding",
+        "The tokenizer has no pad token, so EOS is used to pad, and labels are masked where the token is the pad "
+        "token: every true EOS goes with them.",
+        "The loss is a little lower, because an easy or a hard token is missing; the model never learns to stop.",
+        one(
+            "data/batches.py",
+            "        labels_BT[index, : len(tokens)] = tokens\n",
+            "        labels_BT[index, : len(tokens)] = tokens\n    labels_BT[labels_BT == 0] = IGNORED\n",
+        ),
+        "tests/test_data.py::test_collate_masks_by_length",
+    ),
+    Bug(
+        "padding is learned",
+        "Labels are a copy of the padded inputs, and nobody sets them to -100 where there is no text.",
+        "A loss that is far too good, the shorter the documents the better: padding is easy to predict.",
+        one("data/batches.py", "torch.full(shape, IGNORED)", "torch.zeros(shape, dtype=torch.int64)"),
+        "tests/test_data.py::test_collate_masks_by_length",
+        Curve(),
+    ),
+    # --- The loss ---------------------------------------------------------------------------------------------------
+    Bug(
+        "labels shifted twice",
+        "The data set shifts the labels by one, and so does the loss: the model has to predict the token after next.",
+        "The loss falls, and stays too high; samples skip every other word.",
+        one("model/loss.py", "labels_BT[:, 1:], (0, 1)", "labels_BT[:, 2:], (0, 2)"),
+        "tests/test_rooms.py::test_labels_are_the_next_tokens",
+        Curve(),
+    ),
+    Bug(
+        "labels not shifted",
+        "The loss expects shifted labels and gets the inputs: each position has to predict itself.",
+        "The best loss ever seen, falling towards zero: a residual connection is all it takes.",
+        one("model/loss.py", "return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)", "return labels_BT"),
+        "tests/test_rooms.py::test_labels_are_the_next_tokens",
+        Curve(),
+    ),
+    Bug(
+        "a mean over padding",
+        "The sum of the losses is right, and what it is divided by counts every position, padding too.",
+        "A loss and a gradient that shrink with the amount of padding, so that short documents count less.",
+        one(
+            "data/batches.py",
+            '"targets": (next_tokens(labels_BT) != IGNORED).sum()',
+            '"targets": torch.tensor(labels_BT.numel())',
+        ),
+        "tests/test_data.py::test_collate_masks_by_length",
+        Curve(),
+    ),
+    Bug(
+        "targets counted before the shift",
+        "The number of targets is that of the labels before they are shifted: one too many in each row.",
+        "The loss is too low by one part in the row length, 50% for a row of two tokens.",
+        one("data/batches.py", "(next_tokens(labels_BT) != IGNORED).sum()", "(labels_BT != IGNORED).sum()"),
+        "tests/test_data.py::test_collate_masks_by_length",
+    ),
+    Bug(
+        "all masked is not a number",
+        "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch.",
+        "One day the loss is NaN, and from then on every weight is.",
+        one("model/loss.py", 'reduction="sum")', 'reduction="mean") * (targets_BT != IGNORED).sum()'),
+        "tests/test_rooms.py::test_a_batch_without_targets_is_finite",
+    ),
+    Bug(
+        "mean of means over ranks",
+        "Each rank divides by its own number of targets, and DDP averages the ranks: where ranks have fewer targets, "
+        "each of these counts more.",
+        "The curve depends on the number of GPUs. It looks like noise, and it is a bias.",
+        one("train.py", BACKWARD, '(loss / max(1, int(sum_of(step_batches, "targets")))).backward()'),
+        curve_test("DDP-2x8"),
+        Curve(4, ("--per_device_train_batch_size", 4)),
+    ),
+    Bug(
+        "mean of means over micro-steps",
+        "Each micro-batch's mean is divided by the accumulation. For years the most used trainers did this; the report "
+        "that accumulation gave worse models than large batches made them fix it in 2024.",
+        "The curve depends on the accumulation, and the more ragged the rows, the more.",
+        one("train.py", BACKWARD, '(loss / max(1, int(batch["targets"])) / plan.accumulation).backward()'),
+        curve_test("single-1x4"),
+        Curve(1, ("--per_device_train_batch_size", 1)),
+    ),
+    # --- The gradient -----------------------------------------------------------------------------------------------
+    Bug(
+        "divided by the accumulation twice",
+        "The loop divides by the accumulation, and the library underneath does so, too.",
+        "AdamW hides it: its update does not depend on the gradient's scale. Clipping and epsilon do, and with SGD the "
+        "learning rate is too small by the accumulation.",
+        one("train.py", BACKWARD, "(loss * (world_size / max(1, targets) / plan.accumulation)).backward()"),
+        curve_test("single-1x4"),
+        Curve(1, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
+    ),
+    Bug(
+        "divided by the ranks once too often",
+        "DDP averages gradients over ranks. Who divides a sum by the global number of targets must undo that.",
+        "The same as above: invisible with AdamW until the norm is clipped, or another optimizer is chosen.",
+        one("train.py", BACKWARD, "(loss / max(1, targets)).backward()"),
+        curve_test("DDP-2x8"),
+        Curve(4, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
+    ),
+    Bug(
+        "only the last micro-step counts",
+        "zero_grad stands inside the accumulation loop, a line too deep.",
+        "A noisier curve at the price of a large batch: all micro-steps are computed, and one is used.",
+        one("train.py", BACKWARD, f"wrapped.zero_grad()\n            {BACKWARD}"),
+        curve_test("single-1x4"),
+        Curve(1, ("--per_device_train_batch_size", 1)),
+    ),
+    Bug(
+        "never synchronised",
+        "no_sync() covers the last micro-step too, by an index that is off by one: ranks train models of their own.",
+        "No error and no slow step, rather a fast one. The replicas drift apart; what is saved is that of one of them.",
+        one("train.py", "index == plan.accumulation - 1", "index == plan.accumulation"),
+        curve_test("DDP-2x2"),
+        Curve(4),
+    ),
+    Bug(
+        "summed in every micro-step",
+        "A handwritten all_reduce stands in the micro-step loop and sums what has added up so far: the first "
+        "micro-steps are exchanged again and again, and count world size times each time.",
+        "The first micro-batches of a step outweigh the last ones by powers of the number of ranks.",
+        (
+            Change(
+                "train.py",
+                "strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)",
+                "strategy.set_gradient_sync(wrapped, False)",
+            ),
+            Change(
+                "train.py",
+                BACKWARD,
+                "(loss / max(1, targets)).backward()\n"
+                "            for parameter in model.parameters():\n"
+                "                dist.all_reduce(parameter.grad)",
+            ),
+        ),
+        curve_test("DDP-2x2"),
+        Curve(4, ("--per_device_train_batch_size", 1)),
+    ),
+    Bug(
+        "clipped by the norm of a shard",
+        "clip_grad_norm_ runs on what this rank holds. With sharding that is a part, and each rank finds another norm.",
+        "Steps are clipped too little, by the square root of the number of ranks, and each shard by another factor.",
+        one(
+            "fsdp/gradients.py",
+            "full_norm = norm.full_tensor()  # the collective",
+            "full_norm = norm.to_local()",
+        ),
+        curve_test("FSDP-2x8"),
+        Curve(4, ("--strategy", "fsdp")),
+    ),
+    Bug(
+        "clipped before the exchange",
+        "The gradient is clipped after each micro-step, while it is still that of one rank and of a part of the batch.",
+        "Steps are shorter and turned; with a low limit, the curve depends on ranks and accumulation.",
+        one(
+            "train.py",
+            "            loss_sum += loss.detach()\n",
+            "            loss_sum += loss.detach()\n"
+            "            strategy.clip_grad_norm(wrapped, options.max_grad_norm)\n",
+        ),
+        curve_test("single-1x4"),
+        Curve(2, ("--max_grad_norm", 0.1)),
+    ),
+    Bug(
+        "another dropout in the recomputation",
+        "Activation checkpointing runs the forward again, and the random numbers have moved on: the backward belongs "
+        "to another network than the loss.",
+        "Gradients that are wrong by a noise that nobody asked for; the loss is a little worse than without.",
+        one("model/build.py", '{"use_reentrant": False}', '{"use_reentrant": False, "preserve_rng_state": False}'),
+        "tests/test_topology.py::test_checkpointing_repeats_the_dropout",
+    ),
+    Bug(
+        "the same dropout on all ranks",
+        "One seed for all ranks is right for the weights and the data order. Kept for dropout, all ranks drop the same "
+        "places.",
+        "None in the curve: the noise of a large batch is that of a small one.",
+        one("checkpoint.py", 'f"{seed} {step} {rank}"', 'f"{seed} {step}"'),
+        RESUME_TO_THE_BIT,
+    ),
+    Bug(
+        "other weights on each rank",
+        "Every rank draws its random weights with a seed of its own. DDP covers it up by a broadcast from rank 0; "
+        "sharding takes a slice from each, and the whole is a model that nobody initialised.",
+        "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
+        one("train.py", "torch.manual_seed(options.seed)  #", "torch.manual_seed(options.seed + rank)  #"),
+        "tests/test_topology.py::test_random_weights_do_not_depend_on_ranks",
+    ),
+    Bug(
+        "the head untied by wrapping",
+        "Embedding and head share one tensor until something rebuilds one of them: wrapping, a move, a cast, a model "
+        "that was made on the meta device.",
+        "A model with more parameters than it says, whose head and embedding learn apart from each other.",
+        one(
+            "fsdp/wrap.py",
+            "    mesh = init_device_mesh(device.type, (get_world_size(),))\n",
+            "    mesh = init_device_mesh(device.type, (get_world_size(),))\n"
+            "    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())\n",
+        ),
+        curve_test("FSDP-2x8"),
+        Curve(2, ("--strategy", "fsdp")),
+    ),
+    # --- The update -------------------------------------------------------------------------------------------------
+    Bug(
+        "bf16 masters",
+        "The checkpoint's files are bf16, so the weights are, and the optimizer works on them: an update that is "
+        "smaller than 1/256 of a weight is rounded away.",
+        "The loss falls at first. With a small learning rate most weights never move.",
+        one(
+            "model/build.py",
+            "dtype=torch.float32,\n                ignore_mismatched_sizes",
+            "dtype=torch.bfloat16,\n                ignore_mismatched_sizes",
+        ),
+        "tests/test_topology.py::test_bf16_stays_near[DDP, bf16-2x4]",
+        Curve(2, ("--bf16", "true", "--learning_rate", 1e-4, "--max_grad_norm", 0)),
+    ),
+    Bug(
+        "weight decay on norms",
+        "All parameters are in one group: the scales of the norms are pulled towards zero with the matrices.",
+        "Slightly worse, with the same curve at first; the scales shrink by the learning rate times the decay.",
+        one(
+            "model/optimizer.py",
+            '"weight_decay": 0.0}],',
+            '"weight_decay": options.weight_decay}],',
+        ),
+        "tests/test_rooms.py::test_decay_is_for_matrices_alone",
+    ),
+    Bug(
+        "the schedule steps with micro-steps",
+        "scheduler.step() is called once a micro-batch, or once for every process.",
+        "The warmup is over too soon, and the rate is at its end long before the training.",
+        one(
+            "train.py",
+            "learning_rate(step, plan.total_steps, options)",
+            "learning_rate(min(plan.total_steps, step * plan.accumulation), plan.total_steps, options)",
+        ),
+        curve_test("single-1x4"),
+        Curve(1, value="learning_rate"),
+    ),
+    Bug(
+        "skipped by one rank alone",
+        "A rank sees that its own loss is not finite and skips the update; the others have not seen it, and do not.",
+        "NaN in all weights but those of one rank, or a hang, when the lonely rank skips a collective, too.",
+        one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(loss_sum) | (targets == 0)"),
+        f"{NUMERICS}[nan_on_rank_1-ddp]",
+    ),
+    Bug(
+        "a stale gradient after a skipped step",
+        "A step with a gradient that is not finite is skipped, together with the line that clears it.",
+        "One NaN, and every later gradient is NaN plus something: training stands still.",
+        one("train.py", "        wrapped.zero_grad()\n", "        if not skip:\n            wrapped.zero_grad()\n"),
+        f"{NUMERICS}[nan_on_rank_1-ddp]",
+    ),
+    Bug(
+        "a step without targets still moves",
+        "No target, no gradient; but momentum and weight decay go on, and AdamW counts a step.",
+        "None to see: weights move where nothing was learned.",
+        one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(grad_norm)"),
+        f"{NUMERICS}[all_masked-ddp]",
+    ),
+    Bug(
+        "parts that are not gathered",
+        "With a sharded optimizer each rank updates its part of the weights, and must get the parts of the others.",
+        "Each rank trains its own part of the model and leaves the rest as it was at the start.",
+        one(
+            "train.py",
+            "        strategy.gather_parameters(optimizer)  # the parts that other ranks have updated, with a sharded "
+            "optimizer\n",
+            "",
+        ),
+        curve_test("DDP, sharded optimizer-2x2"),
+        Curve(4, ("--shard_optimizer",)),
+    ),
+    # --- What is reported -------------------------------------------------------------------------------------------
+    Bug(
+        "the loss of rank 0 alone",
+        "Rank 0 logs its own loss. With one global mean as the divisor it is even too small by the number of ranks.",
+        "A training loss that jumps when the number of ranks changes, and whose noise is that of one rank.",
+        one("train.py", "            dist.all_reduce(loss_sum)\n", ""),
+        curve_test("DDP-2x8"),
+        Curve(4),
+    ),
+    Bug(
+        "evaluated on duplicates",
+        "Where rows do not divide by ranks, a DistributedSampler repeats some until they do; these count twice.",
+        "The validation loss depends on the number of ranks, in the third digit.",
+        one("data/batches.py", "np.arange(rows), batches)", "np.resize(np.arange(rows), batches * size), batches)"),
+        "tests/test_data.py::test_validation_rows_count_once[4-23-2]",
+    ),
+    Bug(
+        "evaluated as a mean of batches",
+        "The mean of the batches' means: a last batch of one short row weighs as much as a full one.",
+        "The validation loss depends on the batch size and the number of ranks.",
+        (
+            Change(
+                "train.py",
+                'totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device))',
+                'totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device)) / batch["targets"]',
+            ),
+            Change("train.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
+        ),
+        curve_test("DDP-4x4"),
+    ),
+    Bug(
+        "evaluated by rank 0 alone",
+        "Each rank evaluates its share, and the shares are never added up.",
+        "The validation loss is that of a part of the rows, and which part depends on the number of ranks.",
+        one("train.py", "    dist.all_reduce(totals)\n", ""),
+        curve_test("DDP-2x8"),
+    ),
+    Bug(
+        "left in evaluation mode",
+        "After the first evaluation nobody calls train() again.",
+        "Dropout is off for the rest of the run: the training loss steps down, and overfitting begins early.",
+        one("train.py", "    wrapped.train()\n", ""),
+        "tests/test_topology.py::test_evaluation_changes_nothing",
+    ),
+    Bug(
+        "the head untied on disk",
+        "The files hold the shared tensor once, and the configuration does not say that it is shared.",
+        "Training was fine. Whoever loads the model gets a head of random numbers, with a warning at best.",
+        one(
+            "checkpoint.py",
+            "            model.save_pretrained(beside, state_dict=weights)\n",
+            "            model.config.tie_word_embeddings = False\n"
+            "            model.save_pretrained(beside, state_dict=weights)\n",
+        ),
+        "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
+    ),
+    # --- Checkpoints ------------------------------------------------------------------------------------------------
+    Bug(
+        "saved while it changes",
+        "A checkpoint is written beside training from the live tensors: some are of this step, some of later ones.",
+        "None, until one resumes: a small jump in the loss that nobody can explain.",
+        one("checkpoint.py", "        if self.options.async_save:\n", "        if False:\n"),
+        "tests/test_saving.py::test_the_bytes_are_those_of_the_saved_step[topology0]",
+    ),
+    Bug(
+        "written in its place",
+        "The checkpoint is written under its final name, so that one that was cut off looks like one that was not.",
+        "None, until the power fails during a save.",
+        one(
+            "checkpoint.py",
+            '    saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}", group)\n',
+            "    saving = final\n",
+        ),
+        "tests/test_atomic.py::test_killed_at_every_change",
+    ),
+    Bug(
+        "the old one is deleted first",
+        "To save room, the last checkpoint goes before the next one is written.",
+        "None, until a save fails, and there is no checkpoint any more.",
+        one(
+            "checkpoint.py",
+            "    _together(write_state, group)\n",
+            "    for old in _checkpoints(output_dir) if rank == 0 else []:\n"
+            "        shutil.rmtree(old)\n"
+            "    _together(write_state, group)\n",
+        ),
+        "tests/test_atomic.py::test_killed_at_every_change",
+    ),
+    Bug(
+        "sorted as text",
+        "The newest checkpoint is the last one by name, and checkpoint-99 comes after checkpoint-100.",
+        "From step 100 on, the new checkpoints are pruned, and the run resumes at step 99 for ever.",
+        one(
+            "checkpoint.py",
+            "if _step_of(path) >= 0), key=_step_of, reverse",
+            "if _step_of(path) >= 0), key=str, reverse",
+        ),
+        "tests/test_saving.py::test_a_hundred_saves_that_keep_two",
+    ),
+    Bug(
+        "moments dropped on resume",
+        "Weights are restored and the optimizer begins anew: its file was not there, or did not fit the shards.",
+        "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
+        one(
+            "checkpoint.py",
+            '(("model", _parameters(model)), ("optimizer", moments))',
+            '(("model", _parameters(model)),)',
+        ),
+        LOADED_STATE,
+        Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+    ),
+    Bug(
+        "the step count dropped on resume",
+        "AdamW divides by 1 - beta ** step: with the moments of many steps and a count of one, by too little.",
+        "A jump at the resume: the second moment is blown up a thousandfold, the first one tenfold.",
+        one("checkpoint.py", '["step"].fill_(step)', '["step"].fill_(0)'),
+        LOADED_STATE,
+        Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+    ),
+    Bug(
+        "random numbers dropped on resume",
+        "Generators start from the seed again, so that dropout repeats the masks of the beginning.",
+        "None: the curve is another one, and as good.",
+        one("checkpoint.py", '_restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
+        RESUME_TO_THE_BIT,
+    ),
+    Bug(
+        "the schedule starts again on resume",
+        "The scheduler is not in the checkpoint: a resumed run warms up again, and decays from the start.",
+        "A second warmup in the middle of the curve; the rate never reaches its end.",
+        (
+            Change(
+                "train.py",
+                "    skipped_in_a_row = torch.zeros_like(skipped)\n",
+                "    skipped_in_a_row = torch.zeros_like(skipped)\n    start = progress.step\n",
+            ),
+            Change(
+                "train.py", "learning_rate(step, plan.total_steps,", "learning_rate(step - start, plan.total_steps,"
+            ),
+        ),
+        RESUME_TO_THE_BIT,
+        Curve(2, resume_at=20, value="learning_rate"),
+    ),
+]
