@@ -7,6 +7,7 @@ torchrun's agent hosts it, so that no port has to be guessed.
 
 import multiprocessing
 import os
+import pickle
 import runpy
 import sys
 import tempfile
@@ -59,17 +60,21 @@ def train(
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         ranks = [
-            PROCESSES.Process(target=_run, args=(rank, environment, [str(word) for word in argv], log.name, before))
+            PROCESSES.Process(
+                target=_run, args=(rank, environment, [str(word) for word in argv], log.name, pickle.dumps(before))
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
-        if meanwhile:
-            meanwhile(list(ranks))
-        for process in ranks:
-            process.join(timeout=DEADLINE)
-            process.kill()  # one that hangs ends here with exit code -9, which no test expects; others ended before
-            process.join()
+        try:
+            if meanwhile:
+                meanwhile(list(ranks))
+        finally:
+            for process in ranks:
+                process.join(timeout=DEADLINE)
+                process.kill()  # one that hangs ends here with exit code -9, which no test expects; others have ended
+                process.join()
         return Outcome([process.exitcode for process in ranks], log.read())
 
 
@@ -80,7 +85,7 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
-def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, before: Callable[[], None] | None) -> None:
+def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pickled_before: bytes) -> None:
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in PROJECT and not (module.__file__ or "").startswith(f"{ROOT}/"):
             del sys.modules[name]  # the server's: this is a copy of the tree, with a planted bug (tests/museum)
@@ -91,6 +96,7 @@ def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, befo
     sys.argv = ["train.py", *argv]
     # Loaders start their workers as they would under torchrun, and not, as a child of our server would, with servers.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    before = pickle.loads(pickled_before)  # only now, so that it patches the modules that will run
     if before:
         before()
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

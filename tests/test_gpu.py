@@ -27,7 +27,9 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     ("world_size", "extra"),
     [
         (1, ["--strategy", "fsdp"]),
+        (1, ["--shard_optimizer"]),
         (2, ["--ddp_backend", "gloo"]),
+        (2, ["--ddp_backend", "gloo", "--shard_optimizer"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing"]),
     ],

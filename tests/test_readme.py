@@ -1,5 +1,6 @@
 """Every command of the README, as it stands, on small data: `torchrun` and `python` are this environment's."""
 
+import os
 import re
 import shlex
 import shutil
@@ -59,6 +60,17 @@ def test_command(command: str, place: Path) -> None:
     assert metrics.read_rows(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
     AutoModelForCausalLM.from_pretrained(output_dir)
     AutoTokenizer.from_pretrained(output_dir)
+
+
+def test_ledger(place: Path) -> None:
+    """The check of a run with --ledger, as the README has it."""
+    (command,) = (command for command in COMMANDS if "data.ledger" in command)
+    train = words_of("python train.py --model_name_or_path DIR --output_dir output --ledger", place)
+    subprocess.run(train, cwd=place, check=True, capture_output=True)
+    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("output: 2 steps of")
 
 
 def test_two_hosts(place: Path) -> None:

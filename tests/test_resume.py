@@ -60,7 +60,14 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     assert equal_to_the_bit(first, second)
     rng = [json.loads((path / "state.json").read_text())["rng"] for path in (first, second)]
     assert rng[0] == rng[1]
-    assert rng[0][0] != rng[0][1], "ranks must not draw the same dropout"
+
+
+def test_each_rank_draws_its_own_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
+    """After drawing for rows of one length, as many numbers on each rank, the generators of all ranks differ."""
+    options = [*tiny, "--model_name_or_path", model_with_dropout, "--packing", "concat", "--max_steps", 2]
+    train_ok(4, *options, "--output_dir", tmp_path)
+    rng = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["rng"]
+    assert len({state["cpu"] for state in rng}) == 4
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ class Bug:
     changes: tuple[Change, ...]
     killer: str
     curve: Curve | None = None
+    source: str | None = None  # where it happened: an issue or pull request on GitHub, owner/name#number
 
 
 def one(file: str, right: str, wrong: str) -> tuple[Change, ...]:
@@ -65,6 +66,7 @@ BUGS = [
             "",
         ),
         "tests/test_ledger.py::test_epochs_have_other_orders",
+        source="pytorch/pytorch#31771",
     ),
     Bug(
         "another shuffle on each rank",
@@ -77,6 +79,7 @@ BUGS = [
             "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True)",
         ),
         "tests/test_ledger.py::test_the_same_global_batches[2-4-more0]",
+        source="mlcommons/training#625",
     ),
     Bug(
         "the epoch starts again on resume",
@@ -85,6 +88,7 @@ BUGS = [
         "After each resume the training loss is a little too good: the model has seen these rows before.",
         one("train.py", "first, end = steps_into_epoch * plan.accumulation,", "first, end = 0,"),
         "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        source="catalyst-team/catalyst#764",
     ),
     Bug(
         "the cursor without its permutation",
@@ -96,6 +100,7 @@ BUGS = [
             "epoch, steps_into_epoch = 0, steps_done % plan.steps_per_epoch",
         ),
         "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        source="huggingface/accelerate#4071",
     ),
     Bug(
         "documents without EOS",
@@ -115,6 +120,7 @@ BUGS = [
             "        labels_BT[index, : len(tokens)] = tokens\n    labels_BT[labels_BT == 0] = IGNORED\n",
         ),
         "tests/test_data.py::test_collate_masks_by_length",
+        source="huggingface/transformers#23530",
     ),
     Bug(
         "padding is learned",
@@ -123,15 +129,18 @@ BUGS = [
         one("data/batches.py", "torch.full(shape, IGNORED)", "torch.zeros(shape, dtype=torch.int64)"),
         "tests/test_data.py::test_collate_masks_by_length",
         Curve(),
+        source="NovaSky-AI/SkyRL#462",
     ),
     # --- The loss ---------------------------------------------------------------------------------------------------
     Bug(
         "labels shifted twice",
-        "The data set shifts the labels by one, and so does the loss: the model has to predict the token after next.",
+        "The model shifts the labels by one, and so does the loss function that it calls: what is learned is the token "
+        "after next.",
         "The loss falls, and stays too high; samples skip every other word.",
         one("model/loss.py", "labels_BT[:, 1:], (0, 1)", "labels_BT[:, 2:], (0, 2)"),
         "tests/test_rooms.py::test_labels_are_the_next_tokens",
         Curve(),
+        source="huggingface/transformers#47395",
     ),
     Bug(
         "labels not shifted",
@@ -152,6 +161,7 @@ BUGS = [
         ),
         "tests/test_data.py::test_collate_masks_by_length",
         Curve(),
+        source="voidism/DiffCSE#25",
     ),
     Bug(
         "targets counted before the shift",
@@ -159,31 +169,36 @@ BUGS = [
         "The loss is too low by one part in the row length, 50% for a row of two tokens.",
         one("data/batches.py", "(next_tokens(labels_BT) != IGNORED).sum()", "(labels_BT != IGNORED).sum()"),
         "tests/test_data.py::test_collate_masks_by_length",
+        source="huggingface/transformers#46204",
     ),
     Bug(
         "all masked is not a number",
-        "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch.",
+        "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch, on one "
+        "rank, and the all-reduce hands it on to the others.",
         "One day the loss is NaN, and from then on every weight is.",
         one("model/loss.py", 'reduction="sum")', 'reduction="mean") * (targets_BT != IGNORED).sum()'),
         "tests/test_rooms.py::test_a_batch_without_targets_is_finite",
+        source="allenai/OLMo-core#657",
     ),
     Bug(
         "mean of means over ranks",
-        "Each rank divides by its own number of targets, and DDP averages the ranks: where ranks have fewer targets, "
-        "each of these counts more.",
+        "Each rank divides by its own number of targets, and DDP averages the ranks: where a rank has fewer targets, "
+        "each of them counts more. It was left over when transformers had mended its accumulation.",
         "The curve depends on the number of GPUs. It looks like noise, and it is a bias.",
         one("train.py", BACKWARD, '(loss / max(1, int(sum_of(step_batches, "targets")))).backward()'),
         curve_test("DDP-2x8"),
         Curve(4, ("--per_device_train_batch_size", 4)),
+        source="huggingface/transformers#34242",
     ),
     Bug(
         "mean of means over micro-steps",
-        "Each micro-batch's mean is divided by the accumulation. For years the most used trainers did this; the report "
-        "that accumulation gave worse models than large batches made them fix it in 2024.",
+        "Each micro-batch's mean is divided by the accumulation. The most used trainer of all did this until October "
+        "2024, when users showed that one large batch and many small ones gave different curves.",
         "The curve depends on the accumulation, and the more ragged the rows, the more.",
         one("train.py", BACKWARD, '(loss / max(1, int(batch["targets"])) / plan.accumulation).backward()'),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
+        source="huggingface/transformers#34191",
     ),
     # --- The gradient -----------------------------------------------------------------------------------------------
     Bug(
@@ -194,6 +209,7 @@ BUGS = [
         one("train.py", BACKWARD, "(loss * (world_size / max(1, targets) / plan.accumulation)).backward()"),
         curve_test("single-1x4"),
         Curve(1, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
+        source="huggingface/transformers#35808",
     ),
     Bug(
         "divided by the ranks once too often",
@@ -202,6 +218,7 @@ BUGS = [
         one("train.py", BACKWARD, "(loss / max(1, targets)).backward()"),
         curve_test("DDP-2x8"),
         Curve(4, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
+        source="meta-pytorch/torchtune#2172",
     ),
     Bug(
         "only the last micro-step counts",
@@ -210,6 +227,7 @@ BUGS = [
         one("train.py", BACKWARD, f"wrapped.zero_grad()\n            {BACKWARD}"),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
+        source="pytorch/torchtitan#3575",
     ),
     Bug(
         "never synchronised",
@@ -218,6 +236,7 @@ BUGS = [
         one("train.py", "index == plan.accumulation - 1", "index == plan.accumulation"),
         curve_test("DDP-2x2"),
         Curve(4),
+        source="modelscope/FunASR#3472",
     ),
     Bug(
         "summed in every micro-step",
@@ -248,10 +267,11 @@ BUGS = [
         one(
             "fsdp/gradients.py",
             "full_norm = norm.full_tensor()  # the collective",
-            "full_norm = norm.to_local()",
+            "full_norm = nn.utils.get_total_norm([p.grad.to_local() for p in parameters])",
         ),
         curve_test("FSDP-2x8"),
         Curve(4, ("--strategy", "fsdp")),
+        source="pytorch/pytorch#72548",
     ),
     Bug(
         "clipped before the exchange",
@@ -265,6 +285,7 @@ BUGS = [
         ),
         curve_test("single-1x4"),
         Curve(2, ("--max_grad_norm", 0.1)),
+        source="huggingface/transformers#1563",
     ),
     Bug(
         "another dropout in the recomputation",
@@ -273,6 +294,7 @@ BUGS = [
         "Gradients that are wrong by a noise that nobody asked for; the loss is a little worse than without.",
         one("model/build.py", '{"use_reentrant": False}', '{"use_reentrant": False, "preserve_rng_state": False}'),
         "tests/test_topology.py::test_checkpointing_repeats_the_dropout",
+        source="allenai/OLMo-core#828",
     ),
     Bug(
         "the same dropout on all ranks",
@@ -280,7 +302,8 @@ BUGS = [
         "places.",
         "None in the curve: the noise of a large batch is that of a small one.",
         one("checkpoint.py", 'f"{seed} {step} {rank}"', 'f"{seed} {step}"'),
-        RESUME_TO_THE_BIT,
+        "tests/test_resume.py::test_each_rank_draws_its_own_dropout",
+        source="huggingface/transformers#31412",
     ),
     Bug(
         "other weights on each rank",
@@ -289,6 +312,7 @@ BUGS = [
         "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
         one("train.py", "torch.manual_seed(options.seed)  #", "torch.manual_seed(options.seed + rank)  #"),
         "tests/test_topology.py::test_random_weights_do_not_depend_on_ranks",
+        source="mosaicml/llm-foundry#830",
     ),
     Bug(
         "the head untied by wrapping",
@@ -303,6 +327,7 @@ BUGS = [
         ),
         curve_test("FSDP-2x8"),
         Curve(2, ("--strategy", "fsdp")),
+        source="huggingface/accelerate#3154",
     ),
     # --- The update -------------------------------------------------------------------------------------------------
     Bug(
@@ -317,6 +342,7 @@ BUGS = [
         ),
         "tests/test_topology.py::test_bf16_stays_near[DDP, bf16-2x4]",
         Curve(2, ("--bf16", "true", "--learning_rate", 1e-4, "--max_grad_norm", 0)),
+        source="pytorch/ao#1124",
     ),
     Bug(
         "weight decay on norms",
@@ -328,6 +354,7 @@ BUGS = [
             '"weight_decay": options.weight_decay}],',
         ),
         "tests/test_rooms.py::test_decay_is_for_matrices_alone",
+        source="huggingface/transformers#35927",
     ),
     Bug(
         "the schedule steps with micro-steps",
@@ -340,13 +367,15 @@ BUGS = [
         ),
         curve_test("single-1x4"),
         Curve(1, value="learning_rate"),
+        source="Lightning-AI/pytorch-lightning#1476",
     ),
     Bug(
         "skipped by one rank alone",
-        "A rank sees that its own loss is not finite and skips the update; the others have not seen it, and do not.",
+        "A rank sees that its own numbers are not finite and skips the update; the others have not seen it.",
         "NaN in all weights but those of one rank, or a hang, when the lonely rank skips a collective, too.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(loss_sum) | (targets == 0)"),
         f"{NUMERICS}[nan_on_rank_1-ddp]",
+        source="facebookresearch/fairscale#180",
     ),
     Bug(
         "a stale gradient after a skipped step",
@@ -354,6 +383,7 @@ BUGS = [
         "One NaN, and every later gradient is NaN plus something: training stands still.",
         one("train.py", "        wrapped.zero_grad()\n", "        if not skip:\n            wrapped.zero_grad()\n"),
         f"{NUMERICS}[nan_on_rank_1-ddp]",
+        source="espnet/espnet#3283",
     ),
     Bug(
         "a step without targets still moves",
@@ -374,6 +404,7 @@ BUGS = [
         ),
         curve_test("DDP, sharded optimizer-2x2"),
         Curve(4, ("--shard_optimizer",)),
+        source="NVIDIA/Megatron-LM#950",
     ),
     # --- What is reported -------------------------------------------------------------------------------------------
     Bug(
@@ -383,6 +414,7 @@ BUGS = [
         one("train.py", "            dist.all_reduce(loss_sum)\n", ""),
         curve_test("DDP-2x8"),
         Curve(4),
+        source="huggingface/transformers#13681",
     ),
     Bug(
         "evaluated on duplicates",
@@ -390,6 +422,7 @@ BUGS = [
         "The validation loss depends on the number of ranks, in the third digit.",
         one("data/batches.py", "np.arange(rows), batches)", "np.resize(np.arange(rows), batches * size), batches)"),
         "tests/test_data.py::test_validation_rows_count_once[4-23-2]",
+        source="pytorch/pytorch#25162",
     ),
     Bug(
         "evaluated as a mean of batches",
@@ -404,6 +437,7 @@ BUGS = [
             Change("train.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
         ),
         curve_test("DDP-4x4"),
+        source="NVIDIA/Megatron-LM#7207",
     ),
     Bug(
         "evaluated by rank 0 alone",
@@ -418,6 +452,7 @@ BUGS = [
         "Dropout is off for the rest of the run: the training loss steps down, and overfitting begins early.",
         one("train.py", "    wrapped.train()\n", ""),
         "tests/test_topology.py::test_evaluation_changes_nothing",
+        source="wkentaro/pytorch-fcn#57",
     ),
     Bug(
         "the head untied on disk",
@@ -438,6 +473,7 @@ BUGS = [
         "None, until one resumes: a small jump in the loss that nobody can explain.",
         one("checkpoint.py", "        if self.options.async_save:\n", "        if False:\n"),
         "tests/test_saving.py::test_the_bytes_are_those_of_the_saved_step[topology0]",
+        source="Lightning-AI/pytorch-lightning#21079",
     ),
     Bug(
         "written in its place",
@@ -449,6 +485,7 @@ BUGS = [
             "    saving = final\n",
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
+        source="Lightning-AI/pytorch-lightning#688",
     ),
     Bug(
         "the old one is deleted first",
@@ -462,6 +499,7 @@ BUGS = [
             "    _together(write_state, group)\n",
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
+        source="Lightning-AI/pytorch-lightning#1150",
     ),
     Bug(
         "sorted as text",
@@ -473,10 +511,12 @@ BUGS = [
             "if _step_of(path) >= 0), key=str, reverse",
         ),
         "tests/test_saving.py::test_a_hundred_saves_that_keep_two",
+        source="allenai/open-instruct#541",
     ),
     Bug(
         "moments dropped on resume",
-        "Weights are restored and the optimizer begins anew: its file was not there, or did not fit the shards.",
+        "Weights are restored and the optimizer begins anew: its file was saved under a name that resuming did not "
+        "look for.",
         "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
         one(
             "checkpoint.py",
@@ -485,6 +525,7 @@ BUGS = [
         ),
         LOADED_STATE,
         Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+        source="huggingface/transformers#25852",
     ),
     Bug(
         "the step count dropped on resume",
@@ -493,6 +534,7 @@ BUGS = [
         one("checkpoint.py", '["step"].fill_(step)', '["step"].fill_(0)'),
         LOADED_STATE,
         Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+        source="NVIDIA/TransformerEngine#1986",
     ),
     Bug(
         "random numbers dropped on resume",
@@ -500,10 +542,11 @@ BUGS = [
         "None: the curve is another one, and as good.",
         one("checkpoint.py", '_restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
         RESUME_TO_THE_BIT,
+        source="huggingface/transformers#17055",
     ),
     Bug(
         "the schedule starts again on resume",
-        "The scheduler is not in the checkpoint: a resumed run warms up again, and decays from the start.",
+        "The scheduler is not in the checkpoint: a resumed run begins its schedule again.",
         "A second warmup in the middle of the curve; the rate never reaches its end.",
         (
             Change(
@@ -517,5 +560,6 @@ BUGS = [
         ),
         RESUME_TO_THE_BIT,
         Curve(2, resume_at=20, value="learning_rate"),
+        source="lightly-ai/lightly-train#301",
     ),
 ]

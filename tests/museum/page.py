@@ -21,7 +21,8 @@ def render(bugs: list[Bug]) -> str:
     parts = [INTRODUCTION.format(curves=sum(bug.curve is not None for bug in bugs), bugs=len(bugs))]
     parts.append("\n".join(f"{number}. [{bug.name}](#{anchor(bug)})" for number, bug in enumerate(bugs, 1)) + "\n")
     for bug in bugs:
-        lines = [f"## {bug.name}", "", bug.story, "", f"**What one sees.** {bug.symptom}", ""]
+        story = f"{bug.story} {link(bug.source)}" if bug.source else bug.story
+        lines = [f"## {bug.name}", "", story, "", f"**What one sees.** {bug.symptom}", ""]
         if bug.curve:
             lines += [f"![{bug.curve.value} with and without the bug](museum/{anchor(bug)}.svg)", ""]
         for change in bug.changes:
@@ -34,6 +35,12 @@ def render(bugs: list[Bug]) -> str:
 def anchor(bug: Bug) -> str:
     """The name under which Markdown renderers link a heading."""
     return bug.name.lower().replace(" ", "-").replace(",", "")
+
+
+def link(source: str) -> str:
+    """The Markdown link to an issue or pull request; GitHub sends the one to the other."""
+    repository, number = source.split("#")
+    return f"([{source}](https://github.com/{repository}/issues/{number}))"
 
 
 def difference(right: str, wrong: str) -> list[str]:

@@ -1,0 +1,45 @@
+"""What a checkpoint costs: how long training stands still for one, with asynchronous saving and without.
+
+    python -m compare.saving --config_name DIR [other options of train.py]
+
+Trains twice with the same options on one process, saving every 80 of 400 steps, once with asynchronous saving and once
+without, and prints the median stall of a save for both, their ratio, and the bytes of a checkpoint. The first save of
+each run is left out: it allocates the copy, page-locked on a GPU. Between two saves there must be time to write one.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from metrics import read_rows
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+def stalls(options: list[str], output_dir: Path) -> list[float]:
+    """Seconds that training stood still for each save but the first and the last of a run."""
+    steps = ["--max_steps", "400", "--save_steps", "80", "--logging_steps", "80", "--save_total_limit", "1"]
+    subprocess.run(
+        [sys.executable, TRAIN, *options, *steps, "--output_dir", output_dir], check=True, stdout=subprocess.DEVNULL
+    )
+    rows = [row for row in read_rows(output_dir / "metrics.jsonl") if "loss" in row]
+    return [row["save_seconds"] for row in rows][2:]
+
+
+def main(options: list[str]) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as name:
+        runs = {mode: stalls([*options, "--async_save", mode], Path(name) / mode) for mode in ("true", "false")}
+        files = [path for path in (Path(name) / "false" / "checkpoint-400").rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+    beside, waiting = (statistics.median(runs[mode]) for mode in ("true", "false"))
+    print(f"checkpoint          {size / 2**30:.3f} GiB")
+    print(f"stall, synchronous  {waiting:.3f} s  {[round(value, 3) for value in runs['false']]}")
+    print(f"stall, asynchronous {beside:.3f} s  {[round(value, 3) for value in runs['true']]}")
+    print(f"ratio               {waiting / beside:.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
