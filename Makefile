@@ -34,11 +34,11 @@ test-all: $(DEVELOPMENT) ## the same and those that take minutes
 test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)
 
-museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
-	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum
-
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
+
+museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
+	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum
 
 lint: $(DEVELOPMENT) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
