@@ -163,7 +163,7 @@ def die_in_save(count: int, rank: int) -> None:
 # A save runs some 160 lines of checkpoint.py on rank 0, which completes and prunes, and 90 on the other.
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
-    """Each rank at 20 points of a save and of its pruning, one after the other in one run: 0 bad loads."""
+    """Fault 1: each rank at 20 points of a save and of its pruning, one after the other in one run: 0 bad loads."""
     steps = ["--max_steps", 100, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 30]
     options = [*tiny, *steps, "--logging_steps", 2, "--lr_scheduler_type", "constant"]
     train_ok(2, *options, "--output_dir", tmp_path / "unbroken")
@@ -181,7 +181,7 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:
-    """Between two micro-steps, before and after the optimizer's step, in an evaluation; then all is the same."""
+    """Fault 2: between two micro-steps, around the optimizer's step, in an evaluation; then all is the same."""
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]

@@ -57,7 +57,7 @@ def test_epochs_have_other_orders(one_process: Path) -> None:
 
 
 def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:
-    """0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
+    """Fault 20: 0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
     for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):
         train_ok(world_size, *tiny, *OPTIONS, "--output_dir", tmp_path, *RESUME, "--max_steps", steps)
         assert len(data.ledger.read(tmp_path)) == steps

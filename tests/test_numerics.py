@@ -52,7 +52,7 @@ def all_masked(steps: set[int]) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
-    """The same verdict on every rank; parameters, moments and AdamW's step count stay; it is counted, and goes on."""
+    """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted, and goes on."""
     options = [*tiny, *SHAPE, "--strategy", strategy, "--save_steps", 1]
     outcome = train(2, [*options, "--output_dir", tmp_path, "--max_steps", 4], before=partial(fault, {3}))
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -72,7 +72,7 @@ def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, faul
 
 
 def test_too_many_in_a_row(tiny: list[object], tmp_path: Path) -> None:
-    """The count starts again with each good step; beyond the limit both ranks end, with a diagnosis."""
+    """Fault 23: the count starts again with each good step; beyond the limit both ranks end, with a diagnosis."""
     options = [*tiny, *SHAPE, "--output_dir", tmp_path, "--max_skipped_steps", 2]
     fault = partial(nan_on_rank_1, {2, 3, 5, 6, 8, 9, 10})
     outcome = train(2, options, before=fault)

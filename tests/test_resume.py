@@ -122,7 +122,7 @@ def test_other_ranks_and_strategies(
 
 
 def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
-    """Damaged checkpoints and names that only look like one are passed over; a damaged one is named, and kept."""
+    """Faults 10 and 12: what is damaged, or only named like a checkpoint, is passed over; the damaged are named, and kept."""
     run = tmp_path / "run"
     shutil.copytree(ddp_on_two, run)
     for name in ("checkpoint-30.tmp", "checkpoint-40-backup", "checkpoint-", "checkpoint-x"):
@@ -141,7 +141,7 @@ def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_
 
 
 def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
-    """Each file of a checkpoint in turn: truncated, deleted, one bit flipped."""
+    """Fault 10: each file of a checkpoint in turn: truncated, deleted, one bit flipped."""
     intact = ddp_on_two / "checkpoint-10"
     assert checkpoint.problems(intact) == []
     names = [path.relative_to(intact) for path in intact.rglob("*") if path.is_file()]
@@ -178,9 +178,19 @@ def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tm
     ],
 )
 def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: list[object], message: str) -> None:
-    """What would change the order or the content of the data under a run that goes on."""
+    """Fault 21: what would change the order or the content of the data under a run that goes on."""
     before = sorted(ddp_on_two.rglob("*"))
     outcome = train(2, [*tiny, *STEADY, "--output_dir", ddp_on_two, "--resume_from_checkpoint", "auto", *change])
     assert outcome.exit_codes == [2, 2]
     assert message in outcome.output
     assert sorted(ddp_on_two.rglob("*")) == before
+
+
+def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_two: Path, tmp_path: Path) -> None:
+    """Fault 21: one character of one document."""
+    changed = tmp_path / train_file.name
+    changed.write_text(train_file.read_text().replace("the", "The", 1))
+    run = [*tiny, *STEADY, "--output_dir", ddp_on_two, "--resume_from_checkpoint", "auto"]
+    outcome = train(2, [*run, "--train_file", changed])
+    assert outcome.exit_codes == [2, 2]
+    assert "data_fingerprint was" in outcome.output

@@ -34,7 +34,7 @@ def write_late(output_dir: Path, step: int) -> None:
 
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
-    """Written while training went on for four steps, or at once while it waited: the same checkpoint, the same run."""
+    """Fault 14: written while training went on for four steps, or at once: the same checkpoint, the same run."""
     options = [*tiny, *topology, "--max_steps", 12, "--save_steps", 5, "--lr_scheduler_type", "constant"]
     late, at_once = tmp_path / "late", tmp_path / "at_once"
     outcome = train(2, [*options, "--output_dir", late], before=partial(write_late, late, 9))
@@ -72,7 +72,7 @@ def small_files_only(rank: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchronous: str) -> None:
-    """The disk of one rank is full: every rank ends with one message that names the directory; what was, is intact."""
+    """Fault 9: one rank's disk is full: every rank ends, with one message that names the directory; what was, is intact."""
     run = tmp_path / "run"
     options = [*tiny, *STEADY, "--save_steps", 4, "--output_dir", run, "--async_save", asynchronous]
     train_ok(2, *options, "--max_steps", 4)
@@ -101,7 +101,7 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
 def test_stopped_in_an_evaluation_or_a_save(
     tiny: list[object], tmp_path: Path, file: str, line: str, count: int
 ) -> None:
-    """SIGTERM to one rank in an unhappy moment: all end well, with valid checkpoints, and go on from the newest."""
+    """Fault 7: SIGTERM to one rank in an unhappy moment: all end well, and go on from a valid checkpoint."""
     run = tmp_path / "run"
     options = [*tiny, "--lr_scheduler_type", "constant", "--eval_steps", 5, "--save_steps", 10, "--logging_steps", 1]
     argv = [*options, "--output_dir", run, "--max_steps", 400]
@@ -141,7 +141,7 @@ def watch_directories(output_dir: Path, report: Path) -> None:
 
 
 def test_a_hundred_saves_that_keep_two(tiny: list[object], tmp_path: Path) -> None:
-    """Never more than three directories; from the first save on, at least one complete checkpoint at every moment."""
+    """Fault 13: never more than three directories; from the first save on, always at least one complete."""
     run, report = tmp_path / "run", tmp_path / "report"
     options = [*tiny, "--max_steps", 100, "--save_steps", 1, "--save_total_limit", 2, "--output_dir", run]
     outcome = train(1, options, before=partial(watch_directories, run, report))
