@@ -52,7 +52,7 @@ def all_masked(steps: set[int]) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
-    """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted, and goes on."""
+    """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted."""
     options = [*tiny, *SHAPE, "--strategy", strategy, "--save_steps", 1]
     outcome = train(2, [*options, "--output_dir", tmp_path, "--max_steps", 4], before=partial(fault, {3}))
     assert outcome.exit_codes == [0, 0], outcome.output
