@@ -122,7 +122,7 @@ def test_other_ranks_and_strategies(
 
 
 def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
-    """Faults 10 and 12: what is damaged, or only named like a checkpoint, is passed over; the damaged is named and kept."""
+    """Faults 10 and 12: what is damaged, or only named like one, is passed over; the damaged is named and kept."""
     run = tmp_path / "run"
     shutil.copytree(ddp_on_two, run)
     for name in ("checkpoint-30.tmp", "checkpoint-40-backup", "checkpoint-", "checkpoint-x"):

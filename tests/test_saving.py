@@ -72,7 +72,7 @@ def small_files_only(rank: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchronous: str) -> None:
-    """Fault 9: one rank's disk is full: every rank ends, one message names the directory, what was is intact."""
+    """Fault 9: one rank's disk is full: all end, one message names the directory."""
     run = tmp_path / "run"
     options = [*tiny, *STEADY, "--save_steps", 4, "--output_dir", run, "--async_save", asynchronous]
     train_ok(2, *options, "--max_steps", 4)
