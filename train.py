@@ -7,7 +7,6 @@
 Every process runs all of this file. Processes differ by their rank, which decides the rows that they read; rank 0 also
 writes. They meet only in collectives (all_reduce, broadcast, barrier, and what the wrapped model does in its forward
 and backward), which every rank must enter.
-Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
 """
 
 import os
@@ -38,7 +37,8 @@ from data.batches import collate, micro_batches, validation_batches
 from data.ledger import Ledger
 from data.rows import Row, Rows, prepare
 from model.build import build_model, complete, load_config_and_tokenizer
-from model.loss import flops_per_token, token_loss_sum
+from model.loss import flops_per_token
+from model.objective import NextToken
 from model.optimizer import build_optimizer, learning_rate
 
 Batch = dict[str, Tensor]
@@ -79,9 +79,11 @@ def main(argv: list[str]) -> None:
     model_fingerprint = checkpoint.fingerprint_model(model)
     model_flops = flops_per_token(model, plan.block_size)
     checkpoint.require_same_job(options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint)
-    # `wrapped` is what is called; `model` is the same parameters by their own names, for optimizer and checkpoint.
+    # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    wrapped: nn.Module = strategy.wrap(model, device, options.bf16, options.reshard_after_forward, options.replicas)
+    wrapped: nn.Module = strategy.wrap(
+        NextToken(model), device, options.bf16, options.reshard_after_forward, options.replicas
+    )
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer)
@@ -135,12 +137,8 @@ def main(argv: list[str]) -> None:
         for index, batch in enumerate(step_batches):
             # Gradients add up on each rank; only the last backward exchanges them, while it still computes.
             strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)
-            input_ids_BT = batch["input_ids"].to(device, non_blocking=True)
-            labels_BT = batch["labels"].to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                logits_BTV = wrapped(input_ids=input_ids_BT, use_cache=False).logits
-            # Labels are the input ids: the loss shifts them by one. It is outside of autocast, in fp32.
-            loss = token_loss_sum(logits_BTV, labels_BT)
+                loss = wrapped(**on_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
             # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets.
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
@@ -265,13 +263,17 @@ def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.dev
     indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
     for batch in load(rows, indices, options, workers=0):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            logits_BTV = wrapped(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-        totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device))
+            totals[0] += wrapped(**on_device(batch, device))
         totals[1] += batch["targets"]
     dist.all_reduce(totals)
     wrapped.train()
     loss, targets = totals.tolist()
     return loss / max(1, targets), int(targets)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
+    return {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:

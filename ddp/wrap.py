@@ -3,19 +3,19 @@
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 
 def wrap(
-    model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+    objective: nn.Module, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
-    `model` moves to `device` whole, in fp32; rank 0's parameters are broadcast to the others. Each backward exchanges
-    the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`, `reshard_after_forward` and
-    `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded, each rank is a replica.
+    `objective` (model/objective.py) moves to `device` whole, in fp32; rank 0's parameters are broadcast to the others.
+    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`,
+    `reshard_after_forward` and `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded,
+    each rank is a replica.
     """
-    model.to(device)
+    objective.to(device)
     device_ids = [device.index] if device.type == "cuda" else None
     # Gradients live inside the exchange buckets: one copy less in memory and in time.
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -9,14 +9,15 @@ from transformers import PreTrainedModel
 
 
 def wrap(
-    model: PreTrainedModel, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+    objective: nn.Module, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
-    Each rank keeps 1 / world size of every parameter, in fp32 on `device`. A decoder layer is one unit: its parameters
-    are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
-    `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
-    Embedding and head belong to the root unit, so that tied weights stay one tensor.
+    Each rank keeps `replicas` / world size of every parameter of `objective` (model/objective.py), in fp32 on `device`.
+    A decoder layer of its model is one unit: its parameters are gathered, in bf16 if `bf16`, just before they are used,
+    and its gradients are reduced in fp32. With `reshard_after_forward` a layer's full parameters are freed after its
+    forward and gathered again for its backward. Embedding and head belong to the root unit, so that tied weights stay
+    one tensor.
 
     With `replicas` above 1, shards are spread over world size / `replicas` ranks next to each other, which gather and
     reduce among themselves (fast links, one host); the reduced shards are then averaged over the replicas.
@@ -26,21 +27,22 @@ def wrap(
         shape = (replicas, get_world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    model: PreTrainedModel = objective.model
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision)
     # The root is left whole between forward and backward: its backward is the first to start.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
-    model.register_forward_hook(_reshard_if_no_backward)
-    return model.to(device)  # the parameters are there already; this moves the buffers
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
+    objective.register_forward_hook(_reshard_if_no_backward)
+    return objective.to(device)  # the parameters are there already; this moves the buffers
 
 
-def _reshard_if_no_backward(model: nn.Module, inputs: object, outputs: object) -> None:
+def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:
     """What is kept whole for a backward must be freed in evaluation, where none will come.
 
     Otherwise the optimizer and the checkpoint would meet full parameters in the place of this rank's shards.
     """
     if not torch.is_grad_enabled():
-        for module in model.modules():
+        for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -22,6 +22,7 @@ from torch import Tensor
 import data.batches
 import metrics
 import model.loss
+import model.objective
 from data.rows import Row
 from tests import world
 from tests.launch import ROOT, train
@@ -140,7 +141,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def mean_of_means() -> None:
     """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
-    loss_sum, collate = model.loss.token_loss_sum, data.batches.collate
+    loss_sum, collate = model.objective.token_loss_sum, data.batches.collate
 
     def mean(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
@@ -149,7 +150,7 @@ def mean_of_means() -> None:
     def count_micro_batches(rows: list[Row]) -> dict[str, Tensor]:
         return collate(rows) | {"targets": torch.tensor(1)}
 
-    model.loss.token_loss_sum = mean
+    model.objective.token_loss_sum = mean
     data.batches.collate = count_micro_batches
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data.batches
 import metrics
-import model.loss
+import model.objective
 from data.rows import Row
 from model.loss import IGNORED
 from tests.launch import train, train_ok
@@ -24,7 +24,7 @@ SHAPE = ["--lr_scheduler_type", "constant", "--warmup_steps", 0, "--validation_s
 
 def nan_on_rank_1(steps: set[int]) -> None:
     """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
-    original, calls = model.loss.token_loss_sum, iter(range(10_000))
+    original, calls = model.objective.token_loss_sum, iter(range(10_000))
 
     def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         call = next(calls)
@@ -32,7 +32,7 @@ def nan_on_rank_1(steps: set[int]) -> None:
         poisoned = os.environ["RANK"] == "1" and call % 2 == 1 and call // 2 + 1 in steps
         return value * float("nan") if poisoned else value
 
-    model.loss.token_loss_sum = loss
+    model.objective.token_loss_sum = loss
 
 
 def all_masked(steps: set[int]) -> None:

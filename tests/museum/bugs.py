@@ -431,8 +431,8 @@ BUGS = [
         (
             Change(
                 "train.py",
-                'totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device))',
-                'totals[0] += token_loss_sum(logits_BTV, batch["labels"].to(device)) / batch["targets"]',
+                "totals[0] += wrapped(**on_device(batch, device))",
+                'totals[0] += wrapped(**on_device(batch, device)) / batch["targets"]',
             ),
             Change("train.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
         ),
