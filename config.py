@@ -2,7 +2,8 @@
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
 `strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `packing`, `text_column`,
-`data_cache_dir`, `max_skipped_steps`, `async_save`, `ledger` and `prompt`.
+`data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
+`async_save`, `ledger` and `prompt`.
 """
 
 import dataclasses
@@ -58,6 +59,8 @@ NOT_NEGATIVE = (
     "adam_epsilon",
     "max_grad_norm",
     "max_skipped_steps",
+    "max_targetless_share",
+    "show_examples",
     "dataloader_num_workers",
     "eval_steps",
     "save_steps",
@@ -93,9 +96,23 @@ class Options:
     block_size: int | None = HfArg(
         default=None, help="Tokens in one row. None: 1024, or the model's positions where those are fewer."
     )
-    packing: Literal["concat", "none"] = HfArg(
-        default="concat",
-        help="concat: documents are joined with EOS and cut into rows. none: one row per document, padded.",
+    packing: Literal["concat", "documents", "none"] | None = HfArg(
+        default=None,
+        help="concat: documents are joined with EOS and cut into rows. documents: whole documents share a row, without "
+        "attention between them. none: one row per document, padded to the longest of a micro-batch. "
+        "None: documents for conversations, concat for text.",
+    )
+    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"] = HfArg(
+        default="auto", help="Shape of the records: text, or a kind of conversation. auto: by their columns."
+    )
+    chat_template: str | None = HfArg(
+        default=None, help="File with a chat template (Jinja), in the place of the tokenizer's own."
+    )
+    max_targetless_share: float = HfArg(
+        default=0.1, help="Share of conversations that may be left out because no token of them would be learned."
+    )
+    show_examples: int = HfArg(
+        default=0, help="Training rows to print before the first step, with what is learned told apart in colour."
     )
     preprocessing_num_workers: int | None = HfArg(
         default=None, help="Processes that tokenise. None: one, with the tokenizer's own threads."

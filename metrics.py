@@ -241,9 +241,12 @@ def start_block(
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "tokenizer": f"{data.tokenizer}",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
-        "data": f"{data.source}: {train.documents:,} documents, {train.tokens:,} tokens, {train.rows:,} rows of "
-        f"{plan.block_size} tokens; {train.dropped_tokens} tokens of a last partial row dropped, "
-        f"{train.empty_documents} empty documents skipped",
+        "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
+        f"{train.learned_tokens / train.tokens:.1%} of them learned",
+        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
+        f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
+        "rows": f"{train.rows:,} of {plan.block_size} tokens, packing {data.packing}, "
+        f"{train.filled(plan.block_size):.2%} of their slots used",
         "validation": "none",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",

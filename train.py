@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
@@ -36,6 +37,8 @@ from config import OptionError, Options, Plan
 from data.batches import collate, micro_batches, validation_batches
 from data.ledger import Ledger
 from data.rows import Row, Rows, prepare
+from data.show import show
+from model.attention import attend_within_documents
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token
 from model.objective import NextToken
@@ -76,6 +79,8 @@ def main(argv: list[str]) -> None:
     )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
+    if data.packing == "documents":
+        attend_within_documents(model, device, options.bf16)
     model_fingerprint = checkpoint.fingerprint_model(model)
     model_flops = flops_per_token(model, plan.block_size)
     checkpoint.require_same_job(options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint)
@@ -106,6 +111,8 @@ def main(argv: list[str]) -> None:
         checkpoint.make_room(options, progress.step)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
     recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
+    if options.show_examples:
+        recorder.say(show(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
     ledger = Ledger(output_dir, rank, plan, len(data.train), progress.step) if options.ledger else None
@@ -179,6 +186,7 @@ def main(argv: list[str]) -> None:
 
     # === The finished model, for from_pretrained. ===================================================================
     if progress.step == plan.total_steps:
+        model.generation_config.eos_token_id = data.stop_tokens  # so that `generate` stops where the documents ended
         checkpoint.export(output_dir, model, tokenizer)
         recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
@@ -246,7 +254,7 @@ def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: in
     return DataLoader(
         rows,
         batch_sampler=batches,  # any iterable of lists will do
-        collate_fn=collate,
+        collate_fn=partial(collate, documents_of=rows.documents_of),
         worker_init_fn=outlive_stop_signals,
         num_workers=workers,
         prefetch_factor=options.dataloader_prefetch_factor if workers else None,
@@ -273,7 +281,8 @@ def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.dev
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
-    return {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
+    taken = ("input_ids", "labels", "position_ids", "document_ends")
+    return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:

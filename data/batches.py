@@ -31,7 +31,7 @@ def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list
     return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
 
 
-def collate(rows: list[Row]) -> dict[str, Tensor]:
+def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
     """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
 
     Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; and `targets`, a scalar,
@@ -39,17 +39,35 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
     labels there are ignored. It goes by length and not by token, because the pad token of many tokenizers is EOS, which
     must be learned. No rows at all give one row without targets, so that a rank that has none left still enters the
     collectives.
+
+    With `documents_of` T, rows of several documents are padded to T, and the documents are kept apart by two more
+    tensors: `position_ids`, int64 [B, T], start at 0 in each document, and `document_ends`, int32 [D], say where each
+    document, or padding, ends in the B x T positions in a line, after a first 0.
     """
-    lengths = [len(tokens) for _, tokens in rows]
-    shape = (max(1, len(rows)), max([2, *lengths]))
+    lengths = [len(row.tokens) for row in rows]
+    shape = (max(1, len(rows)), documents_of or max([2, *lengths]))
     input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
-    for index, (_, tokens) in enumerate(rows):
+    position_ids_BT, ends = torch.arange(shape[1]).repeat(shape[0], 1), [0]
+    for index, (_, tokens, learned, pieces) in enumerate(rows):
         input_ids_BT[index, : len(tokens)] = tokens
-        labels_BT[index, : len(tokens)] = tokens
-    return {
+        labels_BT[index, : len(tokens)] = tokens.where(learned, IGNORED)
+        start = 0
+        for length in pieces:
+            if start > 0:
+                labels_BT[index, start] = IGNORED  # what comes before it is another document
+            position_ids_BT[index, start : start + length] = torch.arange(length)
+            start += length
+            ends.append(index * shape[1] + start)
+        position_ids_BT[index, start:] -= start
+    batch = {
         "input_ids": input_ids_BT,
         "labels": labels_BT,
-        "rows": torch.tensor([number for number, _ in rows], dtype=torch.int64),
+        "rows": torch.tensor([row.number for row in rows], dtype=torch.int64),
         "tokens": torch.tensor(lengths, dtype=torch.int64),
         "targets": (next_tokens(labels_BT) != IGNORED).sum(),
     }
+    if documents_of:
+        row_ends = range(shape[1], shape[0] * shape[1] + 1, shape[1])
+        batch["position_ids"] = position_ids_BT
+        batch["document_ends"] = torch.tensor(sorted({*ends, *row_ends}), dtype=torch.int32)
+    return batch

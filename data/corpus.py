@@ -41,38 +41,28 @@ def find_sources(options: Options) -> tuple[Source, Source | None]:
     return train, _find_file("validation_file", options.validation_file) if options.validation_file else None
 
 
-def read_documents(source: Source, text_column: str, scratch: Path) -> datasets.Dataset:
-    """The rows {"text": str} of a source, each a document; those of .txt files are pieces of documents.
+def read_records(source: Source, scratch: Path) -> datasets.Dataset:
+    """The records of a source, as they stand there; what they mean is for data/encode.py to find out.
 
-    Such a piece has two more fields, `begins` and `ends`: whether it is the first and the last one of its document.
-    Copies that `datasets` makes go to `scratch`. Raises OptionError for a file that cannot be parsed, or a column
-    that is not there.
+    A line of a .jsonl file is {"json": str, "place": str}: not yet parsed, because Arrow would give all records the
+    same keys and types, and with its place, for messages. A .txt file is one document, in records {"text": str,
+    "begins": bool, "ends": bool} of a piece of it each. Other records have the columns of their data set.
+    Copies that `datasets` makes go to `scratch`. Raises OptionError for a file that cannot be read.
     """
     if source.dataset is not None:
-        rows = source.dataset
-    elif source.files[0].suffix in (".txt", ".py"):
-        return datasets.Dataset.from_generator(
-            _read_pieces, gen_kwargs={"files": list(source.files)}, cache_dir=str(scratch), split="train"
-        )
-    else:
-        kind = {".jsonl": "json", ".parquet": "parquet"}[source.files[0].suffix]
-        files = [str(path) for path in source.files]
+        return source.dataset
+    suffix = source.files[0].suffix
+    if suffix == ".parquet":
         try:
-            rows = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=str(scratch))
+            files = [str(path) for path in source.files]
+            return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(scratch))
         except Exception as error:
             cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
-            raise OptionError(f"{source.name}: cannot be read as {source.files[0].suffix}: {cause}") from error
-    if text_column not in rows.column_names:
-        raise OptionError(
-            f"text_column {text_column}: {source.name} has no such column, only {', '.join(rows.column_names)}\n"
-            "give --text_column"
-        )
-    rows = rows.select_columns([text_column])
-    if text_column != "text":
-        rows = rows.rename_column(text_column, "text")
-    if rows.features["text"].dtype not in ("string", "large_string"):
-        raise OptionError(f"text_column {text_column}: {source.name} holds {rows.features['text']} there, not strings")
-    return rows
+            raise OptionError(f"{source.name}: cannot be read as .parquet: {cause}") from error
+    read = _read_lines if suffix == ".jsonl" else _read_pieces
+    return datasets.Dataset.from_generator(
+        read, gen_kwargs={"files": list(source.files)}, cache_dir=str(scratch), split="train"
+    )
 
 
 def embedded_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
@@ -160,6 +150,14 @@ def _read_pieces(files: list[Path]) -> Iterator[dict[str, object]]:
                 piece.append(line)
                 size += len(line)
             yield {"text": "".join(piece), "begins": begins, "ends": True}
+
+
+def _read_lines(files: list[Path]) -> Iterator[dict[str, str]]:
+    for path in files:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield {"json": line, "place": f"{path}: line {number}"}
 
 
 def _hash_files(files: list[Path]) -> str:

@@ -1,63 +1,84 @@
 """Rows of tokens: documents are tokenised and packed once, kept on disk and memory-mapped.
 
-A prepared split is two flat files: `tokens.bin` (uint32, all tokens in a line) and `starts.bin` (int64, where each row
-starts, and where the last one ends).
+A prepared split is three flat files: `tokens.bin` (uint32, the tokens of all documents in a line; the highest bit of
+one that is not learned is set), `pieces.bin` (int64, where each piece of that line starts and ends) and `rows.bin`
+(int64, the first piece of each row, and the number of all pieces).
 """
 
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
-from data.corpus import Source, find_sources, read_documents
+from data.corpus import Source, find_sources, read_records
+from data.encode import GIVEN, Fate, encoder, readable, recognise, records_of
+from data.packing import Integers, pack
 
-FORMAT = 2  # raised when prepared files of an older version can no longer be read
+ENCODED = datasets.Features({"tokens": datasets.List(datasets.Value("uint32")), "fate": datasets.Value("uint8")})
+FORMAT = 3  # raised when prepared files of an older version can no longer be read
 
 
-Row = tuple[int, Tensor]
-"""A row's number in its split, and its tokens: int64, at most block_size of them."""
+class Row(NamedTuple):
+    """What one row of a batch is made of: at most block_size tokens, T, of one document or of several."""
+
+    number: int  # in its split
+    tokens: Tensor  # int64 [T]
+    learned: Tensor  # bool [T]
+    lengths: list[int]  # of the pieces between which there is no attention; their sum is T
 
 
 class Rows(torch.utils.data.Dataset[Row]):
-    """The rows of a prepared split, read on demand."""
+    """The rows of a prepared split, read on demand. `documents_of` is their length, where documents share a row."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, documents_of: int | None) -> None:
+        self.folder, self.documents_of = folder, documents_of
         self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-        self.starts = np.memmap(folder / "starts.bin", np.int64, "r")
+        self.pieces = np.memmap(folder / "pieces.bin", np.int64, "r").reshape(-1, 2)
+        self.first_pieces = np.memmap(folder / "rows.bin", np.int64, "r")
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.first_pieces) - 1
 
     def __getitem__(self, index: int) -> Row:
-        return index, torch.from_numpy(self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int64))
+        pieces = self.pieces[self.first_pieces[index] : self.first_pieces[index + 1]]
+        tokens = torch.from_numpy(np.concatenate([self.tokens[start:end] for start, end in pieces]).astype(np.int64))
+        return Row(index, tokens & ~GIVEN, tokens < GIVEN, (pieces[:, 1] - pieces[:, 0]).tolist())
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return Rows, (self.folder,)  # to a worker process travels the path, not the file
+    def __reduce__(self) -> tuple[type, tuple[Path, int | None]]:
+        return Rows, (self.folder, self.documents_of)  # to a worker process travels the path, not the file
 
 
 @dataclass(frozen=True)
 class Split:
-    """What was counted while a split was prepared. `dropped_tokens` are those of its last, partial row."""
+    """What was counted while a split was prepared."""
 
+    shape: str  # of its records: text, or one of data.chat.SHAPES
     rows: int
-    documents: int
-    empty_documents: int
     tokens: int
-    dropped_tokens: int
+    learned_tokens: int
+    dropped_tokens: int  # of its last, partial row
+    documents: int  # texts or conversations that are learned from
+    cut_documents: int  # those of them that were longer than a row, and lost what was beyond
+    empty_documents: int  # left out: they had no text
+    targetless_documents: int  # left out: no token of them would have been learned
+
+    def filled(self, block_size: int) -> float:
+        """The share of the slots of all rows that hold a token."""
+        return (self.tokens - self.dropped_tokens) / (self.rows * block_size)
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class Data:
     source: str
     tokenizer: str
     fingerprint: str
+    packing: str
+    stop_tokens: list[int]  # with which documents end: what the model learns to stop at
     train: Rows
     validation: Rows | None
     counts: dict[str, Split]
@@ -98,7 +121,9 @@ def prepare(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     finally:
         lock.release()
     name = options.tokenizer_name or tokenizer.name_or_path or "embedded"
-    return _open(cache / key, train.name, f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}")
+    return _open(
+        cache / key, train.name, f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}", options.block_size
+    )
 
 
 def _cache_key(options: Options, tokenizer: PreTrainedTokenizerBase, train: Source, validation: Source | None) -> str:
@@ -108,6 +133,9 @@ def _cache_key(options: Options, tokenizer: PreTrainedTokenizerBase, train: Sour
         train.key,
         validation.key if validation else options.validation_split_percentage,
         options.text_column,
+        options.data_format,
+        options.max_targetless_share,
+        tokenizer.chat_template,
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         tokenizer.eos_token_id,
         options.block_size,
@@ -121,27 +149,49 @@ def _write(
 ) -> None:
     """Prepare both splits into `scratch`/prepared, with what was counted in about.json."""
     percentage = options.validation_split_percentage
-    splits = {"train": (train, read_documents(train, options.text_column, scratch))}
+    splits = {"train": (train, read_records(train, scratch))}
     if validation:
-        splits["validation"] = (validation, read_documents(validation, options.text_column, scratch))
-    elif percentage:
-        documents = splits["train"][1]
-        first = _first_held_out(documents, percentage)
-        splits["train"] = (train, documents.select(range(first)))
-        splits["validation"] = (train, documents.select(range(first, len(documents))))
+        splits["validation"] = (validation, read_records(validation, scratch))
+    shapes = {source.name: recognise(source, records, options) for source, records in splits.values()}
+    if percentage and not validation:
+        records = splits["train"][1]
+        first = _first_held_out(records, percentage)
+        splits["train"] = (train, records.select(range(first)))
+        splits["validation"] = (train, records.select(range(first, len(records))))
     digest = hashlib.sha256()
-    counts = {}
-    for name, (source, documents) in splits.items():
+    counts: dict[str, Split] = {}
+    stop_tokens: Counter[int] = Counter()
+    packing = options.packing
+    for name, (source, records) in splits.items():
+        shape = shapes[source.name]
+        packing = packing or ("concat" if shape == "text" else "documents")
         folder = scratch / "prepared" / name
         folder.mkdir(parents=True)
-        tokens = _tokenize(documents, source, options, tokenizer, scratch / f"{name}.arrow")
-        counts[name] = _pack(tokens, folder, options, tokenizer.eos_token_id, digest)
+        encoded = records.map(
+            encoder(source, shape, options, tokenizer),
+            batched=True,
+            with_indices=True,
+            num_proc=options.preprocessing_num_workers,
+            remove_columns=records.column_names,
+            features=ENCODED,
+            cache_file_name=str(scratch / f"{name}.arrow"),
+            desc=f"Tokenising {name}",
+            new_fingerprint=name,  # the default is a hash of the tokenizer object, which is slow and unstable
+        )
+        lengths, fates, learned_tokens = _write_tokens(encoded, folder, digest, stop_tokens)
+        _check_targetless(source, shape, records, fates, options, tokenizer)
+        counts[name] = _write_rows(lengths, fates, packing, options, folder, digest, shape, learned_tokens)
         if counts[name].rows == 0:
             raise OptionError(
                 f"{source.name}: the {name} split has {counts[name].tokens} tokens, less than one row of block_size "
                 f"{options.block_size}\ngive more text, a smaller --block_size or another --validation_split_percentage"
             )
-    about = {"fingerprint": digest.hexdigest(), "counts": {name: asdict(split) for name, split in counts.items()}}
+    about = {
+        "packing": packing,
+        "fingerprint": digest.hexdigest(),
+        "stop_tokens": [token for token, _ in stop_tokens.most_common(2)],
+        "counts": {name: asdict(split) for name, split in counts.items()},
+    }
     (scratch / "prepared" / "about.json").write_text(json.dumps(about, indent=2))
 
 
@@ -155,70 +205,88 @@ def _first_held_out(documents: datasets.Dataset, percentage: int) -> int:
     return first
 
 
-def _tokenize(
-    documents: datasets.Dataset, source: Source, options: Options, tokenizer: PreTrainedTokenizerBase, cache: Path
-) -> datasets.Dataset:
-    """Token ids of each row, in parallel. Empty documents become empty rows.
+def _write_tokens(
+    encoded: datasets.Dataset, folder: Path, digest: Any, stop_tokens: Counter[int]
+) -> tuple[Integers, NDArray[np.uint8], int]:
+    """Write tokens.bin. Gives the length and the fate of each record, and how many tokens are learned."""
+    lengths, fates, learned_tokens = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)], 0
+    with open(folder / "tokens.bin", "wb") as file:
+        for batch in encoded.with_format("arrow").iter(batch_size=1000):
+            lists = batch["tokens"].combine_chunks()
+            tokens = lists.flatten().to_numpy()
+            file.write(tokens.tobytes())
+            digest.update(tokens.tobytes())
+            lengths.append(lists.value_lengths().to_numpy().astype(np.int64))
+            fates.append(batch["fate"].to_numpy())
+            learned_tokens += int((tokens < GIVEN).sum())
+            stop_tokens.update(tokens[np.cumsum(lengths[-1])[fates[-1] == Fate.DOCUMENT] - 1].tolist())
+    return np.concatenate(lengths), np.concatenate(fates), learned_tokens
 
-    EOS closes each document; BOS opens it where the tokenizer itself would put one (Llama and Gemma do, Qwen not).
-    """
-    # The tokenizer's threads need not fear the workers that a DataLoader forks later: those use no tokenizer.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
-    eos = [tokenizer.eos_token_id]
 
-    def tokenize(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
-        for index, text in zip(indices, batch["text"], strict=True):
-            if text is None:
-                raise OptionError(f"{source.name}: row {index} has no text in column {options.text_column}")
-        rows = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        every = [True] * len(batch["text"])
-        pieces = zip(rows["input_ids"], batch.get("begins", every), batch.get("ends", every), strict=True)
-        return {"tokens": [bos * begins + row + eos * ends if row else [] for row, begins, ends in pieces]}
+def _check_targetless(
+    source: Source,
+    shape: str,
+    records: datasets.Dataset,
+    fates: NDArray[np.uint8],
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises OptionError with an example, if more than `max_targetless_share` of the records have nothing to learn."""
+    found = np.flatnonzero(fates == Fate.TARGETLESS)
+    if len(found) > options.max_targetless_share * len(fates):
+        index = int(found[0])
+        place, record = records_of(source, records[index : index + 1], [index])[0]
+        raise OptionError(
+            f"max_targetless_share {options.max_targetless_share}: {len(found):,} of {len(fates):,} records have no "
+            f"token to learn within block_size {options.block_size}; give it more, or records with answers\n"
+            f"{place}: {readable(place, record, shape, tokenizer)[:500]!r}"
+        )
 
-    return documents.map(
-        tokenize,
-        batched=True,
-        with_indices=True,
-        num_proc=options.preprocessing_num_workers,
-        remove_columns=documents.column_names,
-        features=datasets.Features({"tokens": datasets.List(datasets.Value("uint32"))}),
-        cache_file_name=str(cache),
-        desc=f"Tokenising {cache.stem}",
-        new_fingerprint=cache.stem,  # the default is a hash of the tokenizer object, which is slow and unstable
+
+def _write_rows(
+    lengths: Integers,
+    fates: NDArray[np.uint8],
+    packing: str,
+    options: Options,
+    folder: Path,
+    digest: Any,
+    shape: str,
+    learned_tokens: int,
+) -> Split:
+    """Write pieces.bin and rows.bin. Gives all that was counted."""
+    assert options.block_size
+    # The pieces of a large text are one document.
+    document = np.cumsum(fates != Fate.PIECE) - (fates != Fate.PIECE)
+    packed = pack(packing, np.bincount(document, weights=lengths).astype(np.int64), options.block_size)
+    for array, name in ((packed.pieces, "pieces.bin"), (packed.first_pieces, "rows.bin")):
+        array.tofile(folder / name)
+        digest.update(array.tobytes())
+    number = np.bincount(fates, minlength=len(Fate)).tolist()
+    return Split(
+        shape=shape,
+        rows=len(packed.first_pieces) - 1,
+        tokens=int(lengths.sum()),
+        learned_tokens=learned_tokens,
+        dropped_tokens=int(lengths.sum() - (packed.pieces[:, 1] - packed.pieces[:, 0]).sum()),
+        documents=number[Fate.DOCUMENT] + number[Fate.CUT],
+        cut_documents=number[Fate.CUT],
+        empty_documents=number[Fate.EMPTY],
+        targetless_documents=number[Fate.TARGETLESS],
     )
 
 
-def _pack(documents: datasets.Dataset, folder: Path, options: Options, eos: int, digest: Any) -> Split:
-    """Write tokens.bin and starts.bin. No token is lost but those of a last, partial row (packing concat)."""
-    assert options.block_size
-    documents_ended = empty = total = 0
-    lengths = []
-    with open(folder / "tokens.bin", "wb") as file:
-        for batch in documents.with_format("arrow").iter(batch_size=1000):
-            rows = batch["tokens"].combine_chunks()
-            tokens = rows.flatten().to_numpy().astype(np.uint32)
-            file.write(tokens.tobytes())
-            digest.update(tokens.tobytes())
-            lengths.append(rows.value_lengths().to_numpy())
-            total += len(tokens)
-            empty += int((lengths[-1] == 0).sum())
-            last_tokens = tokens[np.cumsum(lengths[-1][lengths[-1] > 0]) - 1]
-            documents_ended += int((last_tokens == eos).sum())
-    if options.packing == "concat":
-        starts = np.arange(0, total + 1, options.block_size, dtype=np.int64)
-    else:
-        all_lengths = np.concatenate([*lengths, np.zeros(0, np.int64)])
-        ends = np.cumsum(all_lengths)
-        cuts = [np.arange(start, end, options.block_size) for start, end in zip(ends - all_lengths, ends, strict=True)]
-        starts = np.concatenate([*cuts, [total]]).astype(np.int64)
-    starts.tofile(folder / "starts.bin")
-    digest.update(starts.tobytes())
-    return Split(len(starts) - 1, documents_ended, empty, total, int(total - starts[-1]))
-
-
-def _open(folder: Path, source: str, tokenizer: str) -> Data:
+def _open(folder: Path, source: str, tokenizer: str, block_size: int | None) -> Data:
     about = json.loads((folder / "about.json").read_text())
     counts = {name: Split(**values) for name, values in about["counts"].items()}
-    rows = {name: Rows(folder / name) for name in counts}
-    return Data(source, tokenizer, about["fingerprint"], rows["train"], rows.get("validation"), counts)
+    documents_of = block_size if about["packing"] == "documents" else None
+    rows = {name: Rows(folder / name, documents_of) for name in counts}
+    return Data(
+        source,
+        tokenizer,
+        about["fingerprint"],
+        about["packing"],
+        about["stop_tokens"],
+        rows["train"],
+        rows.get("validation"),
+        counts,
+    )

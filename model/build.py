@@ -50,6 +50,14 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
         config = Qwen3Config(**EMBEDDED_MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
 
     text_config = config.get_text_config()
+    if options.chat_template:
+        try:
+            tokenizer.chat_template = Path(options.chat_template).read_text()
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"chat_template {options.chat_template}: {error}; give a file that can be read"
+            ) from error
+
     positions = getattr(text_config, "max_position_embeddings", None) or 1024
     if options.block_size is None:
         options.block_size = min(1024, positions)

@@ -18,10 +18,19 @@ class NextToken(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        document_ends: Tensor | None = None,
+    ) -> Tensor:
         """The sum of the cross entropies of all targets: a scalar in fp32. `input_ids` and `labels` are int64 [B, T].
 
-        Labels are the input ids, or IGNORED: the loss shifts them by one.
+        Labels are the input ids, or IGNORED: the loss shifts them by one. data/batches.py says what keeps the documents
+        of a row apart; without it, a row is one document.
         """
-        logits_BTV = self.model(input_ids=input_ids, use_cache=False).logits
+        logits_BTV = self.model(
+            input_ids=input_ids, position_ids=position_ids, document_ends=document_ends, use_cache=False
+        ).logits
         return token_loss_sum(logits_BTV, labels)

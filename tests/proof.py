@@ -147,8 +147,8 @@ def mean_of_means() -> None:
         targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
         return loss_sum(logits_BTV, labels_BT) / targets
 
-    def count_micro_batches(rows: list[Row]) -> dict[str, Tensor]:
-        return collate(rows) | {"targets": torch.tensor(1)}
+    def count_micro_batches(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
+        return collate(rows, documents_of) | {"targets": torch.tensor(1)}
 
     model.objective.token_loss_sum = mean
     data.batches.collate = count_micro_batches

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from config import OptionError, Options
 from data.batches import collate, micro_batches, validation_batches
-from data.corpus import PIECE, find_sources, read_documents
+from data.corpus import PIECE, find_sources, read_records
 from data.rows import Data, Rows, _first_held_out, prepare
 from model.loss import IGNORED
+from tests import world
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def options(tmp_path: Path) -> Options:
 
 def tokens_of(rows: Rows | None) -> list[int]:
     assert rows is not None
-    return [int(token) for index in range(len(rows)) for token in rows[index][1]]
+    return [int(token) for index in range(len(rows)) for token in rows[index].tokens]
 
 
 def expected_tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[int]:
@@ -73,7 +74,7 @@ def test_no_token_is_lost(
     assert counts.dropped_tokens == len(expected) % 32
     assert counts.tokens == len(expected)
     assert counts.documents == (1 if suffix == ".txt" else len(documents))
-    assert all(len(data.train[index][1]) == 32 for index in range(len(data.train)))
+    assert all(len(data.train[index].tokens) == 32 for index in range(len(data.train)))
 
 
 def test_data_set_directory(
@@ -109,7 +110,7 @@ def test_packing_none(
     documents = [*documents, " ".join(documents) * 3]
     options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
     data = prepare(options, tokenizer)
-    rows = iter(data.train[index][1].tolist() for index in range(len(data.train)))
+    rows = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
     for text in documents:
         tokens = expected_tokens(tokenizer, [text])
         for start in range(0, len(tokens), 32):
@@ -124,7 +125,7 @@ def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizer
     path = tmp_path / "large.txt"
     path.write_bytes(text.encode())
     options.train_file = str(path)
-    pieces = read_documents(find_sources(options)[0], "text", tmp_path)
+    pieces = read_records(find_sources(options)[0], tmp_path)
     assert len(pieces) > 5
     assert max(map(len, pieces["text"])) < 2 * PIECE
     assert "".join(pieces["text"]) == text
@@ -165,7 +166,7 @@ def test_embedded_split_is_by_file(options: Options, tmp_path: Path) -> None:
     source = find_sources(options)[0]
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
-    pieces = read_documents(source, "text", tmp_path)
+    pieces = read_records(source, tmp_path)
     first = _first_held_out(pieces, 2)
     assert pieces[first - 1]["ends"]
     held_out = "".join(pieces["text"][first:])
@@ -183,7 +184,7 @@ def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedToke
     path = tmp_path / "null.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     options.train_file = str(path)
-    with pytest.raises(OptionError, match=r"null.jsonl: row 1 has no text in column text"):
+    with pytest.raises(OptionError, match=r"null.jsonl: line 2 has no text in column text"):
         prepare(options, tokenizer)
 
 
@@ -250,7 +251,7 @@ def test_validation_rows_count_once(world_size: int, rows: int, size: int) -> No
 
 def test_collate_masks_by_length() -> None:
     """Padding is ignored because of where it stands; EOS, which many tokenizers pad with, is learned."""
-    batch = collate([(3, torch.tensor([5, 6, 0])), (1, torch.tensor([7]))])
+    batch = collate([world.row(torch.tensor([5, 6, 0]), 3), world.row(torch.tensor([7]), 1)])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORED, IGNORED]]
     assert (batch["rows"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([3, 1], [3, 1], 2)
@@ -265,4 +266,4 @@ def test_rows_travel_by_path(options: Options, tokenizer: PreTrainedTokenizerBas
     data: Data = prepare(options, tokenizer)
     pickled = pickle.dumps(data.train)
     assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[3][1], data.train[3][1])
+    assert torch.equal(pickle.loads(pickled)[3].tokens, data.train[3].tokens)

@@ -119,9 +119,9 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
         ("empty.txt", "", "the file is empty"),
         ("text.csv", "a,b", "give a .txt, .jsonl or .parquet file"),
         ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\ngive --text_column"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read as .jsonl"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
-        ("numbers.jsonl", '{"text": 3}\n', "not strings"),
+        ("numbers.jsonl", '{"text": "a"}\n{"text": 3}\n' * 9, "numbers.jsonl: line 2 has no text in column text: 3"),
         ("short.jsonl", '{"text": "a b c"}\n', "the train split has 0 tokens"),
     ):
         path = write(tmp_path / name, content)

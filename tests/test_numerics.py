@@ -39,8 +39,8 @@ def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
     original, calls = data.batches.collate, iter(range(10_000))
 
-    def collate(rows: list[Row]) -> dict[str, Tensor]:
-        batch = original(rows)
+    def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
+        batch = original(rows, documents_of)
         if next(calls) // 2 + 1 in steps:
             batch["labels"].fill_(IGNORED)
             batch["targets"].zero_()

@@ -23,6 +23,7 @@ from data.batches import collate
 from model.build import load_config_and_tokenizer
 from model.loss import IGNORED, flops_per_token, next_tokens, token_loss_sum
 from model.optimizer import build_optimizer, learning_rate
+from tests import world
 from tests.launch import train_ok
 
 
@@ -70,7 +71,7 @@ def test_decay_is_for_matrices_alone(model_dir: Path) -> None:
 def test_loss_is_that_of_transformers(model_dir: Path) -> None:
     """Sum over targets / number of targets = the mean that transformers computes on the same labels."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    batch = collate([(0, torch.randint(0, 384, (length,))) for length in (7, 12, 2)])
+    batch = collate([world.row(torch.randint(0, 384, (length,))) for length in (7, 12, 2)])
     theirs = model(input_ids=batch["input_ids"], labels=batch["labels"])
     ours = token_loss_sum(theirs.logits, batch["labels"]) / batch["targets"]
     assert ours.item() == pytest.approx(theirs.loss.item(), abs=1e-6)
@@ -84,7 +85,7 @@ def test_labels_are_the_next_tokens() -> None:
 def test_mean_of_means_would_be_another_gradient(model_dir: Path) -> None:
     """What the trainer must not do differs by more than 1e-2, so that the topology test would see it."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    micro_batches = [collate([(0, torch.randint(0, 384, (length,)))]) for length in (64, 3)]
+    micro_batches = [collate([world.row(torch.randint(0, 384, (length,)))]) for length in (64, 3)]
 
     def gradient(mean_of_means: bool) -> torch.Tensor:
         model.zero_grad()
@@ -100,7 +101,7 @@ def test_mean_of_means_would_be_another_gradient(model_dir: Path) -> None:
 
 
 def test_a_batch_without_targets_is_finite() -> None:
-    batch = collate([(0, torch.tensor([3]))])
+    batch = collate([world.row(torch.tensor([3]))])
     loss = token_loss_sum(torch.randn(1, 2, 8, requires_grad=True), batch["labels"])
     assert loss.item() == 0.0
 

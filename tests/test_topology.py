@@ -118,7 +118,7 @@ def test_the_exported_model_is_the_trained_one(tiny: list[object], tmp_path: Pat
     assert rows
     total = targets = 0.0
     with torch.no_grad():
-        for _, tokens in (rows[index] for index in range(len(rows))):
+        for tokens in (rows[index].tokens for index in range(len(rows))):
             if len(tokens) > 1:
                 total += loaded(input_ids=tokens[None], labels=tokens[None]).loss.item() * (len(tokens) - 1)
                 targets += len(tokens) - 1

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from data.rows import Row
 from tests.launch import ROOT
 
 VOCABULARY = 384
@@ -54,6 +56,11 @@ def make_model(path: Path) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
     return path
+
+
+def row(tokens: Tensor, number: int = 0) -> Row:
+    """A row of one document, all of it learned."""
+    return Row(number, tokens, torch.ones_like(tokens, dtype=torch.bool), [len(tokens)])
 
 
 def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
