@@ -186,7 +186,8 @@ def main(argv: list[str]) -> None:
 
     # === The finished model, for from_pretrained. ===================================================================
     if progress.step == plan.total_steps:
-        model.generation_config.eos_token_id = data.stop_tokens  # so that `generate` stops where the documents ended
+        # So that `generate` stops where the documents ended.
+        model.generation_config.eos_token_id = data.stop_tokens or tokenizer.eos_token_id
         checkpoint.export(output_dir, model, tokenizer)
         recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:

@@ -89,7 +89,7 @@ class Data:
     tokenizer: str
     fingerprint: str
     packing: str
-    stop_tokens: list[int]  # with which documents end: what the model learns to stop at
+    stop_tokens: list[int]  # the special tokens with which documents end, as far as they are learned; at most two
     train: Rows
     validation: Rows | None
     counts: dict[str, Split]
@@ -189,7 +189,7 @@ def _write(
     about = {
         "packing": packing,
         "fingerprint": digest.hexdigest(),
-        "stop_tokens": [token for token, _ in stop_tokens.most_common(2)],
+        "stop_tokens": [token for token, _ in stop_tokens.most_common(2) if token in tokenizer.added_tokens_decoder],
         "counts": {name: asdict(split) for name, split in counts.items()},
     }
     (scratch / "prepared" / "about.json").write_text(json.dumps(about, indent=2))
@@ -218,8 +218,11 @@ def _write_tokens(
             digest.update(tokens.tobytes())
             lengths.append(lists.value_lengths().to_numpy().astype(np.int64))
             fates.append(batch["fate"].to_numpy())
-            learned_tokens += int((tokens < GIVEN).sum())
-            stop_tokens.update(tokens[np.cumsum(lengths[-1])[fates[-1] == Fate.DOCUMENT] - 1].tolist())
+            learned = tokens < GIVEN
+            learned_tokens += int(learned.sum())
+            starts = np.cumsum(lengths[-1]) - lengths[-1]
+            last_learned = np.maximum.reduceat(np.where(learned, np.arange(len(tokens)), 0), starts[lengths[-1] > 0])
+            stop_tokens.update(tokens[last_learned[fates[-1][lengths[-1] > 0] == Fate.DOCUMENT]].tolist())
     return np.concatenate(lengths), np.concatenate(fates), learned_tokens
 
 

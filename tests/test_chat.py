@@ -1,0 +1,290 @@
+"""Conversations: every shape they come in, and a mask that covers what the model will have to write, and no more."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from config import OptionError, Options
+from data.chat import Conversation
+from data.encode import encode_messages
+from data.rows import Data, prepare
+from data.show import GIVEN, LEARNED, show
+from tests.launch import train_ok
+
+PLAIN = r"""
+{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\n' }}
+  {%- if message.role == 'assistant' %}BEGIN{{ message.content + '<|im_end|>' }}END
+  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
+  {{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+# Like those of reasoning models: the last answer shows its reasoning, and earlier ones have lost it; an answer is
+# trimmed; tools are described first, called after the answer, and their results are a user's turn.
+REASONING = r"""
+{%- set last = namespace(question=0) %}
+{%- for message in messages if message.role == 'user' %}
+  {%- set last.question = messages.index(message) %}
+{%- endfor %}
+{%- if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}
+{%- for message in messages %}
+  {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' }}
+  {%- if message.role == 'assistant' %}BEGIN
+    {%- if loop.index0 > last.question %}
+      {{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- (message.content or '') | trim }}
+    {%- for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) + '</call>' }}{% endfor %}
+    {{- '<|im_end|>' }}END
+  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
+  {{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def with_markers(template: str) -> str:
+    return template.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+
+
+def without_markers(template: str) -> str:
+    return template.replace("BEGIN", "{% if true %}").replace("END", "{% endif %}")
+
+
+@pytest.fixture
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = without_markers(PLAIN)
+    return tokenizer
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "integer"}}}}]
+CONVERSATIONS = {
+    "one turn": [user("hi"), assistant("hello you")],
+    "several turns": [
+        user("hi"),
+        assistant("hello"),
+        user("more"),
+        assistant(" sure, more\n\n"),
+        user("?"),
+        assistant("!"),
+    ],
+    "system": [{"role": "system", "content": "be brief"}, user("hi"), assistant("hello")],
+    "the same twice": [user("hello"), assistant("hello"), user("hello"), assistant("hello")],
+    "an answer like a turn": [user("a"), assistant("<|im_start|> assistant is a word"), user("b"), assistant("c")],
+    "two answers in a row": [user("hi"), assistant("hello"), assistant("you")],
+    "reasoning": [
+        user("1+1"),
+        assistant("2", reasoning_content="one more"),
+        user("+1"),
+        assistant("3", reasoning_content="3"),
+    ],
+    "tools": [
+        user("add"),
+        assistant(None, tool_calls=[CALL]),
+        {"role": "tool", "content": "2"},
+        assistant("it is 2"),
+        user("again"),
+        assistant("it is 2", tool_calls=[CALL]),
+    ],
+    "ends with a question": [user("hi"), assistant("hello"), user("and?")],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("template", [PLAIN, REASONING], ids=["plain", "reasoning"])
+def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
+    """Ids and mask that transformers itself gives for a template with markers, from the template without them."""
+    messages = CONVERSATIONS[name]
+    tools = TOOLS if name == "tools" and template == REASONING else None
+    if template == PLAIN:
+        messages = [message for message in messages if message["content"] is not None]
+    tokenizer.chat_template = with_markers(template)
+    marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+    conversation = Conversation(messages, tools)
+    ids, learned = encode_messages(conversation, tokenizer)
+    assert (ids, learned) == (marked["input_ids"], [mask == 1 for mask in marked["assistant_masks"]])
+    assert 0 < sum(learned) < len(ids)
+    tokenizer.chat_template = without_markers(template)
+    assert encode_messages(conversation, tokenizer) == (ids, learned)
+    assert tokenizer.apply_chat_template(messages, tools, return_dict=True)["input_ids"] == ids
+
+
+def test_what_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each answer with the token that ends its turn, and nothing that the template writes by itself."""
+    ids, learned = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
+    text = tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn])
+    assert text == "hello<|im_end|> sure, more\n\n<|im_end|>!<|im_end|>"
+
+
+def prepare_records(
+    records: Sequence[object], tokenizer: PreTrainedTokenizerBase, directory: Path, **options: Any
+) -> Data:
+    path = directory / "chat.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"block_size": 64, "validation_split_percentage": 0, **options}
+    return prepare(Options(train_file=str(path), data_cache_dir=str(directory / "cache"), **settings), tokenizer)
+
+
+def rows_of(data: Data) -> list[tuple[list[int], list[bool]]]:
+    rows = (data.train[index] for index in range(len(data.train)))
+    return [(row.tokens.tolist(), row.learned.tolist()) for row in rows]
+
+
+MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "record"),
+    [
+        ("messages", MESSAGES),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "what\n\nnow"}, {"from": "gpt", "value": "that"}]}),
+        ("prompt", {"prompt": [user("what\n\nnow")], "completion": [assistant("that")]}),
+        ("alpaca", {"instruction": "what", "input": "now", "output": "that"}),
+        ("alpaca", {"instruction": "what\n\nnow", "input": "", "output": "that", "text": "something else"}),
+    ],
+)
+def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, record: dict[str, Any]) -> None:
+    """The same conversation in every shape gives the same row; the shape is recognised, and can be forced."""
+    data = prepare_records([record], tokenizer, tmp_path)
+    assert data.counts["train"].shape == shape
+    assert data.packing == "documents"
+    (tmp_path / "messages").mkdir()
+    assert rows_of(data) == rows_of(prepare_records([MESSAGES], tokenizer, tmp_path / "messages"))
+    assert rows_of(data) == rows_of(prepare_records([record], tokenizer, tmp_path, data_format=shape))
+
+
+def test_prompt_and_completion_as_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Strings are taken as they are, without a template: the completion is learned, and that it ends."""
+    data = prepare_records([{"prompt": "one two", "completion": " three"}], tokenizer, tmp_path)
+    prompt, completion = tokenizer("one two")["input_ids"], [*tokenizer(" three")["input_ids"], tokenizer.eos_token_id]
+    assert rows_of(data) == [(prompt + completion, [False] * len(prompt) + [True] * len(completion))]
+
+
+def test_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """An answer in the prompt is given, with and without markers."""
+    record = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    for template in (without_markers(PLAIN), with_markers(PLAIN)):
+        tokenizer.chat_template = template
+        ((ids, learned),) = rows_of(prepare_records([record], tokenizer, tmp_path))
+        assert tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn]) == "d<|im_end|>"
+
+
+def test_text_is_learned_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    data = prepare_records([{"text": "one two three"}] * 9, tokenizer, tmp_path, block_size=8)
+    assert (data.counts["train"].shape, data.packing, data.stop_tokens) == ("text", "concat", [tokenizer.eos_token_id])
+    assert all(all(learned) for _, learned in rows_of(data))
+
+
+def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Cut conversations, such without an answer, such whose answer is beyond the row, and empty ones: each exactly."""
+    fine, long = {"messages": [user("a"), assistant("b")]}, "word " * 99
+    records = [
+        *[fine] * 20,
+        {"messages": [user("a"), assistant(long)]},
+        {"messages": [user(long), assistant("b")]},
+        {"messages": [user("a")]},
+        {"messages": []},
+    ]
+    data = prepare_records(records, tokenizer, tmp_path)
+    counts = data.counts["train"]
+    assert (counts.documents, counts.cut_documents) == (21, 1)
+    assert (counts.targetless_documents, counts.empty_documents) == (2, 1)
+    assert counts.tokens == sum(len(tokens) for tokens, _ in rows_of(data))
+    assert counts.learned_tokens == sum(sum(learned) for _, learned in rows_of(data))
+    assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    with pytest.raises(OptionError) as error:
+        prepare_records(records, tokenizer, tmp_path, max_targetless_share=0.08)
+    assert "2 of 24 records have no token to learn" in str(error.value)
+    assert "chat.jsonl: line 22: '<|im_start|>user" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"messages": "hi"}, "line 2: messages must be a list of messages, and is hi"),
+        ({"messages": [user("a"), {"role": "assistant", "content": 3}]}, "line 2: message 1 must have a role"),
+        ({"messages": [{"content": "a"}]}, "line 2: message 0 must have a role"),
+        ({"messages": [assistant(None)]}, "line 2: message 0, of role assistant, has no content"),
+        ({"messages": [user("a")], "tools": "{"}, "line 2: tools is not JSON"),
+        ({"other": 1}, "line 2: messages must be a list of messages, and is None"),
+        ([1], "line 2: must be an object in braces, and is [1]"),
+    ],
+)
+def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, record: Any, complaint: str) -> None:
+    """Fault 16: a null or wrongly typed row is an error that names file and row."""
+    with pytest.raises(OptionError) as error:
+        prepare_records([MESSAGES, record], tokenizer, tmp_path)
+    assert f"{tmp_path}/chat.jsonl: {complaint}" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (None, "the tokenizer has no chat template\ngive --chat_template FILE"),
+        ("{{ raise_exception('no such role') }}", "it refuses a conversation of user, assistant: no such role"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "it writes nothing after an answer"),
+        (
+            "{% for m in messages %}{{ m.content if m.content != 'that' else '' }}|{{ messages | length }}{% endfor %}"
+            "{% if messages[-1].content == 'that' %}other{% endif %}",
+            "where turn 1 of a conversation begins and ends cannot be told",
+        ),
+    ],
+)
+def test_templates_that_will_not_do(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str | None, complaint: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(OptionError) as error:
+        prepare_records([MESSAGES], tokenizer, tmp_path)
+    assert complaint in str(error.value)
+    assert "line 1: " in str(error.value)
+
+
+def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Learned and given tokens are told apart."""
+    text = show(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
+    assert f"{LEARNED}that<|im_end|>" in text
+    assert f"{GIVEN}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
+
+
+def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
+    """Through the trainer: the template comes from a file, is exported, and the model stops where answers stopped."""
+    (tmp_path / "template.jinja").write_text(without_markers(PLAIN).replace("<|im_end|>", "<eos>"))
+    lines = [json.dumps({"messages": [user(f"say {n}"), assistant(str(n))]}) for n in range(200)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    options = [
+        "--train_file",
+        tmp_path / "chat.jsonl",
+        "--chat_template",
+        tmp_path / "template.jinja",
+        "--max_steps",
+        2,
+    ]
+    more = ["--packing", "documents", "--block_size", 96, "--show_examples", 1, "--output_dir", tmp_path / "run"]
+    output = train_ok(2, *tiny, *options, *more)
+    assert "180 documents (messages)" in output
+    assert "packing documents" in output
+    assert re.search(re.escape(LEARNED) + r"\d+<eos>", output)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert exported.chat_template == (tmp_path / "template.jinja").read_text()
+    assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["eos_token_id"] == [
+        exported.eos_token_id
+    ]

@@ -1,0 +1,143 @@
+"""Packed documents: no slot wasted, no token lost, and no document that sees another one."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+import metrics
+from data.batches import collate
+from data.packing import pack
+from data.rows import Row
+from model.objective import NextToken
+from tests.proof import GATES, Case, first_gradient, relative_l2
+
+
+def ragged_lengths(number: int) -> np.ndarray:
+    """Log-normal lengths, as those of conversations are: a median of 400, a few of thousands."""
+    return np.minimum(np.exp(np.random.default_rng(0).normal(6, 1.2, number)), 40_960).astype(np.int64)
+
+
+@pytest.mark.parametrize("number", [1000, 20_000])
+def test_no_slot_is_wasted(number: int) -> None:
+    """At least 98% of the slots hold a token; with a thousand documents it is 99.7%, with 20,000 99.98%."""
+    lengths = ragged_lengths(number)
+    packed = pack("documents", lengths, 4096)
+    assert lengths.sum() / ((len(packed.first_pieces) - 1) * 4096) > 0.98
+
+
+@pytest.mark.parametrize("packing", ["documents", "none", "concat"])
+def test_no_token_is_lost(packing: str) -> None:
+    """Each token is in one row; documents are cut only where they are longer than a row (fault 17: 100 times)."""
+    lengths = np.concatenate([ragged_lengths(300), [0, 25_600, 1, 256, 257]])
+    packed = pack(packing, lengths, 256)
+    sizes = packed.pieces[:, 1] - packed.pieces[:, 0]
+    rows = np.add.reduceat(sizes, packed.first_pieces[:-1])
+    assert rows.max() <= 256
+    assert sizes.min() > 0
+    used = np.zeros(lengths.sum(), np.int64)
+    for start, end in packed.pieces:
+        used[start:end] += 1
+    assert used.max() == 1
+    left_out = used.size - used.sum()
+    assert left_out == (used.size % 256 if packing == "concat" else 0)
+    if packing != "concat":
+        assert len(sizes) == (-(-lengths // 256)).sum()
+
+
+def documents_of(lengths: list[int], vocabulary: int) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(0, vocabulary, (length,)) for length in lengths]
+
+
+def packed_row(documents: list[Tensor], number: int = 0) -> Row:
+    tokens = torch.cat(documents)
+    learned = torch.ones_like(tokens, dtype=torch.bool)
+    learned[3:6] = False  # a question, say
+    return Row(number, tokens, learned, [len(document) for document in documents])
+
+
+def loss_and_gradient(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        names = ("input_ids", "labels", "position_ids", "document_ends")
+        loss = NextToken(model)(**{name: batch[name] for name in names if name in batch})
+        loss.backward()
+        total += loss.item()
+    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def sliding_model() -> PreTrainedModel:
+    """A model whose layers look back 8 tokens."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=2, vocab_size=384, sliding_window=8))
+
+
+@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
+def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
+    """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
+    model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+    documents = documents_of([17, 30, 1, 9, 25, 31], 384)
+    rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
+    packed = collate(rows, documents_of=64)
+    alone = []
+    for row in rows:
+        start = 0
+        for length in row.lengths:
+            part = slice(start, start + length)
+            alone.append(collate([Row(0, row.tokens[part], row.learned[part], [length])]))
+            start += length
+    assert int(packed["targets"]) == sum(int(batch["targets"]) for batch in alone)
+    loss, gradient = loss_and_gradient(model, [packed])
+    expected_loss, expected = loss_and_gradient(model, alone)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_l2(gradient, expected) < 1e-5
+    leaking = collate([Row(row.number, row.tokens, row.learned, [len(row.tokens)]) for row in rows], documents_of=64)
+    leaking["labels"] = packed["labels"]
+    assert relative_l2(loss_and_gradient(model, [leaking])[1], expected) > 1e-2
+
+
+def test_collate_keeps_documents_apart() -> None:
+    """Positions start again, the first token of a document is no target, and ends are those of the line of all rows."""
+    batch = collate([packed_row(documents_of([4, 3], 9)), packed_row(documents_of([8], 9), 1)], documents_of=8)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert batch["document_ends"].tolist() == [0, 4, 7, 8, 16]
+    assert int(batch["targets"]) == (4 - 1 - 1) + (3 - 1 - 1) + (8 - 1 - 3)
+    assert batch["input_ids"].shape == (2, 8)
+
+
+DOCUMENTS, ROWS = 46, 16
+
+
+@pytest.fixture(scope="module")
+def all_documents(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options for a step that learns from all documents at once; none is longer than a row."""
+    path = tmp_path_factory.mktemp("packed") / "documents.jsonl"
+    draw = random.Random(3)
+    texts = ["the licence of software " * draw.randint(1, 2) + "a" * draw.randint(1, 9) for _ in range(DOCUMENTS)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [*tiny, "--train_file", path, "--validation_split_percentage", 0]
+
+
+@pytest.fixture(scope="module")
+def unpacked_gradient(all_documents: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    options = [*all_documents, "--packing", "none", "--global_batch_size", DOCUMENTS]
+    return first_gradient(Case("unpacked", 1, DOCUMENTS), options, tmp_path_factory.mktemp("unpacked"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_packed_step_is_the_unpacked_step(
+    all_documents: list[object], unpacked_gradient: dict[str, Tensor], tmp_path: Path, strategy: str
+) -> None:
+    """Through the whole trainer, on two ranks and in micro-steps: the gradient of all documents, packed or not."""
+    options = [*all_documents, "--packing", "documents", "--global_batch_size", ROWS]
+    gradient = first_gradient(Case("packed", 2, 2, ("--strategy", strategy)), options, tmp_path)
+    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["epoch"] == 1, "all documents are in the step"
+    assert relative_l2(gradient, unpacked_gradient) < GATES.gradient
