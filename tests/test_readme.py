@@ -1,5 +1,6 @@
 """Every command of the README, as it stands, on small data: `torchrun` and `python` are this environment's."""
 
+import json
 import os
 import re
 import shlex
@@ -13,9 +14,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metrics
+from config import Options
+from data.rows import prepare
 from tests.launch import ROOT
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 SHORTER = ["--max_steps", "2", "--block_size", "64", "--bf16", "false"]
 
@@ -27,6 +31,41 @@ def place(model_dir: Path, train_file: Path, tmp_path: Path) -> Path:
     shutil.copy(train_file, tmp_path / "text.jsonl")
     (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
     return tmp_path
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ':\\n' + message.content + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+SHAPES = re.findall(r"```json\n(.*?)```", README, re.DOTALL)[0].strip().splitlines()
+ASK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+
+
+def test_fine_tuning_on_conversations(place: Path) -> None:
+    """The section: the command, and the answer that `generate` then gives, and stops."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(place / "DIR")
+    other = json.dumps({"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "No."}]})
+    (place / "chat.jsonl").write_text(f"{SHAPES[0]}\n{other}\n" * 64)
+    command = next(command for command in COMMANDS if "chat.jsonl" in command)
+    longer = ["--max_steps", "100", "--learning_rate", "1e-2", "--warmup_steps", "10"]
+    run = subprocess.run([*words_of(command, place), *longer], cwd=place, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "MIT." in run.stdout
+    answer = subprocess.run([sys.executable, "-c", ASK], cwd=place, capture_output=True, text=True, check=True)
+    assert answer.stdout == "MIT.\n"
+
+
+@pytest.mark.parametrize("line", SHAPES)
+def test_shapes_of_conversations(line: str, place: Path) -> None:
+    (place / "chat.jsonl").write_text(line)
+    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    options = Options(train_file=str(place / "chat.jsonl"), data_cache_dir=str(place / "cache"), block_size=64)
+    options.validation_split_percentage = 0
+    row = prepare(options, tokenizer).train[0]
+    assert tokenizer.decode(row.tokens[row.learned]).strip() == "MIT.<eos>"
 
 
 def words_of(command: str, place: Path) -> list[str]:
@@ -43,7 +82,12 @@ def words_of(command: str, place: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if "train.py" in command and "--nnodes" not in command]
+    "command",
+    [
+        command
+        for command in COMMANDS
+        if "train.py" in command and not {"--nnodes", "chat.jsonl"} & set(command.split())
+    ],
 )
 def test_command(command: str, place: Path) -> None:
     words = words_of(command, place)
