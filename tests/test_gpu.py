@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import metrics
+from model.attention import NAME, attend_within_documents
 from tests.launch import train_ok
 from tests.proof import relative_l2
+from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
 from tests.test_resume import equal_to_the_bit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -71,3 +74,19 @@ def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Pat
     expected = load_file(one_rank / "model.safetensors")
     assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < 1e-5
     assert equal_to_the_bit(tmp_path / "checkpoint-10", one_rank / "checkpoint-10")
+
+
+@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
+def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
+    """In bf16 over variable lengths: loss and gradient of packed rows stay near those in fp32 of each document alone."""
+    device = torch.device("cuda")
+    model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+    packed, alone = packed_and_alone()
+    packed, *alone = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in (packed, *alone))
+    expected_loss, expected = loss_and_gradient(model.to(device), alone)
+    attend_within_documents(model, device, bf16=True)
+    assert model.config._attn_implementation == NAME
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, gradient = loss_and_gradient(model, [packed])
+    assert loss == pytest.approx(expected_loss, rel=2e-3)
+    assert 1e-4 < relative_l2(gradient, expected) < 2e-2

@@ -80,13 +80,10 @@ def sliding_model() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=2, vocab_size=384, sliding_window=8))
 
 
-@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
-def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
-    """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
-    model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A micro-batch of two packed rows, and each of their documents as a micro-batch of its own."""
     documents = documents_of([17, 30, 1, 9, 25, 31], 384)
     rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
-    packed = collate(rows, documents_of=64)
     alone = []
     for row in rows:
         start = 0
@@ -94,13 +91,20 @@ def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
             part = slice(start, start + length)
             alone.append(collate([Row(0, row.tokens[part], row.learned[part], [length])]))
             start += length
+    return collate(rows, documents_of=64), alone
+
+
+@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
+def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
+    """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
+    model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+    packed, alone = packed_and_alone()
     assert int(packed["targets"]) == sum(int(batch["targets"]) for batch in alone)
     loss, gradient = loss_and_gradient(model, [packed])
     expected_loss, expected = loss_and_gradient(model, alone)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_l2(gradient, expected) < 1e-5
-    leaking = collate([Row(row.number, row.tokens, row.learned, [len(row.tokens)]) for row in rows], documents_of=64)
-    leaking["labels"] = packed["labels"]
+    leaking = {name: packed[name] for name in ("input_ids", "labels")}
     assert relative_l2(loss_and_gradient(model, [leaking])[1], expected) > 1e-2
 
 
