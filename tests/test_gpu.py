@@ -78,7 +78,7 @@ def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Pat
 
 @pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
 def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
-    """In bf16 over variable lengths: loss and gradient of packed rows stay near those in fp32 of each document alone."""
+    """In bf16, over variable lengths: loss and gradient stay near those in fp32 of each document alone."""
     device = torch.device("cuda")
     model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
