@@ -81,6 +81,18 @@ def has_markers(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> 
     return bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)))
 
 
+def check_markers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises OptionError for a template that marks an answer, but not what ends it."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    tokens = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
+    if not tokenizer.decode(tokens).partition("answer")[2].strip():
+        raise OptionError(
+            "chat_template: its {% generation %} markers leave out what ends an answer, so that the model could not "
+            "learn to stop\ngive a --chat_template that marks it too"
+        )
+
+
 def learned_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str) -> list[Span]:
     """Where in `text`, the rendering of a conversation, the assistant speaks: [start, end) in characters, each turn.
 

@@ -13,7 +13,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
-from data.chat import SHAPES, Conversation, has_markers, learned_spans, render, to_conversation
+from data.chat import SHAPES, Conversation, check_markers, has_markers, learned_spans, render, to_conversation
 from data.corpus import Source
 
 GIVEN = 1 << 31
@@ -55,6 +55,8 @@ def encoder(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
     if shape == "text":
         return lambda batch, indices: _encode_texts(batch, indices, source, options, tokenizer)
+    if tokenizer.chat_template and has_markers(tokenizer, None):
+        check_markers(tokenizer)
     return lambda batch, indices: _encode_conversations(batch, indices, source, shape, options, tokenizer)
 
 

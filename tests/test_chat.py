@@ -258,6 +258,18 @@ def test_templates_that_will_not_do(
     assert "line 1: " in str(error.value)
 
 
+def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A template whose markers leave out the token that ends a turn would give a model that never stops."""
+    marked = (
+        with_markers(PLAIN)
+        .replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen")
+        .replace("{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
+    )
+    tokenizer.chat_template = marked
+    with pytest.raises(OptionError, match="markers leave out what ends an answer"):
+        prepare_records([MESSAGES], tokenizer, tmp_path)
+
+
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Learned and given tokens are told apart."""
     text = show(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)

@@ -76,7 +76,7 @@ def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Pat
     assert equal_to_the_bit(tmp_path / "checkpoint-10", one_rank / "checkpoint-10")
 
 
-@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
+@pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
 def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
     """In bf16, over variable lengths: loss and gradient stay near those in fp32 of each document alone."""
     device = torch.device("cuda")

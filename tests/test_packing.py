@@ -58,7 +58,7 @@ def documents_of(lengths: list[int], vocabulary: int) -> list[Tensor]:
 def packed_row(documents: list[Tensor], number: int = 0) -> Row:
     tokens = torch.cat(documents)
     learned = torch.ones_like(tokens, dtype=torch.bool)
-    learned[3:6] = False  # a question, say
+    learned[1:3] = False  # a question, say
     return Row(number, tokens, learned, [len(document) for document in documents])
 
 
@@ -94,7 +94,7 @@ def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     return collate(rows, documents_of=64), alone
 
 
-@pytest.mark.parametrize("model_name", ["full attention", "sliding window"])
+@pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
 def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
     """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
     model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
@@ -113,7 +113,7 @@ def test_collate_keeps_documents_apart() -> None:
     batch = collate([packed_row(documents_of([4, 3], 9)), packed_row(documents_of([8], 9), 1)], documents_of=8)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch["document_ends"].tolist() == [0, 4, 7, 8, 16]
-    assert int(batch["targets"]) == (4 - 1 - 1) + (3 - 1 - 1) + (8 - 1 - 3)
+    assert int(batch["targets"]) == (4 - 1 - 2) + (3 - 1) + (8 - 1 - 2)
     assert batch["input_ids"].shape == (2, 8)
 
 

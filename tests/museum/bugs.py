@@ -131,6 +131,42 @@ BUGS = [
         Curve(),
         source="NovaSky-AI/SkyRL#462",
     ),
+    Bug(
+        "the question is learned",
+        "The template marks what the assistant says, and the labels are the whole text: the model learns to ask.",
+        "A loss that is too high, because questions cannot be predicted; answers that go on with the next question.",
+        one("data/batches.py", "tokens.where(learned, IGNORED)", "tokens"),
+        "tests/test_packing.py::test_collate_keeps_documents_apart",
+        source="marin-community/marin#7237",
+    ),
+    Bug(
+        "the end of the answer is masked",
+        "The mask covers the answer, and not the token that ends the turn, which the template writes after it.",
+        "None in the loss. The model answers, and then does not stop.",
+        one("data/chat.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
+        "tests/test_chat.py::test_what_is_learned",
+        source="huggingface/trl#5988",
+    ),
+    Bug(
+        "attention leaks between packed documents",
+        "Several documents share a row, and nothing tells the model where one ends: each sees all that come before it.",
+        "The loss is a little lower than it should be where documents resemble each other; the model has learned to "
+        "copy from strangers.",
+        one(
+            "data/batches.py",
+            "            position_ids_BT[index, start : start + length] = torch.arange(length)\n",
+            "",
+        ),
+        "tests/test_packing.py::test_packed_is_one_by_one[full_attention]",
+        source="huggingface/trl#1230",
+    ),
+    Bug(
+        "the next document is predicted",
+        "The label of the first token of a packed document stays, and the last token of another one has to predict it.",
+        "A loss that is a little too high, and grows with the number of documents in a row.",
+        one("data/batches.py", "            if start > 0:\n", "            if start < 0:\n"),
+        "tests/test_packing.py::test_collate_keeps_documents_apart",
+    ),
     # --- The loss ---------------------------------------------------------------------------------------------------
     Bug(
         "labels shifted twice",
