@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
@@ -158,5 +159,8 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
     text = render(tokenizer, messages, tools)
     spans = learned_spans(tokenizer, conversation, text)
     rendered = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    learned = [any(first < end and start < last for start, end in spans) for first, last in rendered["offset_mapping"]]
-    return rendered["input_ids"], learned
+    first, end = np.array(rendered["offset_mapping"], dtype=np.int64).reshape(-1, 2).T  # of each token, in characters
+    learned = np.zeros(len(first), dtype=bool)
+    for span_start, span_end in spans:
+        learned |= (first < span_end) & (end > span_start)
+    return rendered["input_ids"], learned.tolist()
