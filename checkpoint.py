@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import OptionError, Options
+from model.weights import unique_tensors, write_model
 
 MANIFEST = "manifest.json"
 LEFT_OVER = (".saving-*", ".exporting-*")  # what was being written when a run was cut off
@@ -147,7 +148,7 @@ class Saver:
         self.wait()
         moments, optimizer_steps = _optimizer_state(optimizer)
         snapshot = Snapshot(
-            _share_of_rank(_parameters(model)),
+            _share_of_rank(unique_tensors(model)),
             _share_of_rank(moments),
             _rng_state(),
             {
@@ -244,12 +245,6 @@ def _prune(output_dir: Path, limit: int | None) -> None:
         # Without its manifest it is no checkpoint any more, wherever the removal may be cut off.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
-
-
-def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters and persistent buffers by name; of tied ones only the first name, as safetensors demands."""
-    unique = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
 
 
 def _share_of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -386,7 +381,7 @@ def load(
             raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
 
     moments, _ = _optimizer_state(optimizer)
-    for name, tensors in (("model", _parameters(model)), ("optimizer", moments)):
+    for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
     parameters = _named_parameters(optimizer)
     for name, step in state["optimizer_steps"].items():
@@ -439,24 +434,27 @@ def _restore_rng(state: dict[str, str]) -> None:
 # --- The finished model ---------------------------------------------------------------------------------------------
 
 
-def export(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def export(options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
-    Costs a full fp32 copy of the model in rank 0's host memory.
+    The files of a model that was there before give way, one by one: an index comes after what it lists.
     """
-    weights = {}
-    for name, tensor in _parameters(model).items():
-        tensor = tensor.cpu()
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # gathered from all ranks, over gloo
-        if dist.get_rank() == 0:
-            weights[name] = full
-    if dist.get_rank() == 0:
-        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output_dir) as beside:
-            model.save_pretrained(beside, state_dict=weights)
-            tokenizer.save_pretrained(beside)
-            for path in sorted(Path(beside).iterdir()):
+    output_dir = Path(options.output_dir)
+    dtype = getattr(torch, options.save_dtype)
+    if dist.get_rank() > 0:
+        write_model(None, model, tokenizer, dtype)
+    else:
+        old = {path for pattern in WEIGHTS for path in output_dir.glob(pattern)}
+        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output_dir) as name:
+            write_model(Path(name), model, tokenizer, dtype)
+            for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
                 _sync_and_hash(path)
-                os.replace(path, output_dir / path.name)
+                final = output_dir / path.relative_to(name)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(path, final)
+                old.discard(final)
+        for path in old:
+            path.unlink()
         _sync_directory(output_dir)
     dist.barrier()
 

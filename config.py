@@ -3,7 +3,7 @@
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
 `strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `packing`, `text_column`,
 `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
-`async_save`, `ledger` and `prompt`.
+`async_save`, `save_dtype`, `ledger` and `prompt`.
 """
 
 import dataclasses
@@ -71,6 +71,11 @@ class OptionError(ValueError):
     """What a user can get wrong. Its text names the option, the value and the remedy in at most three lines."""
 
 
+def first_line(error: Exception) -> str:
+    """What an exception has to say, short enough for such a text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @dataclasses.dataclass
 class Options:
     """The options of one run. `parse` reads them, `check` refuses what cannot work."""
@@ -83,6 +88,9 @@ class Options:
         default=None, help="Directory or hub id of a model configuration, to be trained from random weights."
     )
     tokenizer_name: str | None = HfArg(default=None, help="Tokenizer, if it is not the model's own.")
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run Python files that come with a model or tokenizer. They may do anything here."
+    )
 
     # The data
     train_file: str | None = HfArg(default=None, help="Training text: .txt, .jsonl or .parquet.")
@@ -188,6 +196,9 @@ class Options:
     eval_steps: int = HfArg(default=0, help="Steps between evaluations. 0: only before and after training.")
     save_steps: int = HfArg(default=500, help="Steps between checkpoints. 0: only after training.")
     async_save: bool = HfArg(default=True, help="Train on while a checkpoint is written, from a copy in host memory.")
+    save_dtype: Literal["bfloat16", "float32"] = HfArg(
+        default="bfloat16", help="Of the finished model's files; checkpoints are always fp32."
+    )
     save_total_limit: int | None = HfArg(default=None, help="Checkpoints that are kept, the newest. None: all.")
     ledger: bool = HfArg(
         default=False, help="Record the rows of every step and their tokens; `python -m data.ledger` checks them."

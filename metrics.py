@@ -47,6 +47,7 @@ from transformers import PreTrainedModel
 
 from config import Options, Plan
 from data.rows import Data
+from model.weights import Weights
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets of these products; the first name that matches counts.
 PEAK_FLOPS = {
@@ -213,11 +214,17 @@ def _tensorboard(output_dir: Path) -> Any:
     return SummaryWriter(str(output_dir / "tensorboard"))
 
 
+def dtype_names(tensors: Iterable[Any]) -> str:
+    """The dtypes that occur among tensors, on the disk or in memory."""
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
 def start_block(
     options: Options,
     plan: Plan,
     data: Data,
     model: PreTrainedModel,
+    weights: Weights,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     resumed_from: Path | None,
@@ -226,7 +233,8 @@ def start_block(
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     parameters = list(model.parameters())
-    masters = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    masters = dtype_names(parameters)
+    files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
     compute = "bfloat16" if options.bf16 else masters
     micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * plan.block_size
     train = data.counts["train"]
@@ -240,6 +248,7 @@ def start_block(
         ),
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "tokenizer": f"{data.tokenizer}",
+        "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
         f"{train.learned_tokens / train.tokens:.1%} of them learned",

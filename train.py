@@ -43,6 +43,7 @@ from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token
 from model.objective import NextToken
 from model.optimizer import build_optimizer, learning_rate
+from model.weights import fill, find_weights
 
 Batch = dict[str, Tensor]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,8 +65,8 @@ def main(argv: list[str]) -> None:
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
     plan = config.plan(options, len(data.train), world_size)
-    torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
-    model = build_model(options, model_config)
+    model = build_model(options, model_config)  # shapes without values, which cost no memory
+    weights = find_weights(options, model)  # which file holds which of its tensors
 
     # === The processes meet: from here on, all of them must do the same. ============================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo those on the CPU.
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> None:
     wrapped: nn.Module = strategy.wrap(
         NextToken(model), device, options.bf16, options.reshard_after_forward, options.replicas
     )
+    torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
+    fill(model, weights)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer)
@@ -110,7 +113,7 @@ def main(argv: list[str]) -> None:
     if rank == 0:
         checkpoint.make_room(options, progress.step)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
-    recorder.say(metrics.start_block(options, plan, data, model, optimizer, device, resumed_from))
+    recorder.say(metrics.start_block(options, plan, data, model, weights, optimizer, device, resumed_from))
     if options.show_examples:
         recorder.say(show(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
@@ -188,10 +191,11 @@ def main(argv: list[str]) -> None:
     if progress.step == plan.total_steps:
         # So that `generate` stops where the documents ended.
         model.generation_config.eos_token_id = data.stop_tokens or tokenizer.eos_token_id
-        checkpoint.export(output_dir, model, tokenizer)
+        checkpoint.export(options, model, tokenizer)
         recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
-            recorder.say(f"--- completion of {options.prompt!r} ---\n{complete(output_dir, options.prompt)}\n---")
+            completion = complete(output_dir, options.prompt, options.trust_remote_code)
+            recorder.say(f"--- completion of {options.prompt!r} ---\n{completion}\n---")
     else:
         recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 
 def wrap(
@@ -10,12 +11,15 @@ def wrap(
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
-    `objective` (model/objective.py) moves to `device` whole, in fp32; rank 0's parameters are broadcast to the others.
+    `objective` (model/objective.py) comes without values, on the meta device, and gets memory for all of it on
+    `device`, in fp32. Whoever fills it does so alike on every rank (model/weights.py): nothing is broadcast.
     Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`,
     `reshard_after_forward` and `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded,
     each rank is a replica.
     """
-    objective.to(device)
+    model: PreTrainedModel = objective.model
+    objective.to_empty(device=device)
+    model.tie_weights()  # each use of a shared tensor has got memory of its own
     device_ids = [device.index] if device.type == "cuda" else None
     # Gradients live inside the exchange buckets: one copy less in memory and in time.
-    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)

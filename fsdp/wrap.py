@@ -13,11 +13,11 @@ def wrap(
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
-    Each rank keeps `replicas` / world size of every parameter of `objective` (model/objective.py), in fp32 on `device`.
-    A decoder layer of its model is one unit: its parameters are gathered, in bf16 if `bf16`, just before they are used,
-    and its gradients are reduced in fp32. With `reshard_after_forward` a layer's full parameters are freed after its
-    forward and gathered again for its backward. Embedding and head belong to the root unit, so that tied weights stay
-    one tensor.
+    `objective` (model/objective.py) comes without values, on the meta device, and gets memory for this rank's part of
+    it on `device`, in fp32: `replicas` / world size of every parameter. A decoder layer of its model is one unit: its
+    parameters are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
+    `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
+    Embedding and head belong to the root unit, so that tied weights stay one tensor.
 
     With `replicas` above 1, shards are spread over world size / `replicas` ranks next to each other, which gather and
     reduce among themselves (fast links, one host); the reduced shards are then averaged over the replicas.
@@ -34,7 +34,9 @@ def wrap(
     # The root is left whole between forward and backward: its backward is the first to start.
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
     objective.register_forward_hook(_reshard_if_no_backward)
-    return objective.to(device)  # the parameters are there already; this moves the buffers
+    objective.to_empty(device=device)
+    model.tie_weights()  # each use of a shared tensor has got memory of its own
+    return objective
 
 
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:

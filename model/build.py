@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
 
-from config import OptionError, Options
+from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
@@ -44,7 +46,7 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     """
     option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
-    config = _load_config(option, name) if name else None
+    config = _load_config(option, name, options.trust_remote_code) if name else None
     tokenizer = _load_tokenizer(options)
     if config is None:
         config = Qwen3Config(**EMBEDDED_MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -72,13 +74,15 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     return config, tokenizer
 
 
-def _load_config(option: str, name: str) -> PretrainedConfig:
+def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
+        remedy = "give a directory that holds config.json, or a hub id"
+        if "trust_remote_code" in str(error):
+            remedy = "read that code, and give --trust_remote_code if it may run here"
         raise OptionError(
-            f"{option} {name}: no model configuration could be loaded: {_first_line(error)}\n"
-            "give a directory that holds config.json, or a hub id"
+            f"{option} {name}: no model configuration could be loaded: {first_line(error)}\n{remedy}"
         ) from error
 
 
@@ -88,11 +92,11 @@ def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     if name is None or (alone and Path(str(name)).exists()):
         return embedded_tokenizer(Path(options.data_cache_dir).expanduser())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
         if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without tokenizer files
             raise ValueError("it knows no tokens")
     except Exception as error:
-        cause = _first_line(error)
+        cause = first_line(error)
         raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\ngive --tokenizer_name") from error
     if not tokenizer.is_fast:
         raise OptionError(f"{name}: its tokenizer is not a fast one\ngive --tokenizer_name, one with a tokenizer.json")
@@ -102,52 +106,33 @@ def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 
 
 def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the CPU in fp32, in training mode: pretrained weights, or random ones drawn from torch's RNG.
+    """The model in training mode, on the meta device: fp32 parameters with a shape and no memory.
 
-    Master weights are fp32 whatever dtype the files hold; bf16 is for compute. Weights are drawn on the CPU, so that
-    they are the same on every rank and every kind of device for one seed. Costs a full copy in host memory per rank.
+    Values come when each rank has its part (model/weights.py). Master weights are fp32 whatever dtype the files hold;
+    bf16 is for compute.
     """
-    if options.model_name_or_path:
-        try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                options.model_name_or_path,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # not ignored: reported below, in our words
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise OptionError(
-                f"model_name_or_path {options.model_name_or_path}: its weights could not be loaded: "
-                f"{_first_line(error)}\ngive a complete checkpoint"
-            ) from error
-        for kind, names in loading.items():
-            if names:
-                raise OptionError(
-                    f"model_name_or_path {options.model_name_or_path}: {len(names)} {kind.replace('_', ' ')}, "
-                    f"for instance {min(map(str, names))}\ngive a complete checkpoint of a {type(model).__name__}"
-                )
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=options.trust_remote_code
+        )
+    if options.model_name_or_path and model.can_generate():
+        with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
+            model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
-def complete(directory: Path, prompt: str, new_tokens: int = 48) -> str:
+def complete(directory: Path, prompt: str, trust_remote_code: bool, new_tokens: int = 48) -> str:
     """What the exported model, loaded as any user of transformers would, makes of `prompt`; drawn with a fixed seed.
 
     On the CPU: beside the training state, the GPU may have no room for a second model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code)
     prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
     output_BT = model.generate(
         **prompt_BT, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0
     )
     return tokenizer.decode(output_BT[0], skip_special_tokens=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -157,15 +157,15 @@ def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path
 
     short = broken("truncated")
     write(short / "model.safetensors", (model_dir / "model.safetensors").read_bytes()[:-100])
-    assert f"model_name_or_path {short}: its weights could not be loaded" in message(short)
+    assert f"model_name_or_path {short}: model.safetensors is damaged: " in message(short)
 
     tensors = load_file(model_dir / "model.safetensors")
     missing = broken("missing")
     kept = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
     save_file(kept, missing / "model.safetensors", metadata={"format": "pt"})
-    assert "1 missing keys, for instance model.norm.weight" in message(missing)
-    assert "mismatched keys" in message(broken("misshapen", intermediate_size=32))
-    assert "unexpected keys" in message(broken("unexpected", num_hidden_layers=1, layer_types=["full_attention"]))
+    assert "1 missing tensors, for instance model.norm.weight" in message(missing)
+    assert "mismatched shapes: " in message(broken("misshapen", intermediate_size=32))
+    assert "unexpected tensors" in message(broken("unexpected", num_hidden_layers=1, layer_types=["full_attention"]))
 
 
 @pytest.fixture(scope="module")

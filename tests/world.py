@@ -81,6 +81,7 @@ def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
         "max_steps": 20,
         "logging_steps": 1,
         "save_steps": 0,
+        "save_dtype": "float32",
         "dataloader_num_workers": 0,
     }
     return [word for name, value in values.items() for word in (f"--{name}", value)]
