@@ -43,7 +43,7 @@ from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token
 from model.objective import NextToken
 from model.optimizer import build_optimizer, learning_rate
-from model.weights import fill, find_weights
+from model.weights import fill, find_weights, fingerprint_files
 
 Batch = dict[str, Tensor]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -84,7 +84,10 @@ def main(argv: list[str]) -> None:
         attend_within_documents(model, device, options.bf16)
     model_fingerprint = checkpoint.fingerprint_model(model)
     model_flops = flops_per_token(model, plan.block_size)
-    checkpoint.require_same_job(options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint)
+    files = fingerprint_files(weights)  # each rank reads its own: on several hosts, they might differ
+    checkpoint.require_same_job(
+        options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint, files
+    )
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     wrapped: nn.Module = strategy.wrap(

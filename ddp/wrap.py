@@ -19,7 +19,7 @@ def wrap(
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)
-    model.tie_weights()  # each use of a shared tensor has got memory of its own
+    model.tie_weights()  # one tensor again, where each use of it got memory of its own
     device_ids = [device.index] if device.type == "cuda" else None
     # Gradients live inside the exchange buckets: one copy less in memory and in time.
     return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)

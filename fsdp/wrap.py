@@ -35,7 +35,7 @@ def wrap(
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=device)
-    model.tie_weights()  # each use of a shared tensor has got memory of its own
+    model.tie_weights()  # one tensor again, where each use of it got memory of its own
     return objective
 
 

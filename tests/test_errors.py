@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,22 @@ def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path) -> None:
     assert outcome.exit_codes == [2, 2]
     assert "ranks [1]: they have other data, another model or other steps than rank 0" in outcome.output
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def other_weights_on_rank_1(other: Path) -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--model_name_or_path") + 1] = str(other)
+
+
+def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
+    """The same model by its shapes, of another training: as where each host has files of its own."""
+    shutil.copytree(model_dir, tmp_path / "other")
+    tensors = {name: tensor + 1 for name, tensor in load_file(model_dir / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    argv = [*tiny, "--output_dir", tmp_path / "run"]
+    outcome = train(2, argv, before=partial(other_weights_on_rank_1, tmp_path / "other"))
+    assert outcome.exit_codes == [2, 2]
+    assert "ranks [1]: they have other data, another model or other steps than rank 0" in outcome.output
 
 
 def another_directory_on_rank_1() -> None:

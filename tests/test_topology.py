@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
@@ -13,7 +12,7 @@ import metrics
 from data.rows import prepare
 from tests import proof
 from tests.launch import train_ok
-from tests.proof import BF16_CASES, CASES, GATES, REFERENCE, Case, curve, first_gradient, relative_l2
+from tests.proof import BF16_CASES, CASES, GATES, REFERENCE, Case, curve, first_gradient, read_tensors, relative_l2
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,14 @@ def test_the_reference_learns_and_clips(reference: Path) -> None:
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=name_of)
 def test_bf16_stays_near(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
-    """bf16 compute over fp32 masters: gradient and curve stay in a band around fp32's, and what is saved is fp32."""
+    """bf16 compute over fp32 masters: gradient and curve stay in a band around fp32's, and checkpoints are fp32."""
     expected = torch.load(reference / "gradient.pt")
     deviation = relative_l2(first_gradient(case, tiny, tmp_path / "gradient"), expected)
     assert 1e-4 < deviation < proof.BF16_GRADIENT_GATE, "below, it would have computed in fp32"
     measured = proof.deviation(curve(case, tiny, tmp_path / "curve"), reference / "AdamW", deviation)
     assert measured.loss < 2e-2
-    assert {tensor.dtype for tensor in load_file(tmp_path / "curve" / "model.safetensors").values()} == {torch.float32}
+    saved = read_tensors(tmp_path / "curve" / "checkpoint-20" / "model")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_a_mean_of_means_is_seen(reference: Path, tiny: list[object], tmp_path: Path) -> None:

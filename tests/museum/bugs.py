@@ -343,7 +343,7 @@ BUGS = [
     ),
     Bug(
         "other weights on each rank",
-        "Every rank draws its random weights with a seed of its own. DDP covers it up by a broadcast from rank 0; "
+        "Every rank draws its random weights with a seed of its own. DDP can cover it up by a broadcast from rank 0; "
         "sharding takes a slice from each, and the whole is a model that nobody initialised.",
         "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
         one("train.py", "torch.manual_seed(options.seed)  #", "torch.manual_seed(options.seed + rank)  #"),
@@ -356,14 +356,23 @@ BUGS = [
         "that was made on the meta device.",
         "A model with more parameters than it says, whose head and embedding learn apart from each other.",
         one(
-            "fsdp/wrap.py",
-            "    mesh = init_device_mesh(device.type, (get_world_size(),))\n",
-            "    mesh = init_device_mesh(device.type, (get_world_size(),))\n"
-            "    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())\n",
+            "ddp/wrap.py",
+            "    model.tie_weights()  # one tensor again, where each use of it got memory of its own\n",
+            "",
         ),
         curve_test("FSDP-2x8"),
-        Curve(2, ("--strategy", "fsdp")),
+        Curve(2),
         source="huggingface/accelerate#3154",
+    ),
+    Bug(
+        "buffers that nobody saved",
+        "A model that was made on the meta device gets memory, and then its weights. The frequencies of its rotary "
+        "embeddings are no weights: no file has them, and they stay what was in that memory.",
+        "Tokens do not know their positions, if the memory was zeros; NaN at some starts, if it was not.",
+        one("model/weights.py", "    _draw(model, filled)\n", ""),
+        "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
+        Curve(2),
+        source="huggingface/transformers#45902",
     ),
     # --- The update -------------------------------------------------------------------------------------------------
     Bug(
@@ -373,8 +382,8 @@ BUGS = [
         "The loss falls at first. With a small learning rate most weights never move.",
         one(
             "model/build.py",
-            "dtype=torch.float32,\n                ignore_mismatched_sizes",
-            "dtype=torch.bfloat16,\n                ignore_mismatched_sizes",
+            "config, dtype=torch.float32, trust_remote_code=options.trust_remote_code",
+            "config, dtype=torch.bfloat16, trust_remote_code=options.trust_remote_code",
         ),
         "tests/test_topology.py::test_bf16_stays_near[DDP, bf16-2x4]",
         Curve(2, ("--bf16", "true", "--learning_rate", 1e-4, "--max_grad_norm", 0)),
@@ -495,10 +504,10 @@ BUGS = [
         "The files hold the shared tensor once, and the configuration does not say that it is shared.",
         "Training was fine. Whoever loads the model gets a head of random numbers, with a warning at best.",
         one(
-            "checkpoint.py",
-            "            model.save_pretrained(beside, state_dict=weights)\n",
-            "            model.config.tie_word_embeddings = False\n"
-            "            model.save_pretrained(beside, state_dict=weights)\n",
+            "model/weights.py",
+            "    config.dtype, config.architectures = dtype, [type(model).__name__]\n",
+            "    config.dtype, config.architectures = dtype, [type(model).__name__]\n"
+            "    config.tie_word_embeddings = False\n",
         ),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
     ),
@@ -556,8 +565,8 @@ BUGS = [
         "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
         one(
             "checkpoint.py",
-            '(("model", _parameters(model)), ("optimizer", moments))',
-            '(("model", _parameters(model)),)',
+            '(("model", unique_tensors(model)), ("optimizer", moments))',
+            '(("model", unique_tensors(model)),)',
         ),
         LOADED_STATE,
         Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
