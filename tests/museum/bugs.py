@@ -371,7 +371,6 @@ BUGS = [
         "Tokens do not know their positions, if the memory was zeros; NaN at some starts, if it was not.",
         one("model/weights.py", "    _draw(model, filled)\n", ""),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
-        Curve(2),
         source="huggingface/transformers#45902",
     ),
     # --- The update -------------------------------------------------------------------------------------------------
