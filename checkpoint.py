@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import OptionError, Options
-from model.weights import unique_tensors, write_model
+from model.export import unique_tensors, write_model
 
 MANIFEST = "manifest.json"
 LEFT_OVER = (".saving-*", ".exporting-*")  # what was being written when a run was cut off

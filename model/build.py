@@ -109,12 +109,19 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     """The model in training mode, on the meta device: fp32 parameters with a shape and no memory.
 
     Values come when each rank has its part (model/weights.py). Master weights are fp32 whatever dtype the files hold;
-    bf16 is for compute.
+    bf16 is for compute. Raises OptionError.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=options.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=options.trust_remote_code
+            )
+    except Exception as error:
+        option = "model_name_or_path" if options.model_name_or_path else "config_name"
+        raise OptionError(
+            f"{option} {config.name_or_path}: {first_line(error)}\n"
+            "give a model that AutoModelForCausalLM of transformers knows"
+        ) from error
     if options.model_name_or_path and model.can_generate():
         with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)

@@ -1,4 +1,4 @@
-"""A model's weights on the disk: found and checked by their headers, read in slices, and written for others to read.
+"""Weights for a model without values: found on the disk and checked by their headers, read in slices; or drawn.
 
 Only safetensors and JSON are read; nothing is ever unpickled. A parameter may be sharded (a DTensor): a rank then reads
 and keeps its own part alone. Which names on the disk are which parameters, transformers knows: names are changed, and
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -27,16 +25,13 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from config import OptionError, Options, first_line
 
-LARGEST_FILE = "5GB"
 ROWS = 4096  # of a tensor, that are read at once to compare two
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -162,6 +157,8 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
     unexpected = set()
     for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.name)):  # expert 10 after expert 9
         target, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and tensor.name in expected:  # it has that name already
+            target, pattern = tensor.name, None
         if target not in expected:
             unexpected.add(tensor.name)
             continue
@@ -180,9 +177,8 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
             raise ValueError(f"{target} cannot be made of its parts: {first_line(error)}") from error
         shapes |= {name: list(tensor.shape) for name, tensor in joined.items()}
 
-    given = {
-        id(expected[name]) for name in shapes if name in expected
-    }  # tied tensors are one: any of its names will do
+    # Tied tensors are one tensor: any of its names will do.
+    given = {id(expected[name]) for name in shapes if name in expected}
     missing = {name for name, tensor in expected.items() if id(tensor) not in given}
     info = LoadStateDictInfo(missing, unexpected | (shapes.keys() - expected.keys()), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)  # some need not be there, or may be: the model's class says which
@@ -212,9 +208,8 @@ def _once(weights: Weights, expected: dict[str, Tensor]) -> Weights:
 def fingerprint_files(weights: Weights) -> str:
     """SHA-256 over the beginning of each file: its header, and values enough to tell one training from another."""
     digest = hashlib.sha256()
-    for path in sorted(
-        {tensor.file for source in weights.values() for part in source.stored.values() for tensor in part}
-    ):
+    stored = (tensor for source in weights.values() for part in source.stored.values() for tensor in part)
+    for path in sorted({tensor.file for tensor in stored}):
         with open(path, "rb") as file:
             digest.update(file.read(2**20))
     return digest.hexdigest()
@@ -254,7 +249,7 @@ def fill(model: PreTrainedModel, weights: Weights) -> None:
 def _draw(model: PreTrainedModel, filled: set[int]) -> None:
     """Initialise, as transformers does, the tensors that are not `filled`: drawn weights, and buffers nobody saves.
 
-    Raises ValueError for one that the model's class does not initialise.
+    Raises OptionError for one that the model's class does not initialise.
     """
     for module, owner in _bottom_up(model, model):
         own = {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
@@ -273,7 +268,10 @@ def _draw(model: PreTrainedModel, filled: set[int]) -> None:
         owner._init_weights(stand_in)
         for name, tensor in wanting.items():
             if whole[name].isnan().any():
-                raise ValueError(f"{type(owner).__name__} does not initialise {name} of {type(module).__name__}")
+                raise OptionError(
+                    f"{type(owner).__name__}: {name} of its {type(module).__name__} is in no file, and _init_weights "
+                    "of its class does not initialise it\ngive a model whose code is that of transformers"
+                )
             local, place = _of_rank(tensor)
             local.copy_(whole[name][place])
         filled |= {id(tensor) for tensor in wanting.values()}
@@ -292,52 +290,3 @@ def _of_rank(tensor: Tensor) -> tuple[Tensor, Place]:
         return tensor, tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
-# --- Writing --------------------------------------------------------------------------------------------------------
-
-
-def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters and saved buffers by name; of tied ones only the first name, as safetensors demands."""
-    unique = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
-
-
-def write_model(
-    directory: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> None:
-    """Write what `from_pretrained` reads, its floats in `dtype`, in files of at most 5 GB, several with an index.
-
-    Every rank must call, because sharded parameters are gathered, over gloo; only the one that gives a directory
-    writes. Costs that one the host memory of one file, and the others of one tensor.
-    """
-    tensors = unique_tensors(model)
-    cast = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-    sizes = {name: torch.empty(tensor.shape, dtype=cast[name], device="meta") for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(sizes, max_shard_size=LARGEST_FILE)
-    weight_map: dict[str, str] = {}
-    for file, names in split.filename_to_tensors.items():
-        whole: dict[str, Tensor] = {}
-        for name in names:
-            tensor = tensors[name].to(cast[name]).cpu()
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()  # the collective
-            if directory:
-                whole[name] = tensor.contiguous()
-        if directory:
-            on_disk = revert_weight_conversion(model, whole)  # the names and layout that are published
-            save_file(on_disk, directory / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(on_disk, file)
-    if not directory:
-        return
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": weight_map}
-        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
-    config = copy.deepcopy(model.config)
-    config.dtype, config.architectures = dtype, [type(model).__name__]
-    if model.is_remote_code():
-        custom_object_save(model, directory, config=config)
-    config.save_pretrained(directory)
-    if model.can_generate():
-        model.generation_config.to_json_file(directory / "generation_config.json")  # as it was: it is not checked
-    tokenizer.save_pretrained(directory)

@@ -14,17 +14,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3MoeConfig, T5Config
 
 import checkpoint
 import ddp
 import fsdp
 import model.build
+import model.export
 import model.weights
 from config import OptionError, Options
 from model.build import build_model, load_config_and_tokenizer
+from model.export import write_model
 from model.objective import NextToken
-from model.weights import Weights, fill, find_weights, write_model
+from model.weights import Weights, fill, find_weights
 from tests.families import FAMILIES, SIZES, TIED, make_family
 from tests.launch import train, train_ok
 
@@ -135,7 +137,7 @@ def export_again(path: Path, directory: Path) -> list[list[str]]:
     tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ 1 }}"}
     there = []
     for largest_file in ("5GB", "30KB", "5GB"):
-        model.weights.LARGEST_FILE = largest_file
+        model.export.LARGEST_FILE = largest_file
         checkpoint.export(Options(output_dir=str(directory)), loaded, tokenizer)
         there.append(sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()))
         dist.barrier()
@@ -292,8 +294,8 @@ def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
 
     for outside in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", 3):
         assert f"{path.name} names {outside}, which is not a file beside it\n" in with_norm_in(outside)
-    for nothing in ("model-00009-of-00009.safetensors", ".."):
-        assert f" {nothing}" in with_norm_in(nothing)
+    for nothing in ("model-00009-of-00009.safetensors", "..", ""):
+        assert nothing in with_norm_in(nothing)
     assert "and the index do not agree about model.norm.weight\n" in with_norm_in(index["weight_map"]["lm_head.weight"])
     for text in ("[]", "{}", "{", '{"weight_map": 3}'):
         path.write_text(text)
@@ -327,6 +329,23 @@ def test_names_of_other_checkpoints(families: dict[str, Path], tmp_path: Path) -
     shutil.copy(families["qwen3 moe"] / "tokenizer.json", tmp_path / "joined")
     assert "model.layers.0.mlp.experts.gate_up_proj" in stored(tmp_path / "joined")
     assert same(everything(loaded_whole(tmp_path / "joined")), everything(loaded_whole(families["qwen3 moe"]))) == []
+
+
+def test_no_causal_language_model(model_dir: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(model_dir, tmp_path / "DIR"))
+    T5Config(vocab_size=389).save_pretrained(copied)
+    assert "give a model that AutoModelForCausalLM of transformers knows" in refused(copied)
+
+
+def test_what_nobody_initialises(families: dict[str, Path]) -> None:
+    """A buffer in no file that only the constructor computes would be what was in its memory."""
+    loaded = build_model(Options(), FAMILIES["qwen3"][0])
+    loaded.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
+    weights = find_weights(Options(model_name_or_path=str(families["qwen3"])), loaded)
+    with pytest.raises(
+        OptionError, match="table of its Qwen3ForCausalLM is in no file, and _init_weights of its class"
+    ):
+        fill(loaded.to_empty(device="cpu"), weights)
 
 
 # --- Code that comes with files is not run --------------------------------------------------------------------------
@@ -411,7 +430,7 @@ def test_export(families: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
     tokenizer = AutoTokenizer.from_pretrained(families["qwen3"])
     tokenizer.chat_template = "{{ messages }}"
     for name, largest_file in (("one", "5GB"), ("several", "20KB")):
-        monkeypatch.setattr(model.weights, "LARGEST_FILE", largest_file)
+        monkeypatch.setattr(model.export, "LARGEST_FILE", largest_file)
         (tmp_path / name).mkdir()
         write_model(tmp_path / name, loaded, tokenizer, getattr(torch, Options().save_dtype))
         exported, loading = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)

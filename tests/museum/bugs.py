@@ -503,7 +503,7 @@ BUGS = [
         "The files hold the shared tensor once, and the configuration does not say that it is shared.",
         "Training was fine. Whoever loads the model gets a head of random numbers, with a warning at best.",
         one(
-            "model/weights.py",
+            "model/export.py",
             "    config.dtype, config.architectures = dtype, [type(model).__name__]\n",
             "    config.dtype, config.architectures = dtype, [type(model).__name__]\n"
             "    config.tie_word_embeddings = False\n",
