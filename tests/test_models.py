@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 import checkpoint
 import ddp
 import fsdp
+import metrics
 import model.build
 import model.export
 import model.weights
@@ -29,6 +30,7 @@ from model.objective import NextToken
 from model.weights import Weights, fill, find_weights
 from tests.families import FAMILIES, SIZES, TIED, make_family
 from tests.launch import train, train_ok
+from tests.proof import GATES, relative_l2
 
 RANKS = 4
 CPU = torch.device("cpu")
@@ -182,6 +184,18 @@ def test_through_the_trainer(tiny: list[object], families: dict[str, Path], tmp_
     assert same(stored(tmp_path), stored(path)) == []
     assert f"weights       bfloat16 in the files of {path}\n" in said
     assert "dtypes        parameters float32, gradients float32, optimizer state float32; compute float32\n" in said
+
+
+def test_a_mixture_trains(tiny: list[object], families: dict[str, Path], tmp_path: Path) -> None:
+    """Parameters that no file holds as they are: the same curve where a rank joined the experts of its shard alone."""
+    options = [*tiny, "--model_name_or_path", families["qwen3 moe"], "--max_steps", 6]
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
+    train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
+    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    for row, expected in zip(ours, theirs, strict=True):
+        for key in row.keys() & {"loss", "eval_loss"}:
+            assert row[key] == pytest.approx(expected[key], abs=GATES.loss)
+    assert relative_l2(stored(tmp_path / "two"), stored(tmp_path / "one")) < GATES.parameters
 
 
 @pytest.mark.parametrize("name", FAMILIES)
