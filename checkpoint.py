@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -372,7 +373,10 @@ def load(
     progress = Progress(**state["progress"])
     for name, remedy in (
         ("model_fingerprint", "resume with the model that was trained"),
-        ("data_fingerprint", "resume with the data, tokenizer, block_size and packing of that run"),
+        (
+            "data_fingerprint",
+            "resume with the data, tokenizer, block_size and packing of that run; dpo: also its model",
+        ),
         ("seed", f"give --seed {progress.seed}"),
         ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
     ):
@@ -465,6 +469,20 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
+def fingerprint_weights(model: PreTrainedModel) -> str:
+    """SHA-256 over the values of all parameters, on any topology the same. Every rank must call.
+
+    Costs a gather of one parameter after the other, and on rank 0 a second for every 2 GB.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if dist.get_rank() == 0:
+            digest.update(name.encode())
+            digest.update(full.detach().cpu().numpy().tobytes())
+    return _broadcast(digest.hexdigest())
+
+
 def require_same_job(options: Options, *job: Any) -> None:
     """Every rank must call. Raises OptionError on all of them, unless all were given the same job and directory.
 
@@ -484,6 +502,33 @@ def require_same_job(options: Options, *job: Any) -> None:
         )
 
 
+# --- What later runs need not compute again ------------------------------------------------------------------------
+
+
+def computed_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `compute` gives, or gave in the run that left it in `path`. Every rank must call, and gets the same.
+
+    For tensors on the CPU. Rank 0 alone reads and writes. Raises OptionError on all ranks if it cannot write.
+    """
+    found = _broadcast(load_file(path) if dist.get_rank() == 0 and path.exists() else None)
+    if found is not None:
+        return found
+    computed = compute()
+
+    def write() -> None:
+        if dist.get_rank() == 0:
+            beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+            save_file(computed, beside)
+            _sync_and_hash(beside)
+            os.replace(beside, path)
+
+    try:
+        _together(write)
+    except OSError as error:
+        raise OptionError(f"{path}: it cannot be written: {error}; give a --data_cache_dir with room") from error
+    return computed
+
+
 # --- Between ranks --------------------------------------------------------------------------------------------------
 
 
@@ -501,7 +546,7 @@ def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return values
 
 
-def _together(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+def _together(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """What `work` returns on every rank, by rank. If it fails on one, all raise its OSError: nobody waits for it."""
     result, error = None, None
     try:

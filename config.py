@@ -3,7 +3,7 @@
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
 `strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `packing`, `text_column`,
 `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
-`async_save`, `save_dtype`, `ledger` and `prompt`.
+`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger` and `prompt`.
 """
 
 import dataclasses
@@ -108,10 +108,10 @@ class Options:
         default=None,
         help="concat: documents are joined with EOS and cut into rows. documents: whole documents share a row, without "
         "attention between them. none: one row per document, padded to the longest of a micro-batch. "
-        "None: documents for conversations, concat for text.",
+        "None: documents for conversations, concat for text; a pair of dpo is always a row of its own.",
     )
-    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"] = HfArg(
-        default="auto", help="Shape of the records: text, or a kind of conversation. auto: by their columns."
+    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "preference"] = HfArg(
+        default="auto", help="Shape of the records: text, a kind of conversation, or pairs. auto: by their columns."
     )
     chat_template: str | None = HfArg(
         default=None, help="File with a chat template (Jinja), in the place of the tokenizer's own."
@@ -137,6 +137,14 @@ class Options:
     gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches of one rank in one optimizer step.")
     global_batch_size: int | None = HfArg(
         default=None, help="Rows in one optimizer step of all ranks; the accumulation follows from it."
+    )
+
+    # What it minimises
+    objective: Literal["sft", "dpo"] = HfArg(
+        default="sft", help="sft: the next token. dpo: to prefer the chosen answer of a pair to the rejected one."
+    )
+    dpo_beta: float = HfArg(
+        default=0.1, help="dpo: how strongly the model is held to the one it began as; the lower, the less."
     )
 
     # The optimizer and its schedule
@@ -287,6 +295,12 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.shard_optimizer and options.strategy != "ddp":
         raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
+    if options.objective == "dpo" and options.packing:
+        raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
+    if not options.dpo_beta > 0:
+        raise OptionError(
+            f"dpo_beta {options.dpo_beta}: give more than 0; 0.1 is usual, and more keeps the model nearer"
+        )
     if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or give none")
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

@@ -6,7 +6,7 @@ metrics.jsonl holds one JSON object a line; null stands for a number that is not
     step               optimizer steps done, counted from 1
     epoch              passes over the training rows: step / steps of one epoch
     tokens_seen        input tokens of all steps so far, over all ranks, without padding
-    loss               of this step's global batch: nats per target token
+    loss               of this step's global batch: nats per target token, or per pair (--objective dpo)
     grad_norm          L2 norm of this step's full gradient, before clipping
     learning_rate      of this step
     skipped_steps      steps so far that changed no parameter, because their gradient was not finite or their global
@@ -26,6 +26,11 @@ Rows of evaluations:
     eval_loss                  nats per target token of all validation rows
     eval_perplexity            e to the power of eval_loss
     eval_tokens                target tokens evaluated
+
+and with --objective dpo, in the place of the last three:
+
+    eval_loss                  nats per pair of all validation rows; ln 2 = 0.693 where no answer is preferred
+    eval_pairs                 pairs evaluated
 """
 
 import contextlib
@@ -77,6 +82,7 @@ class Recorder:
         self.path = Path(options.output_dir) / "metrics.jsonl"
         self.device = device
         self.plan = plan
+        self.objective = options.objective
         peak = peak_flops(device)
         # The share of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
@@ -144,11 +150,15 @@ class Recorder:
         self.started, self.tokens_at_last_row = now, self.tokens_seen
         self.waited = self.evaluating = self.saving = 0.0
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+    def evaluation(self, step: int, loss: float, targets: int) -> None:
         """Write a row of evaluation."""
+        if self.objective == "dpo":
+            self._write(step, eval_loss=loss, eval_pairs=targets)
+            self.say(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
+            return
         perplexity = math.exp(min(loss, 700.0))
-        self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=tokens)
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {tokens:,} tokens")
+        self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=targets)
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar; from rank 0 only."""
@@ -236,7 +246,8 @@ def start_block(
     masters = dtype_names(parameters)
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
     compute = "bfloat16" if options.bf16 else masters
-    micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * plan.block_size
+    row_tokens = plan.block_size * (2 if data.packing == "pairs" else 1)
+    micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * row_tokens
     train = data.counts["train"]
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
@@ -254,9 +265,12 @@ def start_block(
         f"{train.learned_tokens / train.tokens:.1%} of them learned",
         "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
         f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
-        "rows": f"{train.rows:,} of {plan.block_size} tokens, packing {data.packing}, "
-        f"{train.filled(plan.block_size):.2%} of their slots used",
+        "rows": f"{train.rows:,} of {row_tokens} tokens, packing {data.packing}, "
+        f"{train.filled(row_tokens):.2%} of their slots used",
         "validation": "none",
+        "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
+        if options.objective == "dpo"
+        else "next token",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
         "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, up to {plan.total_steps * tokens:,} tokens",

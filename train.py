@@ -9,6 +9,8 @@ writes. They meet only in collectives (all_reduce, broadcast, barrier, and what 
 and backward), which every rank must enter.
 """
 
+import dataclasses
+import hashlib
 import os
 import signal
 import sys
@@ -27,6 +29,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
 
 import checkpoint
 import config
@@ -34,14 +37,14 @@ import ddp
 import fsdp
 import metrics
 from config import OptionError, Options, Plan
-from data.batches import collate, micro_batches, validation_batches
+from data.batches import collate, collate_pairs, micro_batches, validation_batches
 from data.ledger import Ledger
-from data.rows import Row, Rows, prepare
+from data.rows import Data, Row, Rows, prepare
 from data.show import show
 from model.attention import attend_within_documents
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.loss import flops_per_token
-from model.objective import NextToken
+from model.objective import NextToken, Preference
 from model.optimizer import build_optimizer, learning_rate
 from model.weights import fill, find_weights, fingerprint_files
 
@@ -90,14 +93,15 @@ def main(argv: list[str]) -> None:
     )
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    wrapped: nn.Module = strategy.wrap(
-        NextToken(model), device, options.bf16, options.reshard_after_forward, options.replicas
-    )
+    objective = Preference(model, options.dpo_beta) if options.objective == "dpo" else NextToken(model)
+    wrapped: nn.Module = strategy.wrap(objective, device, options.bf16, options.reshard_after_forward, options.replicas)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     fill(model, weights)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer)
+    if options.objective == "dpo":  # the reference is the model as it is now, before a checkpoint is loaded
+        data = with_reference(data, wrapped, model, options, device)
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
 
     # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
@@ -262,7 +266,10 @@ def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: in
     return DataLoader(
         rows,
         batch_sampler=batches,  # any iterable of lists will do
-        collate_fn=partial(collate, documents_of=rows.documents_of),
+        collate_fn={
+            "sft": partial(collate, documents_of=rows.documents_of),
+            "dpo": partial(collate_pairs, reference=rows.reference),
+        }[options.objective],
         worker_init_fn=outlive_stop_signals,
         num_workers=workers,
         prefetch_factor=options.dataloader_prefetch_factor if workers else None,
@@ -271,25 +278,59 @@ def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: in
     )
 
 
-@torch.no_grad()
 def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.device) -> tuple[float, int]:
     """The mean loss of all targets of `rows`, and their number; each counts once. Every rank must call."""
-    wrapped.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
-    indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
-    for batch in load(rows, indices, options, workers=0):
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            totals[0] += wrapped(**on_device(batch, device))
+    for batch, loss in without_learning(wrapped, rows, options, device):
+        totals[0] += loss
         totals[1] += batch["targets"]
     dist.all_reduce(totals)
-    wrapped.train()
     loss, targets = totals.tolist()
     return loss / max(1, targets), int(targets)
 
 
+def without_learning(
+    wrapped: nn.Module, rows: Rows, options: Options, device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
+    """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
+    wrapped.eval()
+    indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
+    for batch in load(rows, indices, options, workers=0):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            result = wrapped(**on_device(batch, device))
+        yield batch, result
+    wrapped.train()
+
+
+def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Options, device: torch.device) -> Data:
+    """Pairs with the log-probabilities that the model gives them as it is now. Every rank must call.
+
+    They cost a forward pass over all pairs, once for the same pairs and weights: they are kept in `data_cache_dir`. The
+    data are then other data if the weights are others, so that no run goes on with another reference.
+    """
+    fingerprint = hashlib.sha256(f"{data.fingerprint} {checkpoint.fingerprint_weights(model)}".encode()).hexdigest()
+    splits = {name: rows for name, rows in (("train", data.train), ("validation", data.validation)) if rows}
+
+    def compute() -> dict[str, Tensor]:
+        reference = {name: torch.zeros(2, len(rows)) for name, rows in splits.items()}
+        for name, table in reference.items():
+            results = without_learning(wrapped, splits[name], options, device)
+            for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0):
+                pairs = len(batch["rows"])
+                table[:, batch["rows"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
+            dist.all_reduce(table)  # each column was filled by one rank
+        return reference
+
+    dtype = "bf16" if options.bf16 else "fp32"
+    path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{dtype}.safetensors"
+    for name, table in checkpoint.computed_once(path, compute).items():
+        splits[name].reference = table
+    return dataclasses.replace(data, fingerprint=fingerprint)
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
-    taken = ("input_ids", "labels", "position_ids", "document_ends")
+    taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
     return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 

@@ -71,3 +71,24 @@ def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tenso
         batch["position_ids"] = position_ids_BT
         batch["document_ends"] = torch.tensor(sorted({*ends, *row_ends}), dtype=torch.int32)
     return batch
+
+
+def collate_pairs(rows: list[Row], reference: Tensor | None = None) -> dict[str, Tensor]:
+    """Pairs as a batch of single sequences, all [2B, T]: the chosen one of each of the B rows, then the rejected ones.
+
+    As `collate` does, but for `tokens`, which is [2B], and `targets`: a pair is one target. `reference` [2, R], for all
+    R rows of the split, becomes `reference` [2B].
+    """
+    batch = collate([_piece(row, side) for side in (0, 1) for row in rows])
+    batch["rows"] = batch["rows"][: len(rows)]
+    batch["targets"] = torch.tensor(len(rows))
+    if reference is not None:
+        batch["reference"] = reference[:, batch["rows"]].flatten()
+    return batch
+
+
+def _piece(row: Row, index: int) -> Row:
+    """One of the pieces of a row, as a row."""
+    end = sum(row.lengths[: index + 1])
+    part = slice(end - row.lengths[index], end)
+    return Row(row.number, row.tokens[part], row.learned[part], [row.lengths[index]])

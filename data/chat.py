@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from config import OptionError
 
 SHAPES = {
+    "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt": ("prompt", "completion"),
@@ -36,6 +37,28 @@ class Conversation:
     messages: Messages
     tools: list[Any] | None = None
     learned_from: int = 0
+
+
+def sequences(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
+    """The records that a record stands for, and their shape: itself, or for a pair the chosen and the rejected one.
+
+    Both of a pair are of the shape "prompt", so that what they share is given. Where they are messages without a list
+    of messages as their prompt, it is their common beginning. Raises OptionError like `to_conversation`.
+    """
+    if shape != "preference":
+        return shape, [record]
+    record = _without_nulls(record)
+    prompt, chosen, rejected = record.get("prompt"), record.get("chosen"), record.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
+        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        length = [*same, False].index(False)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    if {type(part) for part in (prompt, chosen, rejected)} not in ({str}, {list}):
+        raise OptionError(
+            f"{place}: chosen and rejected must be two lists of messages, or two texts beside a prompt that is one, "
+            f"and are {str(record)[:100]}"
+        )
+    return "prompt", [record | {"prompt": prompt, "completion": answer} for answer in (chosen, rejected)]
 
 
 def to_conversation(shape: str, record: dict[str, Any], place: str) -> Conversation:

@@ -14,7 +14,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
-from data.chat import SHAPES, Conversation, check_markers, has_markers, learned_spans, render, to_conversation
+from data.chat import (
+    SHAPES,
+    Conversation,
+    check_markers,
+    has_markers,
+    learned_spans,
+    render,
+    sequences,
+    to_conversation,
+)
 from data.corpus import Source
 
 GIVEN = 1 << 31
@@ -40,6 +49,11 @@ def recognise(source: Source, records: datasets.Dataset, options: Options) -> st
     _, first = records_of(source, records[:1], [0])[0]
     fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= first.keys())
     shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
+    if (shape == "preference") != (options.objective == "dpo"):
+        raise OptionError(
+            f"objective {options.objective}: {source.name} holds records of the shape {shape}\n"
+            "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
+        )
     missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in first]
     if missing:
         raise OptionError(
@@ -79,7 +93,8 @@ def records_of(source: Source, batch: Batch, indices: list[int]) -> list[tuple[s
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A record as the text that is tokenised."""
+    """A record as the text that is tokenised; of a pair, the chosen one."""
+    shape, (record, *_) = sequences(shape, record, place)
     if isinstance(record.get("prompt"), str):
         return f"{record['prompt']}{record.get('completion')}"
     conversation = to_conversation(shape, record, place)
@@ -111,19 +126,25 @@ def _encode_conversations(
     batch: Batch, indices: list[int], source: Source, shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
 ) -> Batch:
     assert options.block_size
-    tokens, fates = [], []
+    size = options.block_size
+    tokens: list[list[int]] = []
+    fates: list[Fate] = []
     for place, record in records_of(source, batch, indices):
-        row, learned = _encode_conversation(place, record, shape, tokenizer)
-        cut = len(row) > options.block_size
-        row, learned = row[: options.block_size], learned[: options.block_size]
-        if not row:
-            fates.append(Fate.EMPTY)
-        elif not any(learned[1:]):  # nothing comes before the first token that could predict it
-            row, learned = [], []
-            fates.append(Fate.TARGETLESS)
+        one_shape, records = sequences(shape, record, place)
+        encoded = [_encode_conversation(place, one, one_shape, tokenizer) for one in records]
+        if not all(row for row, _ in encoded):
+            left_out = Fate.EMPTY
+        elif not all(any(learned[1:size]) for _, learned in encoded):  # nothing could predict the first token
+            left_out = Fate.TARGETLESS
         else:
-            fates.append(Fate.CUT if cut else Fate.DOCUMENT)
-        tokens.append([token if learn else token | GIVEN for token, learn in zip(row, learned, strict=True)])
+            fates += [Fate.CUT if len(row) > size else Fate.DOCUMENT for row, _ in encoded]
+            tokens += [
+                [token if learn else token | GIVEN for token, learn in zip(row[:size], learned[:size], strict=True)]
+                for row, learned in encoded
+            ]
+            continue
+        fates += [left_out] * len(encoded)  # both of a pair, if one is
+        tokens += [[] for _ in encoded]
     return {"tokens": tokens, "fate": fates}
 
 

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from config import Plan
@@ -40,13 +41,13 @@ class Ledger:
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Record the rows of this rank's micro-batches, from the tensors that the model is about to see."""
-        rows = [
-            (number, length, hashlib.sha256(ids[:length].numpy().tobytes()).hexdigest()[:16])
-            for batch in batches
-            for number, length, ids in zip(
-                batch["rows"].tolist(), batch["tokens"].tolist(), batch["input_ids"], strict=True
-            )
-        ]
+        rows = []
+        for batch in batches:
+            numbers, lengths = batch["rows"].tolist(), batch["tokens"].tolist()
+            sequences = [ids[:length] for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+            for index, number in enumerate(numbers):
+                ids = torch.cat(sequences[index :: len(numbers)])  # one sequence, or the two of a pair
+                rows.append((number, len(ids), hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]))
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "rows": rows}) + "\n")
 

@@ -23,16 +23,19 @@ class Packed:
 
 
 def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
-    """Rows of at most `block_size` tokens, out of documents of `lengths` tokens, int64 [D], in one of three ways.
+    """Rows of at most `block_size` tokens, out of documents of `lengths` tokens, int64 [D], in one of four ways.
 
     concat cuts the line into full rows, and leaves out the last, partial one. none gives each document rows of its
     own, and documents puts several into one row. Neither loses a token: a document that is longer than a row is cut
-    into pieces, and only the last one of them is shorter.
+    into pieces, and only the last one of them is shorter. pairs puts two documents that follow each other into one
+    row; none of them may be longer than block_size, and both of a pair are empty or none.
     """
     if packing == "concat":
         starts = np.arange(0, int(lengths.sum()) + 1, block_size, dtype=np.int64)
         return _one_each(np.stack([starts[:-1], starts[1:]], axis=1))
     pieces = _cut(lengths, block_size)
+    if packing == "pairs":
+        return Packed(pieces, np.arange(0, len(pieces) + 1, 2, dtype=np.int64))
     return _one_each(pieces) if packing == "none" else _best_fit(pieces, block_size)
 
 

@@ -42,10 +42,15 @@ class Row(NamedTuple):
 
 
 class Rows(torch.utils.data.Dataset[Row]):
-    """The rows of a prepared split, read on demand. `documents_of` is their length, where documents share a row."""
+    """The rows of a prepared split, read on demand. `documents_of` is their length, where documents share a row.
+
+    `reference`, fp32 [2, rows], is for whoever trains on pairs to set: the log-probability that a reference model gives
+    to what is learned of each chosen (0) and rejected (1) sequence.
+    """
 
     def __init__(self, folder: Path, documents_of: int | None) -> None:
         self.folder, self.documents_of = folder, documents_of
+        self.reference: Tensor | None = None
         self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
         self.pieces = np.memmap(folder / "pieces.bin", np.int64, "r").reshape(-1, 2)
         self.first_pieces = np.memmap(folder / "rows.bin", np.int64, "r")
@@ -71,14 +76,14 @@ class Split:
     tokens: int
     learned_tokens: int
     dropped_tokens: int  # of its last, partial row
-    documents: int  # texts or conversations that are learned from
+    documents: int  # texts or conversations that are learned from; a pair is two
     cut_documents: int  # those of them that were longer than a row, and lost what was beyond
     empty_documents: int  # left out: they had no text
     targetless_documents: int  # left out: no token of them would have been learned
 
-    def filled(self, block_size: int) -> float:
-        """The share of the slots of all rows that hold a token."""
-        return (self.tokens - self.dropped_tokens) / (self.rows * block_size)
+    def filled(self, row_tokens: int) -> float:
+        """The share of the slots of all rows, each of `row_tokens`, that hold a token."""
+        return (self.tokens - self.dropped_tokens) / (self.rows * row_tokens)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ def _cache_key(options: Options, tokenizer: PreTrainedTokenizerBase, train: Sour
         tokenizer.eos_token_id,
         options.block_size,
         options.packing,
+        options.objective,
     ]
     return "rows-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -161,10 +167,10 @@ def _write(
     digest = hashlib.sha256()
     counts: dict[str, Split] = {}
     stop_tokens: Counter[int] = Counter()
-    packing = options.packing
+    packing: str | None = options.packing
     for name, (source, records) in splits.items():
         shape = shapes[source.name]
-        packing = packing or ("concat" if shape == "text" else "documents")
+        packing = packing or {"text": "concat", "preference": "pairs"}.get(shape, "documents")
         folder = scratch / "prepared" / name
         folder.mkdir(parents=True)
         encoded = records.map(
@@ -235,12 +241,13 @@ def _check_targetless(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raises OptionError with an example, if more than `max_targetless_share` of the records have nothing to learn."""
-    found = np.flatnonzero(fates == Fate.TARGETLESS)
-    if len(found) > options.max_targetless_share * len(fates):
+    # The number of each such record: one that is a pair has two fates, which are the same.
+    found = np.unique(np.flatnonzero(fates == Fate.TARGETLESS) * len(records) // len(fates))
+    if len(found) > options.max_targetless_share * len(records):
         index = int(found[0])
         place, record = records_of(source, records[index : index + 1], [index])[0]
         raise OptionError(
-            f"max_targetless_share {options.max_targetless_share}: {len(found):,} of {len(fates):,} records have no "
+            f"max_targetless_share {options.max_targetless_share}: {len(found):,} of {len(records):,} records have no "
             f"token to learn within block_size {options.block_size}; give it more, or records with answers\n"
             f"{place}: {readable(place, record, shape, tokenizer)[:500]!r}"
         )

@@ -1,5 +1,7 @@
 """Shard a model over all ranks."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.distributed import get_world_size
@@ -31,8 +33,10 @@ def wrap(
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision)
-    # The root is left whole between forward and backward: its backward is the first to start.
-    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
+    # The root is left whole between forward and backward: its backward is the first to start. What it is given, beside
+    # tokens, belongs to the loss: it stays fp32.
+    root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision)
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=device)
     model.tie_weights()  # one tensor again, where each use of it got memory of its own

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction.
+"""The loss of next-token prediction, and the log-probabilities of sequences.
 
 Shapes: B rows, T tokens of a row, V vocabulary.
 """
@@ -21,6 +21,14 @@ def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     targets_BT = next_tokens(labels_BT)
     logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
     return functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Of each row, the log-probability of all its targets together, in nats: fp32 [B]."""
+    logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
+    targets_BT = next_tokens(labels_BT)
+    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORED, reduction="none")
+    return -losses_N.view(targets_BT.shape).sum(dim=1)
 
 
 def next_tokens(labels_BT: Tensor) -> Tensor:

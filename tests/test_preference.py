@@ -1,0 +1,360 @@
+"""Preference tuning: pairs, the loss of DPO, its reference, and the same loop and checkpoints as for any other loss."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import checkpoint
+import data.ledger
+import metrics
+from config import OptionError
+from data.batches import collate_pairs
+from data.packing import pack
+from data.rows import Row
+from data.show import show
+from model.objective import Preference
+from tests import world
+from tests.launch import train, train_ok
+from tests.proof import GATES, Case, first_gradient, relative_l2
+from tests.test_chat import PLAIN, assistant, prepare_records, rows_of, user, with_markers, without_markers
+from tests.test_resume import STEADY, cut_off_at, equal_to_the_bit, trajectory
+
+DPO = {"objective": "dpo"}
+LN_2 = math.log(2)
+
+
+# --- Pairs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = without_markers(PLAIN)
+    return tokenizer
+
+
+QUESTION = [user("a"), assistant("b"), user("c")]
+PAIRS = {
+    "implicit prompt": {"chosen": [*QUESTION, assistant("good")], "rejected": [*QUESTION, assistant("bad, too")]},
+    "the prompt in words": {
+        "prompt": "c",
+        "messages": [*QUESTION, assistant("good")],
+        "chosen": [*QUESTION, assistant("good")],
+        "rejected": [*QUESTION, assistant("bad, too")],
+    },
+    "explicit prompt": {"prompt": QUESTION, "chosen": [assistant("good")], "rejected": [assistant("bad, too")]},
+    "text": {"prompt": "a b c", "chosen": " good", "rejected": " bad, too"},
+}
+
+
+@pytest.mark.parametrize("markers", [with_markers, without_markers])
+@pytest.mark.parametrize("name", PAIRS)
+def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, markers: Any) -> None:
+    """A row is both sequences of a pair, the chosen one first; what they share is given, their answers are learned."""
+    tokenizer.chat_template = markers(PLAIN)
+    pairs = prepare_records([PAIRS[name]], tokenizer, tmp_path, **DPO)
+    assert (pairs.packing, pairs.counts["train"].shape) == ("pairs", "preference")
+    row = pairs.train[0]
+    pieces = zip(row.tokens.split(row.lengths), row.learned.split(row.lengths), strict=True)
+    (tmp_path / "alone").mkdir()
+    for answer, (tokens, learned) in zip(("good", "bad, too"), pieces, strict=True):
+        text, end = (True, "<eos>") if name == "text" else (False, "<|im_end|>")
+        assert tokenizer.decode(tokens[learned]).lstrip() == answer + end
+        prompt: Any = "a b c" if text else QUESTION
+        completion: Any = f" {answer}" if text else [assistant(answer)]
+        alone = prepare_records([{"prompt": prompt, "completion": completion}], tokenizer, tmp_path / "alone")
+        assert rows_of(alone) == [(tokens.tolist(), learned.tolist())]
+
+
+def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """If one answer has nothing to learn within a row, both are left out and counted; if one is cut, both are kept."""
+    fine, long = PAIRS["text"], "word " * 99
+    records = [
+        *[fine] * 18,
+        {**fine, "rejected": long},
+        {**fine, "prompt": long},
+        {"chosen": QUESTION, "rejected": [*QUESTION, assistant("good")]},  # no answer to learn in the first
+        {"prompt": [], "chosen": [], "rejected": [user("a"), assistant("b")]},
+        fine,
+    ]
+    pairs = prepare_records(records, tokenizer, tmp_path, **DPO)
+    counts = pairs.counts["train"]
+    assert len(pairs.train) == counts.rows == 20
+    assert (counts.documents, counts.cut_documents) == (40, 1)
+    assert (counts.targetless_documents, counts.empty_documents) == (4, 2)
+    assert all(len(pairs.train[index].lengths) == 2 for index in range(20))
+    assert rows_of(pairs)[0] == rows_of(pairs)[-1]
+    with pytest.raises(OptionError) as error:
+        prepare_records(records, tokenizer, tmp_path, max_targetless_share=0.08, **DPO)
+    assert "2 of 23 records have no token to learn" in str(error.value)
+    assert "chat.jsonl: line 20: 'word word" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "objective", "complaint"),
+    [
+        (PAIRS["text"], "sft", "holds records of the shape preference"),
+        ({"prompt": "a", "completion": "b"}, "dpo", "holds records of the shape prompt"),
+        ({"text": "a"}, "dpo", "holds records of the shape text"),
+        ({"chosen": "a", "rejected": "b"}, "dpo", "line 1: chosen and rejected must be two lists of messages, or two"),
+        ({"prompt": "a", "chosen": "a", "rejected": 3}, "dpo", "line 1: chosen and rejected must be two lists"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "dpo", "line 1: completion must be a list of messages, and is ['a']"),
+    ],
+)
+def test_records_that_will_not_do(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, record: Any, objective: str, complaint: str
+) -> None:
+    with pytest.raises(OptionError) as error:
+        prepare_records([record], tokenizer, tmp_path, objective=objective)
+    assert complaint in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_prepared_pairs_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The error does not depend on what an earlier run has left in the cache; and a shape can be named."""
+    record = {"messages": [user("a"), assistant("good")], **PAIRS["implicit prompt"]}
+    prepare_records([record], tokenizer, tmp_path, **DPO)
+    with pytest.raises(OptionError, match="preference"):
+        prepare_records([record], tokenizer, tmp_path)
+    assert prepare_records([record], tokenizer, tmp_path, data_format="messages").counts["train"].shape == "messages"
+
+
+def test_pack_pairs() -> None:
+    packed = pack("pairs", torch.tensor([3, 5, 0, 0, 2, 4]).numpy(), 5)
+    assert packed.pieces.tolist() == [[0, 3], [3, 8], [8, 10], [10, 14]]
+    assert packed.first_pieces.tolist() == [0, 2, 4]
+
+
+def test_collate_pairs() -> None:
+    def pair(number: int, *lengths: int) -> Row:
+        tokens = torch.arange(1, sum(lengths) + 1)
+        learned = torch.ones_like(tokens, dtype=torch.bool)
+        learned[0] = learned[lengths[0]] = False
+        return Row(number, tokens, learned, list(lengths))
+
+    reference = torch.arange(10.0).view(2, 5)
+    batch = collate_pairs([pair(4, 2, 3), pair(1, 4, 1)], reference)
+    assert batch["input_ids"].tolist() == [[1, 2, 0, 0], [1, 2, 3, 4], [3, 4, 5, 0], [5, 0, 0, 0]]
+    assert batch["labels"].tolist()[2] == [-100, 4, 5, -100]
+    assert (batch["rows"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([4, 1], [2, 4, 3, 1], 2)
+    assert batch["reference"].tolist() == [4, 1, 9, 6]
+    assert "reference" not in collate_pairs([pair(0, 2, 2)])
+    nothing = collate_pairs([], reference)
+    assert (nothing["input_ids"].shape, nothing["reference"].shape, int(nothing["targets"])) == ((1, 2), (0,), 0)
+
+
+def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    text = show(prepare_records([PAIRS["text"]], tokenizer, tmp_path, **DPO).train, 1, tokenizer)
+    assert text.index("good<eos>") < text.index("bad, too<eos>")
+
+
+# --- The loss -------------------------------------------------------------------------------------------------------
+
+
+def some_pairs(number: int) -> list[Row]:
+    """Pairs of a shared prompt of 5 tokens and answers of 1 to 20, from a fixed seed."""
+    torch.manual_seed(3)
+    rows = []
+    for index in range(number):
+        lengths = [5 + int(torch.randint(1, 21, ())) for _ in range(2)]
+        prompt = torch.randint(0, world.VOCABULARY, (5,))
+        sides = [torch.cat([prompt, torch.randint(0, world.VOCABULARY, (length - 5,))]) for length in lengths]
+        learned = torch.cat([torch.arange(length) >= 5 for length in lengths])
+        rows.append(Row(index, torch.cat(sides), learned, lengths))
+    return rows
+
+
+def learned_log_probability(model: PreTrainedModel, row: Row, side: int) -> Tensor:
+    """By hand, in the dtype of the model: one sequence, without padding, token by token."""
+    tokens, learned = row.tokens.split(row.lengths)[side], row.learned.split(row.lengths)[side]
+    log_p_TV = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
+    return torch.stack([log_p_TV[t - 1, tokens[t]] for t in range(1, len(tokens)) if learned[t]]).sum()
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def forward(objective: Preference, batch: dict[str, Tensor]) -> Tensor:
+    names = ("input_ids", "labels", "reference")
+    loss: Tensor = objective(**{name: batch[name] for name in names if name in batch})
+    return loss
+
+
+def test_against_the_formula_in_double(model_dir: Path) -> None:
+    """Loss and gradient of equation 7, written out in fp64, for a model that has moved away from its reference."""
+    rows, beta = some_pairs(3), 0.3
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    reference = forward(Preference(model, beta), collate_pairs(rows)).detach().view(2, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    loss = forward(Preference(model, beta), collate_pairs(rows, reference))
+    loss.backward()
+    actual = gradients(model)
+
+    old = AutoModelForCausalLM.from_pretrained(model_dir).double()
+    new = model.double()
+    new.zero_grad()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ratios = [
+            learned_log_probability(new, row, side) - learned_log_probability(old, row, side).detach()
+            for side in (0, 1)
+        ]
+        expected = expected - torch.log(torch.sigmoid(beta * (ratios[0] - ratios[1])))
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert abs(expected.item() / 3 - LN_2) > 0.01, "the model has moved"
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert relative_l2(actual, gradients(new)) < 1e-5
+
+
+def test_before_the_first_step(model_dir: Path) -> None:
+    """With the model as its own reference: ln 2 a pair, and the gradient beta / 2 of that of rejected - chosen."""
+    rows, beta = some_pairs(4), 0.3
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    objective = Preference(model, beta)
+    reference = forward(objective, collate_pairs(rows)).detach().view(2, 4)
+    loss = forward(objective, collate_pairs(rows, reference))
+    loss.backward()
+    actual = gradients(model)
+    assert loss.item() == pytest.approx(4 * LN_2, abs=1e-6)
+    model.zero_grad()
+    chosen, rejected = forward(objective, collate_pairs(rows)).chunk(2)
+    (beta / 2 * (rejected - chosen).sum()).backward()
+    assert relative_l2(actual, gradients(model)) < 1e-6
+    nothing = forward(objective, collate_pairs([], reference))
+    assert (nothing.item(), nothing.requires_grad) == (0, True)
+
+
+# --- Through the trainer --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dpo(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options for 146 ragged pairs: the chosen answer repeats a word, the rejected one another."""
+    draw = random.Random(1)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    words = world.make_documents()[0].split()[:50] or ["a"]
+    with open(path, "w") as file:
+        for _ in range(146):
+            prompt = " ".join(draw.choice(words) for _ in range(draw.randint(1, 6)))
+            chosen, rejected = (f" {word}" * draw.randint(1, 9) for word in ("copyright", "notice"))
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    packing = tiny.index("--packing")
+    return [*tiny[:packing], *tiny[packing + 2 :], "--train_file", path, "--objective", "dpo"]
+
+
+def referenced(dpo: list[object]) -> set[Path]:
+    return set(Path(str(dpo[dpo.index("--data_cache_dir") + 1])).glob("reference-*"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(dpo: list[object], model_with_dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on two ranks, with dropout and in micro-steps."""
+    run = tmp_path_factory.mktemp("unbroken")
+    options = ["--model_name_or_path", model_with_dropout, "--save_steps", 10, "--per_device_train_batch_size", 4]
+    output = train_ok(2, *dpo, *STEADY, *options, "--ledger", "--output_dir", run)
+    assert "dpo, held to the model as it begins with beta 0.1" in output
+    assert "131 of 128 tokens, packing pairs" in output
+    return run
+
+
+def test_it_learns_to_prefer(unbroken: Path) -> None:
+    """The loss of held-out pairs begins at ln 2 and falls."""
+    rows = metrics.read_rows(unbroken / "metrics.jsonl")
+    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert evaluations[0] == pytest.approx(LN_2, abs=1e-6)
+    assert evaluations == sorted(evaluations, reverse=True)
+    assert evaluations[-1] < LN_2 / 2
+    assert rows[0]["eval_pairs"] == 15
+    assert "eval_perplexity" not in rows[0]
+    AutoModelForCausalLM.from_pretrained(unbroken)
+
+
+def test_the_ledger_of_pairs(unbroken: Path) -> None:
+    steps = data.ledger.read(unbroken)
+    assert data.ledger.problems(unbroken) == []
+    assert {len(rows) for rows in steps.values()} == {16}
+    tokens = metrics.read_rows(unbroken / "metrics.jsonl")[-1]["tokens_seen"]
+    assert sum(length for rows in steps.values() for _, length, _ in rows) == tokens
+
+
+def not_again() -> None:
+    """Patch a rank so that it cannot compute a reference."""
+    computed_once = checkpoint.computed_once
+    checkpoint.computed_once = lambda path, compute: computed_once(path, lambda: pytest.fail("computed again"))
+
+
+def test_resumed_to_the_bit(dpo: list[object], model_with_dropout: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The reference stays that of the model as it began: read again, or, if it is gone, computed with those weights."""
+    options = [*dpo, *STEADY, "--model_name_or_path", model_with_dropout, "--save_steps", 10]
+    options += ["--resume_from_checkpoint", "auto"]
+    (kept,) = referenced(dpo)
+    before = kept.read_bytes()
+    for name, patch in (("read", not_again), ("computed", kept.unlink)):
+        cut_off_at(10, unbroken, tmp_path / name)
+        if name == "computed":
+            patch()
+        outcome = train(2, [*options, "--output_dir", tmp_path / name], before=not_again if name == "read" else None)
+        assert outcome.exit_codes == [0, 0], outcome.output
+        assert trajectory(tmp_path / name) == trajectory(unbroken)
+        assert equal_to_the_bit(tmp_path / name / "checkpoint-20", unbroken / "checkpoint-20")
+    assert kept.read_bytes() == before
+
+
+def test_another_reference_is_refused(dpo: list[object], unbroken: Path, tmp_path: Path) -> None:
+    """A run that is resumed with its own trained weights as the model would be held to them, and is another run."""
+    cut_off_at(10, unbroken, tmp_path)
+    options = [*dpo, *STEADY, "--model_name_or_path", unbroken, "--output_dir", tmp_path]
+    outcome = train(1, [*options, "--per_device_train_batch_size", 16, "--resume_from_checkpoint", "auto"])
+    assert outcome.exit_codes == [2]
+    assert "data_fingerprint was" in outcome.output
+
+
+@pytest.fixture(scope="module")
+def one_process(dpo: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return first_gradient(Case("single", 1, 16), dpo, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("single", 1, 2), Case("DDP", 2, 4), Case("FSDP", 2, 4, ("--strategy", "fsdp")), Case("DDP", 4, 1)],
+    ids=lambda case: f"{case.name}-{case.ranks}x{case.micro_batch}",
+)
+def test_same_gradient(dpo: list[object], one_process: dict[str, Tensor], tmp_path: Path, case: Case) -> None:
+    """Any ranks, strategy and accumulation: the gradient of a step is that of one process."""
+    assert relative_l2(first_gradient(case, dpo, tmp_path), one_process) < GATES.gradient
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16(dpo: list[object], tmp_path: Path, strategy: str) -> None:
+    """In bf16, too, the first loss is ln 2: the reference is not rounded on its way, by FSDP's casts for instance."""
+    options = [*dpo, "--bf16", "true", "--strategy", strategy, "--max_steps", 1, "--per_device_eval_batch_size", 3]
+    train_ok(2, *options, "--output_dir", tmp_path)
+    evaluation, step, _ = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert evaluation["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
+    assert step["loss"] == pytest.approx(LN_2, abs=1e-3)
+
+
+def test_more_ranks_than_pairs(dpo: list[object], tmp_path: Path) -> None:
+    """A rank without pairs enters the collectives of an evaluation, and adds nothing; the weights key the reference."""
+    options = [*dpo, "--validation_split_percentage", 2, "--max_steps", 2, "--strategy", "fsdp", "--warmup_steps", 0]
+    before = referenced(dpo)
+    train_ok(4, *options, "--output_dir", tmp_path / "four")
+    train_ok(1, *options, "--output_dir", tmp_path / "one", "--strategy", "ddp")
+    assert len(referenced(dpo) - before) == 1, "one for both topologies"
+    four, one = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("four", "one"))
+    for ours, theirs in zip(four, one, strict=True):
+        for name in ("loss", "eval_loss", "eval_pairs"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
+    assert four[0]["eval_pairs"] == 3
