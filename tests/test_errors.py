@@ -42,6 +42,8 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--replicas", "2"], "replicas 2: needs --strategy fsdp"),
         (["--strategy", "fsdp", "--replicas", "3"], "2 ranks are 0.667 for each replica"),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
+        (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
+        (["--dpo_beta", "0"], "dpo_beta 0.0: give more than 0"),
         (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: give more than 0"),
         (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: give one"),
         (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: give one"),

@@ -42,7 +42,7 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 
 QUESTION = [user("a"), assistant("b"), user("c")]
-PAIRS = {
+PAIRS: dict[str, dict[str, Any]] = {
     "implicit prompt": {"chosen": [*QUESTION, assistant("good")], "rejected": [*QUESTION, assistant("bad, too")]},
     "the prompt in words": {
         "prompt": "c",
@@ -63,7 +63,7 @@ def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, m
     pairs = prepare_records([PAIRS[name]], tokenizer, tmp_path, **DPO)
     assert (pairs.packing, pairs.counts["train"].shape) == ("pairs", "preference")
     row = pairs.train[0]
-    pieces = zip(row.tokens.split(row.lengths), row.learned.split(row.lengths), strict=True)
+    pieces = zip(torch.split(row.tokens, row.lengths), torch.split(row.learned, row.lengths), strict=True)
     (tmp_path / "alone").mkdir()
     for answer, (tokens, learned) in zip(("good", "bad, too"), pieces, strict=True):
         text, end = (True, "<eos>") if name == "text" else (False, "<|im_end|>")
@@ -172,9 +172,9 @@ def some_pairs(number: int) -> list[Row]:
     return rows
 
 
-def learned_log_probability(model: PreTrainedModel, row: Row, side: int) -> Tensor:
+def learned_log_probability(model: PreTrainedModel, row: Row, side: int) -> Any:
     """By hand, in the dtype of the model: one sequence, without padding, token by token."""
-    tokens, learned = row.tokens.split(row.lengths)[side], row.learned.split(row.lengths)[side]
+    tokens, learned = (torch.split(part, row.lengths)[side] for part in (row.tokens, row.learned))
     log_p_TV = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
     return torch.stack([log_p_TV[t - 1, tokens[t]] for t in range(1, len(tokens)) if learned[t]]).sum()
 
@@ -183,10 +183,9 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def forward(objective: Preference, batch: dict[str, Tensor]) -> Tensor:
+def forward(objective: Preference, batch: dict[str, Tensor]) -> Any:
     names = ("input_ids", "labels", "reference")
-    loss: Tensor = objective(**{name: batch[name] for name in names if name in batch})
-    return loss
+    return objective(**{name: batch[name] for name in names if name in batch})
 
 
 def test_against_the_formula_in_double(model_dir: Path) -> None:
@@ -204,7 +203,7 @@ def test_against_the_formula_in_double(model_dir: Path) -> None:
     old = AutoModelForCausalLM.from_pretrained(model_dir).double()
     new = model.double()
     new.zero_grad()
-    expected = torch.zeros((), dtype=torch.float64)
+    expected: Any = 0
     for row in rows:
         ratios = [
             learned_log_probability(new, row, side) - learned_log_probability(old, row, side).detach()
@@ -230,7 +229,8 @@ def test_before_the_first_step(model_dir: Path) -> None:
     assert loss.item() == pytest.approx(4 * LN_2, abs=1e-6)
     model.zero_grad()
     chosen, rejected = forward(objective, collate_pairs(rows)).chunk(2)
-    (beta / 2 * (rejected - chosen).sum()).backward()
+    loss = beta / 2 * (rejected - chosen).sum()
+    loss.backward()
     assert relative_l2(actual, gradients(model)) < 1e-6
     nothing = forward(objective, collate_pairs([], reference))
     assert (nothing.item(), nothing.requires_grad) == (0, True)
@@ -295,21 +295,22 @@ def not_again() -> None:
     checkpoint.computed_once = lambda path, compute: computed_once(path, lambda: pytest.fail("computed again"))
 
 
-def test_resumed_to_the_bit(dpo: list[object], model_with_dropout: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The reference stays that of the model as it began: read again, or, if it is gone, computed with those weights."""
-    options = [*dpo, *STEADY, "--model_name_or_path", model_with_dropout, "--save_steps", 10]
-    options += ["--resume_from_checkpoint", "auto"]
-    (kept,) = referenced(dpo)
-    before = kept.read_bytes()
-    for name, patch in (("read", not_again), ("computed", kept.unlink)):
-        cut_off_at(10, unbroken, tmp_path / name)
-        if name == "computed":
-            patch()
-        outcome = train(2, [*options, "--output_dir", tmp_path / name], before=not_again if name == "read" else None)
-        assert outcome.exit_codes == [0, 0], outcome.output
-        assert trajectory(tmp_path / name) == trajectory(unbroken)
-        assert equal_to_the_bit(tmp_path / name / "checkpoint-20", unbroken / "checkpoint-20")
-    assert kept.read_bytes() == before
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "lost"])
+def test_resumed_to_the_bit(
+    dpo: list[object], model_with_dropout: Path, unbroken: Path, tmp_path: Path, kept: bool
+) -> None:
+    """The reference stays the model as it began: it is read, or, where it is gone, computed with those weights."""
+    (path,) = referenced(dpo)
+    reference = path.read_bytes()
+    if not kept:
+        path.unlink()
+    cut_off_at(10, unbroken, tmp_path)
+    options = [*dpo, *STEADY, "--model_name_or_path", model_with_dropout, "--save_steps", 10, "--output_dir", tmp_path]
+    outcome = train(2, [*options, "--resume_from_checkpoint", "auto"], before=not_again if kept else None)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert trajectory(tmp_path) == trajectory(unbroken)
+    assert equal_to_the_bit(tmp_path / "checkpoint-20", unbroken / "checkpoint-20")
+    assert path.read_bytes() == reference
 
 
 def test_another_reference_is_refused(dpo: list[object], unbroken: Path, tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def one_process(dpo: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [Case("single", 1, 2), Case("DDP", 2, 4), Case("FSDP", 2, 4, ("--strategy", "fsdp")), Case("DDP", 4, 1)],
+    [Case("DDP", 2, 2), Case("FSDP", 2, 4, ("--strategy", "fsdp"))],
     ids=lambda case: f"{case.name}-{case.ranks}x{case.micro_batch}",
 )
 def test_same_gradient(dpo: list[object], one_process: dict[str, Tensor], tmp_path: Path, case: Case) -> None:
@@ -336,25 +337,23 @@ def test_same_gradient(dpo: list[object], one_process: dict[str, Tensor], tmp_pa
     assert relative_l2(first_gradient(case, dpo, tmp_path), one_process) < GATES.gradient
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_bf16(dpo: list[object], tmp_path: Path, strategy: str) -> None:
-    """In bf16, too, the first loss is ln 2: the reference is not rounded on its way, by FSDP's casts for instance."""
-    options = [*dpo, "--bf16", "true", "--strategy", strategy, "--max_steps", 1, "--per_device_eval_batch_size", 3]
-    train_ok(2, *options, "--output_dir", tmp_path)
-    evaluation, step, _ = metrics.read_rows(tmp_path / "metrics.jsonl")
-    assert evaluation["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
-    assert step["loss"] == pytest.approx(LN_2, abs=1e-3)
+def test_bf16(dpo: list[object], tmp_path: Path) -> None:
+    """The reference is not rounded to bf16 on its way, as FSDP does with what a module is given: the loss is ln 2."""
+    options = [*dpo, "--bf16", "true", "--strategy", "fsdp", "--max_steps", 1, "--validation_split_percentage", 0]
+    train_ok(2, *options, "--dpo_beta", 1, "--output_dir", tmp_path)
+    assert metrics.read_rows(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(LN_2, abs=1e-3)
 
 
 def test_more_ranks_than_pairs(dpo: list[object], tmp_path: Path) -> None:
     """A rank without pairs enters the collectives of an evaluation, and adds nothing; the weights key the reference."""
-    options = [*dpo, "--validation_split_percentage", 2, "--max_steps", 2, "--strategy", "fsdp", "--warmup_steps", 0]
+    options = [*dpo, "--validation_split_percentage", 1, "--global_batch_size", 12, "--max_steps", 2]
+    options += ["--warmup_steps", 0]
     before = referenced(dpo)
-    train_ok(4, *options, "--output_dir", tmp_path / "four")
-    train_ok(1, *options, "--output_dir", tmp_path / "one", "--strategy", "ddp")
+    train_ok(3, *options, "--output_dir", tmp_path / "three", "--strategy", "fsdp")
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
     assert len(referenced(dpo) - before) == 1, "one for both topologies"
-    four, one = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("four", "one"))
-    for ours, theirs in zip(four, one, strict=True):
+    three, one = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("three", "one"))
+    for ours, theirs in zip(three, one, strict=True):
         for name in ("loss", "eval_loss", "eval_pairs"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
-    assert four[0]["eval_pairs"] == 3
+    assert three[0]["eval_pairs"] == 2

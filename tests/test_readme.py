@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role + ':\\n' + message.content + '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-SHAPES = re.findall(r"```json\n(.*?)```", README, re.DOTALL)[0].strip().splitlines()
+SHAPES, PAIRS = (block.strip().splitlines() for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL))
 ASK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
 
 
@@ -68,6 +68,35 @@ def test_shapes_of_conversations(line: str, place: Path) -> None:
     assert tokenizer.decode(row.tokens[row.learned]).strip() == "MIT.<eos>"
 
 
+def test_learning_from_preferences(place: Path) -> None:
+    """The section: its command on each of its shapes, which are the same pair but for the last."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    shutil.copytree(place / "DIR", place / "my-chat-model")
+    tokenizer.save_pretrained(place / "my-chat-model")
+    options = Options(train_file=str(place / "pairs.jsonl"), data_cache_dir=str(place / "cache"), objective="dpo")
+    options.validation_split_percentage, options.block_size = 0, 64
+    rows = []
+    for line in PAIRS:
+        (place / "pairs.jsonl").write_text(line)
+        rows.append(prepare(options, tokenizer).train[0])
+    assert rows[0].tokens.tolist() == rows[1].tokens.tolist()
+    assert [tokenizer.decode(row.tokens[row.learned]) for row in rows] == [
+        "MIT.<eos>No idea.<eos>",
+        "MIT.<eos>No idea.<eos>",
+        " MIT.<eos> unknown.<eos>",
+    ]
+    (place / "pairs.jsonl").write_text(f"{PAIRS[0]}\n" * 64)
+    command = next(command for command in COMMANDS if "pairs.jsonl" in command)
+    more = ["--learning_rate", "1e-3", "--logging_steps", "1"]
+    run = subprocess.run([*words_of(command, place), *more], cwd=place, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    losses = [row["loss"] for row in metrics.read_rows(place / "my-dpo-model" / "metrics.jsonl") if "loss" in row]
+    assert losses[0] == pytest.approx(0.693, abs=1e-3)
+    assert losses[1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(place / "my-dpo-model")
+
+
 def words_of(command: str, place: Path) -> list[str]:
     """The words of a README command, with its long runs made short and its host made this one."""
     words = [word.replace("/shared/output", f"{place}/shared") for word in shlex.split(command)]
@@ -86,7 +115,7 @@ def words_of(command: str, place: Path) -> list[str]:
     [
         command
         for command in COMMANDS
-        if "train.py" in command and not {"--nnodes", "chat.jsonl"} & set(command.split())
+        if "train.py" in command and not {"--nnodes", "chat.jsonl", "pairs.jsonl"} & set(command.split())
     ],
 )
 def test_command(command: str, place: Path) -> None:

@@ -236,6 +236,15 @@ BUGS = [
         Curve(1, ("--per_device_train_batch_size", 1)),
         source="huggingface/transformers#34191",
     ),
+    Bug(
+        "the reference rounded on its way",
+        "FSDP casts what it passes into a module to bf16, tokens excepted. The log-probability of an answer by the "
+        "reference model is a sum of some hundred nats, of which bf16 keeps three digits; the loss is made of "
+        "differences.",
+        "Preference tuning seems to work. Its first loss is not ln 2.",
+        one("fsdp/wrap.py", "mp_policy=root_precision)", "mp_policy=precision)"),
+        "tests/test_preference.py::test_bf16",
+    ),
     # --- The gradient -----------------------------------------------------------------------------------------------
     Bug(
         "divided by the accumulation twice",
@@ -475,8 +484,8 @@ BUGS = [
         (
             Change(
                 "train.py",
-                "totals[0] += wrapped(**on_device(batch, device))",
-                'totals[0] += wrapped(**on_device(batch, device)) / batch["targets"]',
+                "totals[0] += loss\n",
+                'totals[0] += loss / batch["targets"]\n',
             ),
             Change("train.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
         ),
@@ -587,6 +596,28 @@ BUGS = [
         one("checkpoint.py", '_restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
         RESUME_TO_THE_BIT,
         source="huggingface/transformers#17055",
+    ),
+    Bug(
+        "the reference is the model that was resumed",
+        "Preference tuning holds the model to the one that it began as. A run that is resumed loads its checkpoint, "
+        "and then takes the model for its own reference.",
+        "After a resume the loss is ln 2 again, and the model is free to drift: with each resume further.",
+        (
+            Change(
+                "train.py",
+                '    if options.objective == "dpo":  # the reference is the model as it is now, before a checkpoint is '
+                "loaded\n        data = with_reference(data, wrapped, model, options, device)\n",
+                "",
+            ),
+            Change(
+                "train.py",
+                "    if rank == 0:\n        checkpoint.make_room(options, progress.step)\n",
+                '    if options.objective == "dpo":\n'
+                "        data = with_reference(data, wrapped, model, options, device)\n"
+                "    if rank == 0:\n        checkpoint.make_room(options, progress.step)\n",
+            ),
+        ),
+        "tests/test_preference.py::test_resumed_to_the_bit[kept]",
     ),
     Bug(
         "the schedule starts again on resume",
