@@ -373,10 +373,7 @@ def load(
     progress = Progress(**state["progress"])
     for name, remedy in (
         ("model_fingerprint", "resume with the model that was trained"),
-        (
-            "data_fingerprint",
-            "resume with the data, tokenizer, block_size and packing of that run; dpo: also its model",
-        ),
+        ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
         ("seed", f"give --seed {progress.seed}"),
         ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
     ):

@@ -39,7 +39,7 @@ class Conversation:
     learned_from: int = 0
 
 
-def sequences(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
+def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
     """The records that a record stands for, and their shape: itself, or for a pair the chosen and the rejected one.
 
     Both of a pair are of the shape "prompt", so that what they share is given. Where they are messages without a list

@@ -14,16 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
-from data.chat import (
-    SHAPES,
-    Conversation,
-    check_markers,
-    has_markers,
-    learned_spans,
-    render,
-    sequences,
-    to_conversation,
-)
+from data.chat import SHAPES, Conversation, check_markers, has_markers, learned_spans, render, to_conversation, unpair
 from data.corpus import Source
 
 GIVEN = 1 << 31
@@ -94,7 +85,7 @@ def records_of(source: Source, batch: Batch, indices: list[int]) -> list[tuple[s
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A record as the text that is tokenised; of a pair, the chosen one."""
-    shape, (record, *_) = sequences(shape, record, place)
+    shape, (record, *_) = unpair(shape, record, place)
     if isinstance(record.get("prompt"), str):
         return f"{record['prompt']}{record.get('completion')}"
     conversation = to_conversation(shape, record, place)
@@ -130,22 +121,25 @@ def _encode_conversations(
     tokens: list[list[int]] = []
     fates: list[Fate] = []
     for place, record in records_of(source, batch, indices):
-        one_shape, records = sequences(shape, record, place)
+        one_shape, records = unpair(shape, record, place)
         encoded = [_encode_conversation(place, one, one_shape, tokenizer) for one in records]
-        if not all(row for row, _ in encoded):
-            left_out = Fate.EMPTY
-        elif not all(any(learned[1:size]) for _, learned in encoded):  # nothing could predict the first token
-            left_out = Fate.TARGETLESS
-        else:
-            fates += [Fate.CUT if len(row) > size else Fate.DOCUMENT for row, _ in encoded]
-            tokens += [
-                [token if learn else token | GIVEN for token, learn in zip(row[:size], learned[:size], strict=True)]
-                for row, learned in encoded
-            ]
-            continue
-        fates += [left_out] * len(encoded)  # both of a pair, if one is
-        tokens += [[] for _ in encoded]
+        found = [_fate(row, learned, size) for row, learned in encoded]
+        if max(found) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
+            found, encoded = [max(found)] * len(found), [([], [])] * len(found)
+        fates += found
+        tokens += [
+            [token if learn else token | GIVEN for token, learn in zip(row[:size], learned[:size], strict=True)]
+            for row, learned in encoded
+        ]
     return {"tokens": tokens, "fate": fates}
+
+
+def _fate(row: list[int], learned: list[bool], size: int) -> Fate:
+    if not row:
+        return Fate.EMPTY
+    if not any(learned[1:size]):  # nothing comes before the first token that could predict it
+        return Fate.TARGETLESS
+    return Fate.CUT if len(row) > size else Fate.DOCUMENT
 
 
 def _encode_conversation(
