@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests import world
 
@@ -37,3 +38,12 @@ def model_with_dropout(model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def tiny(model_dir: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return world.options(model_dir, train_file, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tiny model's, with a chat template without markers and two tokens more for it."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = world.without_markers(world.PLAIN)
+    return tokenizer

@@ -15,15 +15,7 @@ from data.encode import encode_messages
 from data.rows import Data, prepare
 from data.show import GIVEN, LEARNED, show
 from tests.launch import train_ok
-
-PLAIN = r"""
-{%- for message in messages %}
-  {{- '<|im_start|>' + message.role + '\n' }}
-  {%- if message.role == 'assistant' %}BEGIN{{ message.content + '<|im_end|>' }}END
-  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
-  {{- '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+from tests.world import PLAIN, with_markers, without_markers
 
 # Like those of reasoning models: the last answer shows its reasoning, and earlier ones have lost it; an answer is
 # trimmed; tools are described first, called after the answer, and their results are a user's turn.
@@ -46,22 +38,6 @@ REASONING = r"""
   {{- '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def with_markers(template: str) -> str:
-    return template.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
-
-
-def without_markers(template: str) -> str:
-    return template.replace("BEGIN", "{% if true %}").replace("END", "{% endif %}")
-
-
-@pytest.fixture
-def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = without_markers(PLAIN)
-    return tokenizer
 
 
 def user(text: str) -> dict[str, Any]:

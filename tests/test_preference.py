@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import data.ledger
@@ -23,22 +23,15 @@ from model.objective import Preference
 from tests import world
 from tests.launch import train, train_ok
 from tests.proof import GATES, Case, first_gradient, relative_l2
-from tests.test_chat import PLAIN, assistant, prepare_records, rows_of, user, with_markers, without_markers
+from tests.test_chat import assistant, prepare_records, rows_of, user
 from tests.test_resume import STEADY, cut_off_at, equal_to_the_bit, trajectory
+from tests.world import PLAIN, with_markers, without_markers
 
 DPO = {"objective": "dpo"}
 LN_2 = math.log(2)
 
 
 # --- Pairs ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = without_markers(PLAIN)
-    return tokenizer
 
 
 QUESTION = [user("a"), assistant("b"), user("c")]

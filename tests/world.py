@@ -14,6 +14,16 @@ from tests.launch import ROOT
 
 VOCABULARY = 384
 
+# A chat template. BEGIN and END stand where markers may say what the assistant says.
+PLAIN = r"""
+{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\n' }}
+  {%- if message.role == 'assistant' %}BEGIN{{ message.content + '<|im_end|>' }}END
+  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
+  {{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
 
 def make_documents() -> list[str]:
     """200 documents of 1 to 400 words, drawn from the licence, so that they are the same each time."""
@@ -85,3 +95,11 @@ def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
         "dataloader_num_workers": 0,
     }
     return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def with_markers(template: str) -> str:
+    return template.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+
+
+def without_markers(template: str) -> str:
+    return template.replace("BEGIN", "{% if true %}").replace("END", "{% endif %}")
