@@ -40,6 +40,16 @@ def tiny(model_dir: Path, train_file: Path, tmp_path_factory: pytest.TempPathFac
     return world.options(model_dir, train_file, tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def dpo(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The same for preference tuning, on the pairs of tests/world.py."""
+    packing = tiny.index("--packing")
+    pairs = world.make_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+    cache = tmp_path_factory.mktemp("cache")
+    options = [*tiny[:packing], *tiny[packing + 2 :], "--objective", "dpo"]
+    return [*options, "--train_file", pairs, "--data_cache_dir", cache]
+
+
 @pytest.fixture
 def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tiny model's, with a chat template without markers and two tokens more for it."""

@@ -1,5 +1,6 @@
 """The same proofs with CUDA tensors: one rank over NCCL, and two ranks that share a GPU over gloo."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, str
             assert row["loss"] == pytest.approx(reference["loss"], abs=2e-2)
     saved = read_tensors(tmp_path / "checkpoint-20" / "model")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("world_size", "extra"), [(1, []), (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"])])
+def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
+    """In bf16, too, the loss of pairs begins at ln 2, and falls: the reference is kept, and passed on, in fp32."""
+    train_ok(world_size, *dpo, "--output_dir", tmp_path, *extra)
+    first, *_, last = (row["eval_loss"] for row in metrics.read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-3)
+    assert last < first / 2
 
 
 def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Preference tuning: pairs, the loss of DPO, its reference, and the same loop and checkpoints as for any other loss."""
 
-import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -232,23 +230,9 @@ def test_before_the_first_step(model_dir: Path) -> None:
 # --- Through the trainer --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def dpo(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options for 146 ragged pairs: the chosen answer repeats a word, the rejected one another."""
-    draw = random.Random(1)
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    words = world.make_documents()[0].split()[:50] or ["a"]
-    with open(path, "w") as file:
-        for _ in range(146):
-            prompt = " ".join(draw.choice(words) for _ in range(draw.randint(1, 6)))
-            chosen, rejected = (f" {word}" * draw.randint(1, 9) for word in ("copyright", "notice"))
-            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
-    packing = tiny.index("--packing")
-    return [*tiny[:packing], *tiny[packing + 2 :], "--train_file", path, "--objective", "dpo"]
-
-
 def referenced(dpo: list[object]) -> set[Path]:
-    return set(Path(str(dpo[dpo.index("--data_cache_dir") + 1])).glob("reference-*"))
+    """The references that are kept; the cache is the last of the options."""
+    return set(Path(str(dpo[-1])).glob("reference-*"))
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,17 @@ def make_train_file(path: Path) -> Path:
     return path
 
 
+def make_pairs(path: Path) -> Path:
+    """146 ragged pairs as .jsonl: the chosen answer repeats a word, the rejected one another."""
+    draw, words = random.Random(1), (ROOT / "LICENSE").read_text().split()
+    with open(path, "w") as file:
+        for _ in range(146):
+            prompt = " ".join(draw.choice(words) for _ in range(draw.randint(1, 6)))
+            chosen, rejected = (f" {word}" * draw.randint(1, 9) for word in ("copyright", "notice"))
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    return path
+
+
 def make_model(path: Path) -> Path:
     """A directory as users have it: config.json, model.safetensors and a tokenizer."""
     bpe = Tokenizer(models.BPE())
