@@ -126,8 +126,7 @@ class Options:
         default=None, help="Processes that tokenise. None: one, with the tokenizer's own threads."
     )
     data_cache_dir: str = HfArg(
-        default="~/.cache/raw-trainer",
-        help="Where tokenised data, the embedded tokenizer and dpo's references are kept.",
+        default="~/.cache/raw-trainer", help="Where tokenised data, references of dpo and the embedded tokenizer are."
     )
     dataloader_num_workers: int = HfArg(default=2, help="Processes per rank that prepare micro-batches.")
     dataloader_prefetch_factor: int = HfArg(default=2, help="Micro-batches that each of them keeps ready.")
