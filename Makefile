@@ -15,7 +15,7 @@ PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
 # Without a GPU in sight, so that what the tests prove does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
-.PHONY: help train test test-all test-gpu proof museum lint format clean
+.PHONY: help train test test-all test-gpu proof bench museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -36,6 +36,9 @@ test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
 
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
+
+bench: $(DEVELOPMENT) ## this trainer and others on the same model and blocks (ARGS="options of compare.bench")
+	PYTHONPATH=. $(BIN)/python -m compare.bench $(ARGS)
 
 museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +20,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from model.compiled import missing_for_compilation
 
 # What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
 # that the user gives wins over this table.
@@ -180,6 +183,10 @@ class Options:
     bf16: bool = HfArg(
         default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
     )
+    torch_compile: bool = HfArg(
+        default=torch.cuda.is_available(),
+        help="Compile each layer, in the first step. The default is: on a GPU, if Triton and a C compiler are there.",
+    )
     gradient_checkpointing: bool = HfArg(
         default=False, help="Keep only each layer's input for the backward and compute the rest again."
     )
@@ -311,6 +318,11 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
+    missing = missing_for_compilation() if options.torch_compile else None
+    if missing:
+        options.torch_compile = False
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"torch_compile: off, because {missing} is not here; it trains, at half the speed", file=sys.stderr)
     if options.global_batch_size:
         derive_accumulation(options, world_size)
 

@@ -43,6 +43,7 @@ from data.rows import Data, Row, Rows, prepare
 from data.show import show
 from model.attention import attend_within_documents
 from model.build import build_model, complete, load_config_and_tokenizer
+from model.compiled import compile_layers
 from model.loss import flops_per_token
 from model.objective import NextToken, Preference
 from model.optimizer import build_optimizer, learning_rate
@@ -70,6 +71,10 @@ def main(argv: list[str]) -> None:
     plan = config.plan(options, len(data.train), world_size)
     model = build_model(options, model_config)  # shapes without values, which cost no memory
     weights = find_weights(options, model)  # which file holds which of its tensors
+    if options.objective == "dpo":
+        objective: nn.Module = Preference(model, options.dpo_beta)
+    else:
+        objective = NextToken(model, options.torch_compile)
 
     # === The processes meet: from here on, all of them must do the same. ============================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo those on the CPU.
@@ -91,9 +96,10 @@ def main(argv: list[str]) -> None:
     checkpoint.require_same_job(
         options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint, files
     )
+    if options.torch_compile:
+        compile_layers(model)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    objective = Preference(model, options.dpo_beta) if options.objective == "dpo" else NextToken(model)
     wrapped: nn.Module = strategy.wrap(objective, device, options.bf16, options.reshard_after_forward, options.replicas)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     fill(model, weights)

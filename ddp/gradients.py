@@ -6,8 +6,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
     """Whether the next backward exchanges gradients. Without, they add up on each rank and cost no communication."""
-    assert isinstance(wrapped, DistributedDataParallel)
-    wrapped.require_backward_grad_sync = enabled
+    if isinstance(wrapped, DistributedDataParallel):  # one rank alone has none, and nothing to exchange
+        wrapped.require_backward_grad_sync = enabled
 
 
 def clip_grad_norm(wrapped: nn.Module, max_norm: float) -> Tensor:

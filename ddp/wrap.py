@@ -1,6 +1,7 @@
 """Replicate a model over all ranks."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -15,11 +16,16 @@ def wrap(
     `device`, in fp32. Whoever fills it does so alike on every rank (model/weights.py): nothing is broadcast.
     Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`,
     `reshard_after_forward` and `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded,
-    each rank is a replica.
+    each rank is a replica. One rank alone has nobody to exchange with, and gets `objective` itself.
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)
     model.tie_weights()  # one tensor again, where each use of it got memory of its own
+    if dist.get_world_size() == 1:
+        return objective  # without the buckets, which are as large as the model and always there
     device_ids = [device.index] if device.type == "cuda" else None
-    # Gradients live inside the exchange buckets: one copy less in memory and in time.
-    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
+    # Gradients live inside the exchange buckets: one copy less in memory and in time. Buffers are constants, equal on
+    # all ranks: to broadcast them before each forward would be a collective for nothing.
+    return DistributedDataParallel(
+        objective, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False
+    )

@@ -1,7 +1,11 @@
-"""The loss of next-token prediction, and the log-probabilities of sequences.
+"""The loss of next-token prediction, from logits or from what the vocabulary head is given; log-probabilities.
 
-Shapes: B rows, T tokens of a row, V vocabulary.
+Shapes: B rows, T tokens of a row, N = B x T, C tokens of a chunk, D width of the model, V vocabulary.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +15,11 @@ from transformers import PreTrainedModel
 IGNORED = -100
 """The label of a position that is no target: padding, or text that is given and not learned."""
 
+# The most logits in memory at a time. A GPU wants large matrix products; a CPU wants to find them in its cache.
+CHUNK_LOGITS = {"cuda": 640 * 2**20, "cpu": 2**21}
+
+InPlaceSoftmax = Callable[[Tensor, Tensor], Tensor]
+
 
 def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """The sum, not the mean, of the cross entropies of all targets, in nats: a scalar in fp32.
@@ -18,9 +27,106 @@ def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     A sum can be added over micro-steps and ranks and divided once by the number of targets of the whole global batch;
     a mean cannot, where micro-batches hold different numbers of targets.
     """
+    return _cross_entropy_sum(logits_BTV.flatten(0, 1), next_tokens(labels_BT).flatten())
+
+
+def head_and_loss_sum(
+    hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_BT: Tensor, softmax_: InPlaceSoftmax
+) -> Tensor:
+    """The same sum, from what a linear vocabulary head is given, and never with all logits in memory.
+
+    They would be the largest tensor of a step by far. A chunk of tokens at a time goes through the head, and its
+    gradients are formed while its logits are there; they are all that is kept, for one backward. Matrix products are in
+    the dtype of torch.autocast where that is on, all else is in fp32. `softmax_` is the function of that name below,
+    or what torch.compile makes of it.
+    """
+    device = hidden_BTD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     targets_BT = next_tokens(labels_BT)
-    logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
-    return functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORED, reduction="sum")
+    # Positions that are no target must not reach the weight: there, the head is given zeros.
+    hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORED).unsqueeze(-1), 0)
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    chunks = math.ceil(targets_N.numel() * len(weight_VD) / CHUNK_LOGITS[device])
+    size = math.ceil(targets_N.numel() / chunks)
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            loss: Tensor = _HeadAndLoss.apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, softmax_)  # type: ignore[no-untyped-call]
+            return loss
+        weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
+        losses = [
+            _cross_entropy_sum(functional.linear(hidden_CD.to(dtype), weight_VD, bias_V), targets_C)
+            for hidden_CD, targets_C in zip(torch.split(hidden_ND, size), torch.split(targets_N, size), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    """Forms the gradients in the forward; the backward multiplies them with the scalar that comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        dtype: torch.dtype,
+        size: int,
+        softmax_: InPlaceSoftmax,
+    ) -> Tensor:
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
+        weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
+        losses = []
+        for hidden_CD, d_hidden_CD, targets_C in zip(
+            torch.split(hidden_ND, size), torch.split(d_hidden_ND, size), torch.split(targets_N, size), strict=True
+        ):
+            hidden_CD, learned_C, targets_C1 = hidden_CD.to(dtype), targets_C != IGNORED, targets_C.clamp(0)[:, None]
+            d_logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
+            log_p_C1 = softmax_(d_logits_CV, targets_C1)
+            losses.append((log_p_C1[:, 0] * learned_C).sum())
+            # The gradient of the cross entropy by the logits: probabilities, and at the target one less.
+            d_logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(dtype))
+            d_hidden_CD.copy_(d_logits_CV @ weight_VD)
+            if d_weight_VD is not None:
+                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD)
+            if d_bias_V is not None:
+                d_bias_V += learned_C.to(dtype) @ d_logits_CV
+        ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
+        return -torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_ND, d_weight_VD, d_bias_V = (
+            None if gradient is None else gradient.mul_(d_loss) for gradient in ctx.gradients
+        )
+        del ctx.gradients  # in place: a second backward over them would be wrong, and so fails
+        return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
+
+
+def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
+    """Puts probabilities in place of logits, and gives the logarithms of those of `targets_C1`: fp32 [C, 1]."""
+    log_p_CV = functional.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    log_p_C1 = log_p_CV.gather(1, targets_C1)
+    logits_CV.copy_(log_p_CV.exp_())
+    return log_p_C1
+
+
+def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
+def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, with sums in fp32 however the factors are kept."""
+    if total.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

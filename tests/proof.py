@@ -141,16 +141,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def mean_of_means() -> None:
     """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
-    loss_sum, collate = model.objective.token_loss_sum, data.batches.collate
+    loss_sum, collate = model.objective.head_and_loss_sum, data.batches.collate
 
-    def mean(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, softmax_: Any) -> Tensor:
         targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
-        return loss_sum(logits_BTV, labels_BT) / targets
+        return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, softmax_) / targets
 
     def count_micro_batches(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
         return collate(rows, documents_of) | {"targets": torch.tensor(1)}
 
-    model.objective.token_loss_sum = mean
+    model.objective.head_and_loss_sum = mean
     data.batches.collate = count_micro_batches
 
 

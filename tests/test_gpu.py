@@ -1,4 +1,4 @@
-"""The same proofs with CUDA tensors: one rank over NCCL, and two ranks that share a GPU over gloo."""
+"""The same proofs with CUDA tensors, layers compiled: one rank over NCCL, and two that share a GPU over gloo."""
 
 import math
 import shutil
@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import metrics
 from model.attention import NAME, attend_within_documents
+from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
 from tests.launch import train_ok
 from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
@@ -21,9 +23,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(scope="module")
 def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference: one rank, DDP over NCCL, fp32."""
+    """The reference: one rank, fp32, nothing compiled; all that is compared with it has compiled layers."""
     output_dir = tmp_path_factory.mktemp("one")
-    train_ok(1, *tiny, "--output_dir", output_dir, "--bf16", "false", "--save_steps", 10)
+    plain = ["--bf16", "false", "--torch_compile", "false"]
+    train_ok(1, *tiny, "--output_dir", output_dir, *plain, "--save_steps", 10)
     return output_dir
 
 
@@ -75,6 +78,43 @@ def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: l
     first, *_, last = (row["eval_loss"] for row in metrics.read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row)
     assert first == pytest.approx(math.log(2), abs=1e-3)
     assert last < first / 2
+
+
+def test_checkpointing_repeats_the_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
+    """In compiled layers too: the second forward drops the same places."""
+    options = [*tiny, "--model_name_or_path", model_with_dropout, "--bf16", "false", "--max_steps", 4]
+    train_ok(1, *options, "--output_dir", tmp_path / "off")
+    train_ok(1, *options, "--output_dir", tmp_path / "on", "--gradient_checkpointing")
+    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("on", "off"))
+    for row, expected in zip(ours, theirs, strict=True):
+        for key in {"loss", "grad_norm"} & expected.keys():
+            assert row[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_head_and_loss(compiled: bool) -> None:
+    """In bf16, against fp32 and all logits: gradients in the band, and never all logits in memory."""
+    torch.manual_seed(0)
+    hidden_BTD = torch.randn(4, 4096, 64, device="cuda", requires_grad=True)
+    weight_VD = torch.randn(131_072, 64, device="cuda", requires_grad=True)
+    labels_BT = torch.randint(0, 131_072, (4, 4096), device="cuda")
+    labels_BT[1, 100:] = IGNORED
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, [hidden_BTD, weight_VD]), strict=True))
+
+    expected = gradients(token_loss_sum(hidden_BTD[:2] @ weight_VD.T, labels_BT[:2]))
+    softmax = torch.compile(softmax_) if compiled else softmax_
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = head_and_loss_sum(hidden_BTD[:2], weight_VD, None, labels_BT[:2], softmax)
+    assert 1e-4 < relative_l2(gradients(loss), expected) < 2e-2
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        gradients(head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, softmax))
+    all_logits_in_fp32 = labels_BT.numel() * len(weight_VD) * 4
+    assert torch.cuda.max_memory_allocated() - before < all_logits_in_fp32 * (0.25 if compiled else 0.75)
 
 
 def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Path) -> None:

@@ -24,15 +24,15 @@ SHAPE = ["--lr_scheduler_type", "constant", "--warmup_steps", 0, "--validation_s
 
 def nan_on_rank_1(steps: set[int]) -> None:
     """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
-    original, calls = model.objective.token_loss_sum, iter(range(10_000))
+    original, calls = model.objective.head_and_loss_sum, iter(range(10_000))
 
-    def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, softmax_: Any) -> Tensor:
         call = next(calls)
-        value = original(logits_BTV, labels_BT)
+        value = original(hidden_BTD, weight_VD, bias_V, labels_BT, softmax_)
         poisoned = os.environ["RANK"] == "1" and call % 2 == 1 and call // 2 + 1 in steps
         return value * float("nan") if poisoned else value
 
-    model.objective.token_loss_sum = loss
+    model.objective.head_and_loss_sum = loss
 
 
 def all_masked(steps: set[int]) -> None:

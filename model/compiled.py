@@ -1,0 +1,30 @@
+"""Compilation: it fuses what lies between the matrix products of a layer, and keeps less for its backward."""
+
+import importlib.util
+import shutil
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def missing_for_compilation() -> str | None:
+    """What torch.compile needs and this machine lacks, in words."""
+    if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
+        return "the package triton"
+    return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let each decoder layer be compiled when it first runs. Must be called before wrapping.
+
+    Layers of one kind run the same code, one after another, and so are compiled once for all of them. The whole model
+    as one graph is slower, and takes longer to compile. A length that changes from batch to batch is compiled once
+    more, for any length.
+    """
+    # What is an elementwise function of what is kept anyway is not kept beside it: the inputs of most matrix products.
+    # A fifth of a layer's activations, computed again in passes over memory that the backward needs in any case.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()

@@ -1,0 +1,48 @@
+"""Compiled layers: the same curve, and not compiled again and again. On the CPU, where it takes a minute or two."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+import config
+import metrics
+from config import Options
+from model.objective import NextToken
+from tests.launch import train_ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [["--gradient_checkpointing"], ["--strategy", "fsdp"]], ids=str)
+def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str]) -> None:
+    options = [*tiny, *extra, "--max_steps", 5]
+    train_ok(2, *options, "--output_dir", tmp_path / "plain")
+    train_ok(2, *options, "--output_dir", tmp_path / "compiled", "--torch_compile", "true")
+    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain"))
+    for row, expected in zip(ours, theirs, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & expected.keys():
+            assert row[key] == pytest.approx(expected[key], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_lengths_are_compiled_twice(model_dir: Path) -> None:
+    """Once for the first length and once for any; all layers share both, and so do evaluations of their own."""
+    torch.compiler.reset()
+    counters.clear()
+    objective = NextToken(AutoModelForCausalLM.from_pretrained(model_dir).train(), compiled=True)
+    for length in (20, 33, 47, 64, 21, 50, 39, 28):
+        tokens_BT = torch.randint(0, 384, (4, length))
+        objective(tokens_BT, tokens_BT).backward()
+    assert counters["stats"]["unique_graphs"] <= 2 * 2  # of a layer, and of the loss
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It trains nevertheless, and says so once."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    options = Options(torch_compile=True)
+    config.check(options, world_size=1)
+    assert not options.torch_compile
+    assert capsys.readouterr().err.startswith("torch_compile: off, because a C compiler is not here")
