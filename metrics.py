@@ -260,7 +260,7 @@ def start_block(
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "tokenizer": f"{data.tokenizer}",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}{', layers compiled' if options.torch_compile else ''}",
         "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
         f"{train.learned_tokens / train.tokens:.1%} of them learned",
         "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
