@@ -245,7 +245,7 @@ def start_block(
     parameters = list(model.parameters())
     masters = dtype_names(parameters)
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
-    compute = "bfloat16" if options.bf16 else masters
+    compute = ("bfloat16" if options.bf16 else masters) + (", layers compiled" if options.torch_compile else "")
     row_tokens = plan.block_size * (2 if data.packing == "pairs" else 1)
     micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * row_tokens
     train = data.counts["train"]
@@ -260,7 +260,7 @@ def start_block(
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "tokenizer": f"{data.tokenizer}",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}{', layers compiled' if options.torch_compile else ''}",
+        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
         f"{train.learned_tokens / train.tokens:.1%} of them learned",
         "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
