@@ -56,6 +56,7 @@ class Progress:
     seed: int
     data_fingerprint: str
     model_fingerprint: str
+    cursor: list[list[int]] = dataclasses.field(default_factory=list)  # of a stream: the last rows (data/stream.py)
 
 
 # --- The output directory -------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `packing`, `text_column`,
-`data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
-`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger` and `prompt`.
+`strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `train_mixture`, `packing`,
+`text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
+`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger` and `prompt`.
 """
 
 import dataclasses
@@ -52,7 +52,6 @@ POSITIVE = (
     "save_total_limit",
     "logging_steps",
     "ddp_timeout",
-    "preprocessing_num_workers",
     "dataloader_prefetch_factor",
 )
 NOT_NEGATIVE = (
@@ -62,7 +61,6 @@ NOT_NEGATIVE = (
     "adam_epsilon",
     "max_grad_norm",
     "max_skipped_steps",
-    "max_targetless_share",
     "show_examples",
     "dataloader_num_workers",
     "eval_steps",
@@ -96,10 +94,23 @@ class Options:
     )
 
     # The data
-    train_file: str | None = HfArg(default=None, help="Training text: .txt, .jsonl or .parquet.")
-    validation_file: str | None = HfArg(default=None, help="Validation text, of the same kinds.")
+    train_file: str | None = HfArg(
+        default=None,
+        help="Training text: a file, a directory, a quoted glob, or several with commas between; .txt (one document a "
+        "file), .jsonl or .json (one record a line; also .gz and .zst), .parquet.",
+    )
+    train_mixture: str | None = HfArg(
+        default=None,
+        help="Several sources with weights instead: a.jsonl=0.7,b.jsonl=0.3 are the shares of the rows of an epoch.",
+    )
+    validation_file: str | None = HfArg(default=None, help="Validation text, like train_file.")
     dataset_name: str | None = HfArg(default=None, help="Training data by hub id or local directory, via `datasets`.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
+    streaming: bool = HfArg(
+        default=False,
+        help="Read and tokenise the training data while training: for sets that do not fit on a disk. No row-wise "
+        "shuffle (data/stream.py); needs max_steps, and holds nothing out.",
+    )
     text_column: str = HfArg(default="text", help="Column that holds the text of a document.")
     validation_split_percentage: int = HfArg(
         default=5, help="Without validation data: the last rows in this percentage are held out. 0: no validation."
@@ -126,7 +137,7 @@ class Options:
         default=0, help="Training rows to print before the first step, with what is learned told apart in colour."
     )
     preprocessing_num_workers: int | None = HfArg(
-        default=None, help="Processes that tokenise. None: one, with the tokenizer's own threads."
+        default=None, help="Processes that tokenise. None: one for each core that this process may use."
     )
     data_cache_dir: str = HfArg(
         default="~/.cache/raw-trainer", help="Where tokenised data, references of dpo and the embedded tokenizer are."
@@ -278,12 +289,10 @@ def check(options: Options, world_size: int) -> None:
         _at_least(options, name, 1)
     for name in NOT_NEGATIVE:
         _at_least(options, name, 0)
-    _at_least(options, "block_size", 2)
+    check_data(options)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
-    if not 0 <= options.validation_split_percentage < 100:
-        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
         raise OptionError(f"num_train_epochs {options.num_train_epochs}: give more than 0, or max_steps")
     if options.model_name_or_path and options.config_name:
@@ -291,10 +300,6 @@ def check(options: Options, world_size: int) -> None:
     model = options.model_name_or_path or options.config_name
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
         raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
-    if options.train_file and options.dataset_name:
-        raise OptionError("train_file and dataset_name: give one")
-    if options.validation_file and not options.train_file:
-        raise OptionError(f"validation_file {options.validation_file}: needs a train_file beside it")
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
         raise OptionError(
             f"replicas {options.replicas}: needs --strategy fsdp, and {world_size} ranks are "
@@ -325,6 +330,45 @@ def check(options: Options, world_size: int) -> None:
             print(f"torch_compile: off, because {missing} is not here; it trains, at half the speed", file=sys.stderr)
     if options.global_batch_size:
         derive_accumulation(options, world_size)
+
+
+def check_data(options: Options) -> None:
+    """Refuse what cannot work of the options that say what the rows are. Raises OptionError."""
+    _at_least(options, "block_size", 2)
+    _at_least(options, "preprocessing_num_workers", 1)
+    _at_least(options, "max_targetless_share", 0)
+    if not 0 <= options.validation_split_percentage < 100:
+        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
+    sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]
+    if len(sources) > 1:
+        raise OptionError(f"{' and '.join(sources)}: give one")
+    if options.validation_file and not {"train_file", "train_mixture"} & set(sources):
+        raise OptionError(f"validation_file {options.validation_file}: needs a train_file or train_mixture beside it")
+    if options.streaming and options.max_steps <= 0:
+        raise OptionError("streaming true: the number of rows is not known beforehand; give --max_steps")
+    if options.streaming and sources not in (["train_file"], ["dataset_name"]):
+        raise OptionError("streaming true: give --train_file or --dataset_name; only these can be streamed")
+    if options.streaming and options.objective == "dpo":
+        raise OptionError("streaming true: not with --objective dpo, which needs a reference of all pairs beforehand")
+    if options.train_mixture:
+        mixture(options.train_mixture)
+
+
+def mixture(value: str) -> dict[str, float]:
+    """The weight of each source that --train_mixture names, divided by their sum. Raises OptionError."""
+    weights: dict[str, float] = {}
+    for part in value.split(","):
+        name, _, weight = part.rpartition("=")
+        try:
+            weights[name] = float(weight)
+            wrong = not name or not 0 < weights[name] < math.inf
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise OptionError(
+                f"train_mixture {part}: give NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
+            )
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def derive_accumulation(options: Options, world_size: int) -> None:
@@ -360,7 +404,7 @@ class Plan:
     block_size: int  # tokens in a row
     accumulation: int  # micro-batches of one rank in a step
     global_batch_size: int  # rows of all ranks in a step
-    steps_per_epoch: int  # whole global batches among the training rows
+    steps_per_epoch: int  # whole global batches among the training rows; 0: not known of a stream
     total_steps: int
 
 
@@ -369,6 +413,8 @@ def plan(options: Options, rows: int, world_size: int) -> Plan:
     assert options.block_size
     accumulation = options.gradient_accumulation_steps
     global_batch_size = options.per_device_train_batch_size * accumulation * world_size
+    if options.streaming:
+        return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = rows // global_batch_size
     if steps_per_epoch == 0:
         raise OptionError(

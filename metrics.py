@@ -4,7 +4,7 @@ metrics.jsonl holds one JSON object a line; null stands for a number that is not
 `logging_steps` optimizer steps:
 
     step               optimizer steps done, counted from 1
-    epoch              passes over the training rows: step / steps of one epoch
+    epoch              passes over the training rows: step / steps of one epoch; null for a stream
     tokens_seen        input tokens of all steps so far, over all ranks, without padding
     loss               of this step's global batch: nats per target token, or per pair (--objective dpo)
     grad_norm          L2 norm of this step's full gradient, before clipping
@@ -176,7 +176,8 @@ class Recorder:
         if not self.writes:
             return
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        row = {"step": step, "epoch": step / self.plan.steps_per_epoch, "tokens_seen": self.tokens_seen, **values}
+        epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
+        row = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
@@ -246,9 +247,9 @@ def start_block(
     masters = dtype_names(parameters)
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
     compute = ("bfloat16" if options.bf16 else masters) + (", layers compiled" if options.torch_compile else "")
-    row_tokens = plan.block_size * (2 if data.packing == "pairs" else 1)
-    micro_batch, tokens = options.per_device_train_batch_size, plan.global_batch_size * row_tokens
-    train = data.counts["train"]
+    epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
+    tokens = plan.global_batch_size * row_tokens(data, plan.block_size)
+    micro_batch = options.per_device_train_batch_size
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
         "strategy": options.strategy
@@ -258,26 +259,45 @@ def start_block(
             else f", reshard after forward {'on' if options.reshard_after_forward else 'off'}"
         ),
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
-        "tokenizer": f"{data.tokenizer}",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
-        "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
-        f"{train.learned_tokens / train.tokens:.1%} of them learned",
-        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
-        f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
-        "rows": f"{train.rows:,} of {row_tokens} tokens, packing {data.packing}, "
-        f"{train.filled(row_tokens):.2%} of their slots used",
-        "validation": "none",
+        **data_lines(data, plan.block_size),
         "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
         if options.objective == "dpo"
         else "next token",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, up to {plan.total_steps * tokens:,} tokens",
+        "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
         "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
     }
-    if data.validation:
-        held_out = data.counts["validation"]
-        lines["validation"] = f"{held_out.documents:,} documents, {held_out.rows:,} rows"
     return "\n".join(f"{key:<13} {value}" for key, value in lines.items())
+
+
+def row_tokens(data: Data, block_size: int) -> int:
+    """The slots of a row: a pair has two sequences."""
+    return block_size * (2 if data.packing == "pairs" else 1)
+
+
+def data_lines(data: Data, block_size: int) -> dict[str, str]:
+    """What was prepared, for the start block and for data/prepare.py."""
+    held_out = data.counts.get("validation")
+    validation = f"{held_out.documents:,} documents, {held_out.rows:,} rows" if held_out else "none"
+    if "train" not in data.counts:
+        rows = f"of up to {block_size} tokens, packing {data.packing}"
+        return {"tokenizer": data.tokenizer, "data": data.source, "rows": rows, "validation": validation}
+    train, slots = data.counts["train"], row_tokens(data, block_size)
+    lines = {
+        "tokenizer": data.tokenizer,
+        "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
+        f"{train.learned_tokens / train.tokens:.1%} of them learned",
+        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
+        f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
+        "rows": f"{train.rows:,} of {slots} tokens, packing {data.packing}, "
+        f"{train.filled(slots):.2%} of their slots used",
+        "validation": validation,
+    }
+    if len(data.train.sources) > 1:
+        drawn = [f"{quota:,} from {rows:,} rows" for rows, quota in data.train.sources]
+        lines["mixture"] = f"an epoch draws {', '.join(drawn)}"
+    return lines

@@ -39,8 +39,10 @@ import metrics
 from config import OptionError, Options, Plan
 from data.batches import collate, collate_pairs, micro_batches, validation_batches
 from data.ledger import Ledger
-from data.rows import Data, Row, Rows, prepare
+from data.prepare import prepare
+from data.rows import Data, Mixture, Row, Rows
 from data.show import show
+from data.stream import Cursor, Stream
 from model.attention import attend_within_documents
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
@@ -131,7 +133,7 @@ def main(argv: list[str]) -> None:
         recorder.say(show(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
-    ledger = Ledger(output_dir, rank, plan, len(data.train), progress.step) if options.ledger else None
+    ledger = Ledger(output_dir, rank, plan, data.train, progress.step) if options.ledger else None
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
         with recorder.pause("evaluate"):
@@ -140,7 +142,7 @@ def main(argv: list[str]) -> None:
     # === The loop. ==================================================================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
-    batches = recorder.timed(training_batches(data.train, plan, options, progress.step))
+    batches = recorder.timed(training_batches(data.train, plan, options, progress.step, progress.cursor))
     for step in range(progress.step + 1, plan.total_steps + 1):
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
@@ -193,6 +195,7 @@ def main(argv: list[str]) -> None:
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
             progress.skipped_steps = int(skipped.item())
+            progress.cursor = cursor_of(step_batches)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress)
         if stop:
@@ -245,13 +248,25 @@ def outlive_stop_signals(worker: int) -> None:
         signal.signal(stop, signal.SIG_IGN)
 
 
-def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) -> Iterator[Batch]:
+def training_batches(
+    rows: Rows | Mixture | Stream, plan: Plan, options: Options, steps_done: int, cursor: Cursor
+) -> Iterator[Batch]:
     """This rank's micro-batches without end, from those of the step after `steps_done`.
 
     Steps take whole global batches from the sampler's permutation of an epoch: it holds every row once and depends on
     seed and epoch alone. Rank r of N takes rows r, r + N, r + 2N, ... of it, so that the global batch of a step is the
     same rows however many ranks there are. What is left of an epoch after its last whole global batch is not used.
+    Of a mixture, an epoch holds the share of each source instead of every row once: data/rows.py. A stream has no
+    epochs, and goes on at `cursor`: data/stream.py.
     """
+    if isinstance(rows, Stream):
+        share = rows.share(dist.get_rank(), dist.get_world_size(), plan.global_batch_size, cursor)
+        workers = min(1, options.dataloader_num_workers)  # a second one would read all of the text again
+        try:
+            yield from load(share, None, options, workers)
+        except OptionError as error:  # a loader's process puts its traceback before what there is to say
+            raise OptionError(str(error).rpartition("OptionError: ")[2].strip()) from error
+        return
     sampler: DistributedSampler[int] = DistributedSampler(rows, shuffle=True, seed=options.seed, drop_last=True)
 
     def indices() -> Iterator[list[int]]:
@@ -259,7 +274,8 @@ def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) 
         while True:
             sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
             first, end = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
-            yield from micro_batches(list(sampler), options.per_device_train_batch_size, first, end)
+            numbers = rows.of_epoch(epoch, options.seed)[list(sampler)].tolist()
+            yield from micro_batches(numbers, options.per_device_train_batch_size, first, end)
             epoch, steps_into_epoch = epoch + 1, 0
 
     # One loader for all epochs: its workers are forked once, before there is a thread that saves, whose locks they
@@ -267,11 +283,17 @@ def training_batches(rows: Rows, plan: Plan, options: Options, steps_done: int) 
     yield from load(rows, indices(), options, options.dataloader_num_workers)
 
 
-def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: int) -> DataLoader[Row]:
-    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes."""
+def load(
+    rows: Rows | Mixture | Stream, batches: Iterable[list[int]] | None, options: Options, workers: int
+) -> DataLoader[Row]:
+    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes.
+
+    A stream has no numbers to choose from: micro-batches are its rows as they come.
+    """
     return DataLoader(
         rows,
         batch_sampler=batches,  # any iterable of lists will do
+        batch_size=1 if batches else options.per_device_train_batch_size,  # 1 where batches are given
         collate_fn={
             "sft": partial(collate, documents_of=rows.documents_of),
             "dpo": partial(collate_pairs, reference=rows.reference),
@@ -284,7 +306,7 @@ def load(rows: Rows, batches: Iterable[list[int]], options: Options, workers: in
     )
 
 
-def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.device) -> tuple[float, int]:
+def evaluate(wrapped: nn.Module, rows: Rows | Mixture, options: Options, device: torch.device) -> tuple[float, int]:
     """The mean loss of all targets of `rows`, and their number; each counts once. Every rank must call."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
     for batch, loss in without_learning(wrapped, rows, options, device):
@@ -296,7 +318,7 @@ def evaluate(wrapped: nn.Module, rows: Rows, options: Options, device: torch.dev
 
 
 def without_learning(
-    wrapped: nn.Module, rows: Rows, options: Options, device: torch.device
+    wrapped: nn.Module, rows: Rows | Mixture, options: Options, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
     """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
     wrapped.eval()
@@ -315,7 +337,11 @@ def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Op
     data are then other data if the weights are others, so that no run goes on with another reference.
     """
     fingerprint = hashlib.sha256(f"{data.fingerprint} {checkpoint.fingerprint_weights(model)}".encode()).hexdigest()
-    splits = {name: rows for name, rows in (("train", data.train), ("validation", data.validation)) if rows}
+    splits = {
+        name: rows
+        for name, rows in (("train", data.train), ("validation", data.validation))
+        if isinstance(rows, Rows | Mixture)
+    }
 
     def compute() -> dict[str, Tensor]:
         reference = {name: torch.zeros(2, len(rows)) for name, rows in splits.items()}
@@ -338,6 +364,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
     taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
     return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
+
+
+def cursor_of(batches: list[Batch]) -> Cursor:
+    """How far the lanes of a stream have come on all ranks; empty for other rows. Every rank must call."""
+    if "cursor" not in batches[0]:
+        return []
+    cursor = torch.cat([batch["cursor"] for batch in batches])
+    shares = [torch.empty_like(cursor) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, cursor)
+    return torch.cat(shares).tolist()
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:

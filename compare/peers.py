@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 import config
 from config import Options
 from data.batches import collate
-from data.rows import Row, Rows, prepare
+from data.prepare import prepare
+from data.rows import Row, Rows
 from metrics import peak_memory_gib
 from model.build import load_config_and_tokenizer
 

@@ -1,4 +1,4 @@
-"""What the model learns from: documents (corpus), rows of tokens (rows), and which rank reads which (batches).
+"""What the model learns from: documents (corpus), rows of tokens (prepare, rows), and which rank reads which (batches).
 
 Nothing here knows a process group: rank and world size are plain integers.
 """

@@ -34,8 +34,10 @@ def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list
 def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
     """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
 
-    Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; and `targets`, a scalar,
-    how many labels are learned. Padding needs no attention mask: causal attention never looks to the right, and the
+    Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; `targets`, a scalar, how
+    many labels are learned; and of a stream `cursor` [B, 6], where they stand there.
+
+    Padding needs no attention mask: causal attention never looks to the right, and the
     labels there are ignored. It goes by length and not by token, because the pad token of many tokenizers is EOS, which
     must be learned. No rows at all give one row without targets, so that a rank that has none left still enters the
     collectives.
@@ -48,7 +50,7 @@ def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tenso
     shape = (max(1, len(rows)), documents_of or max([2, *lengths]))
     input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
     position_ids_BT, ends = torch.arange(shape[1]).repeat(shape[0], 1), [0]
-    for index, (_, tokens, learned, pieces) in enumerate(rows):
+    for index, (_, tokens, learned, pieces, _) in enumerate(rows):
         input_ids_BT[index, : len(tokens)] = tokens
         labels_BT[index, : len(tokens)] = tokens.where(learned, IGNORED)
         start = 0
@@ -66,6 +68,8 @@ def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tenso
         "tokens": torch.tensor(lengths, dtype=torch.int64),
         "targets": (next_tokens(labels_BT) != IGNORED).sum(),
     }
+    if rows and rows[0].cursor:
+        batch["cursor"] = torch.tensor([row.cursor for row in rows])
     if documents_of:
         row_ends = range(shape[1], shape[0] * shape[1] + 1, shape[1])
         batch["position_ids"] = position_ids_BT

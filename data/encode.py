@@ -9,17 +9,16 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-import datasets
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from config import OptionError, Options
 from data.chat import SHAPES, Conversation, check_markers, has_markers, learned_spans, render, to_conversation, unpair
-from data.corpus import Source
+from data.corpus import Raw, Source
 
 GIVEN = 1 << 31
 
-Batch = dict[str, list[Any]]
 Record = dict[str, Any]
 
 
@@ -33,54 +32,60 @@ class Fate(IntEnum):
     TARGETLESS = 4  # no tokens, because none of them would be learned
 
 
-def recognise(source: Source, records: datasets.Dataset, options: Options) -> str:
+Encoded = list[tuple[list[int], Fate]]
+"""The tokens of each record, and what became of it."""
+
+
+def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
+    """The tokens of each document, of the tokens of each record: the pieces of a large text are one document."""
+    ends = np.asarray(fates) != Fate.PIECE
+    return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
+
+
+def recognise(source: Source, first: Raw | None, options: Options) -> str:
     """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
-    if len(records) == 0:
+    if first is None:
         raise OptionError(f"{source.name}: it has no records; give a file or a data set that has")
-    _, first = records_of(source, records[:1], [0])[0]
-    fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= first.keys())
+    columns_of_first = parsed(first)
+    fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
     shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
     if (shape == "preference") != (options.objective == "dpo"):
         raise OptionError(
             f"objective {options.objective}: {source.name} holds records of the shape {shape}\n"
             "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
         )
-    missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in first]
+    missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in columns_of_first]
     if missing:
         raise OptionError(
             f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
-            f"column, only {', '.join(first)}\ngive --text_column, or --data_format for conversations"
+            f"column, only {', '.join(columns_of_first)}\ngive --text_column, or --data_format for conversations"
         )
     return shape
 
 
-def encoder(
-    source: Source, shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Batch, list[int]], Batch]:
-    """A function for `datasets.map` that makes of a batch of records their `tokens`, and says their `fate`."""
+def encoder(shape: str, options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Raw]], Encoded]:
+    """A function that makes of records their tokens, and says what became of each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
     if shape == "text":
-        return lambda batch, indices: _encode_texts(batch, indices, source, options, tokenizer)
+        return lambda records: _encode_texts(records, options, tokenizer)
     if tokenizer.chat_template and has_markers(tokenizer, None):
         check_markers(tokenizer)
-    return lambda batch, indices: _encode_conversations(batch, indices, source, shape, options, tokenizer)
+    return lambda records: _encode_conversations(records, shape, options, tokenizer)
 
 
-def records_of(source: Source, batch: Batch, indices: list[int]) -> list[tuple[str, Record]]:
-    """The records of a batch, each with the place where a person finds it. Raises OptionError for a broken one."""
-    if "json" not in batch:
-        columns = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return [(f"{source.name}: row {index}", record) for index, record in zip(indices, columns, strict=True)]
-    records = []
-    for place, line in zip(batch["place"], batch["json"], strict=True):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise OptionError(f"{place}: cannot be read as JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise OptionError(f"{place}: must be an object in braces, and is {line[:100]}")
-        records.append((place, record))
-    return records
+def parsed(raw: Raw) -> Record:
+    """The columns of a record. Raises OptionError with its place, if it is broken."""
+    if isinstance(raw.content, dict):
+        return raw.content
+    try:
+        record = json.loads(raw.content)
+    except ValueError as error:
+        raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise OptionError(
+            f"{raw.place}: must be an object in braces, and is {raw.content[:100].decode(errors='replace')}"
+        )
+    return record
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -92,46 +97,41 @@ def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokeni
     return render(tokenizer, conversation.messages, conversation.tools)
 
 
-def _encode_texts(
-    batch: Batch, indices: list[int], source: Source, options: Options, tokenizer: PreTrainedTokenizerBase
-) -> Batch:
+def _encode_texts(records: list[Raw], options: Options, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     eos = [tokenizer.eos_token_id]
     texts = []
-    for place, record in records_of(source, batch, indices):
-        text = record.get(options.text_column)
+    for raw in records:
+        text = parsed(raw).get(options.text_column)
         if not isinstance(text, str):
-            raise OptionError(f"{place} has no text in column {options.text_column}: {str(text)[:100]}")
+            raise OptionError(f"{raw.place} has no text in column {options.text_column}: {str(text)[:100]}")
         texts.append(text)
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    every = [True] * len(texts)
-    pieces = list(zip(rows, batch.get("begins", every), batch.get("ends", every), strict=True))
-    return {
-        "tokens": [bos * begins + row + eos * ends if row else [] for row, begins, ends in pieces],
-        "fate": [Fate.EMPTY if not row else Fate.DOCUMENT if ends else Fate.PIECE for row, _, ends in pieces],
-    }
+    return [
+        (bos * raw.begins + row + eos * raw.ends, Fate.DOCUMENT if raw.ends else Fate.PIECE)
+        if row
+        else ([], Fate.EMPTY)
+        for raw, row in zip(records, rows, strict=True)
+    ]
 
 
 def _encode_conversations(
-    batch: Batch, indices: list[int], source: Source, shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
-) -> Batch:
+    records: list[Raw], shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
     assert options.block_size
     size = options.block_size
-    tokens: list[list[int]] = []
-    fates: list[Fate] = []
-    for place, record in records_of(source, batch, indices):
-        one_shape, records = unpair(shape, record, place)
-        encoded = [_encode_conversation(place, one, one_shape, tokenizer) for one in records]
-        found = [_fate(row, learned, size) for row, learned in encoded]
-        if max(found) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
-            found, encoded = [max(found)] * len(found), [([], [])] * len(found)
-        fates += found
-        tokens += [
-            [token if learn else token | GIVEN for token, learn in zip(row[:size], learned[:size], strict=True)]
-            for row, learned in encoded
-        ]
-    return {"tokens": tokens, "fate": fates}
+    encoded: Encoded = []
+    for raw in records:
+        one_shape, sequences = unpair(shape, parsed(raw), raw.place)
+        rows = [_encode_conversation(raw.place, one, one_shape, tokenizer) for one in sequences]
+        fates = [_fate(row, learned, size) for row, learned in rows]
+        if max(fates) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
+            fates, rows = [max(fates)] * len(fates), [([], [])] * len(fates)
+        for (row, learned), fate in zip(rows, fates, strict=True):
+            given = [token if learn else token | GIVEN for token, learn in zip(row[:size], learned[:size], strict=True)]
+            encoded.append((given, fate))
+    return encoded
 
 
 def _fate(row: list[int], learned: list[bool], size: int) -> Fate:

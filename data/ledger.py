@@ -1,17 +1,21 @@
 """The ledger: which rows each step learned from, with a hash of their tokens; and the command that checks it.
 
     python -m data.ledger OUTPUT_DIR          no step missing, no row twice in an epoch, no row changed?
+                                              (of a mixture: no row more often than its source is gone through)
     python -m data.ledger OUTPUT_DIR OTHER    and the same global batches as in another run?
 
 With --ledger, rank R writes OUTPUT_DIR/ledger/rank-R.jsonl, a line for each of its steps: `step`, and `rows`, each as
-[number, tokens, first 16 digits of the SHA-256 of its token ids]. about.json tells what an epoch is.
+[number, tokens, first 16 digits of the SHA-256 of its token ids]. about.json tells what an epoch is: of each source,
+the rows that it has and those that are drawn.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from bisect import bisect_right
 from collections import defaultdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor
 
 from config import Plan
+from data.rows import Mixture, Rows
+from data.stream import ENDLESS, Stream
 from metrics import drop_rows_beyond, read_rows
 
 Entry = tuple[int, int, str]
@@ -28,7 +34,7 @@ Batch = dict[str, Tensor]
 class Ledger:
     """Writes one rank's part. A step is written when all ranks have begun it, before its forward."""
 
-    def __init__(self, output_dir: Path, rank: int, plan: Plan, rows: int, step: int) -> None:
+    def __init__(self, output_dir: Path, rank: int, plan: Plan, rows: Rows | Mixture | Stream, step: int) -> None:
         """Goes on after `step`. Rank 0 removes what an earlier run, on any number of ranks, wrote beyond it."""
         folder = output_dir / "ledger"
         folder.mkdir(exist_ok=True)
@@ -36,7 +42,12 @@ class Ledger:
         if rank == 0:
             for path in folder.glob("rank-*.jsonl"):
                 drop_rows_beyond(path, step)
-            about = {"rows": rows, "global_batch_size": plan.global_batch_size, "steps_per_epoch": plan.steps_per_epoch}
+            about = {
+                "rows": len(rows),
+                "sources": rows.sources,
+                "global_batch_size": plan.global_batch_size,
+                "steps_per_epoch": plan.steps_per_epoch or ENDLESS,
+            }
             (folder / "about.json").write_text(json.dumps(about))
 
     def write(self, step: int, batches: list[Batch]) -> None:
@@ -75,17 +86,21 @@ def problems(output_dir: Path) -> list[str]:
         missing = sorted(set(range(1, max(steps) + 1)) - set(steps))
         found.append(f"steps {missing} are missing")
     first_seen: dict[int, Entry] = {}
-    epochs: dict[int, dict[int, int]] = defaultdict(dict)  # of each epoch, the step that had a row
+    epochs: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # the steps that had a row
+    ends = list(accumulate(rows for rows, _ in about["sources"]))
     for step, rows in steps.items():
         if len(rows) != about["global_batch_size"]:
             found.append(f"step {step} has {len(rows)} rows, not {about['global_batch_size']}")
-        epoch = epochs[(step - 1) // about["steps_per_epoch"]]
+        number = (step - 1) // about["steps_per_epoch"]
+        epoch = epochs[number]
         for row in rows:
-            if row[0] in epoch:
-                found.append(f"row {row[0]} is in step {epoch[row[0]]} and again in step {step} of the same epoch")
+            size, drawn = about["sources"][bisect_right(ends, row[0]) % len(ends)]
+            passes = -(-(number + 1) * drawn // size) - number * drawn // size  # of the source, that the epoch touches
+            if len(epoch[row[0]]) >= passes:
+                found.append(f"row {row[0]} is in step {epoch[row[0]][-1]} and again in step {step} of the same epoch")
             if row[0] not in range(about["rows"]) or first_seen.setdefault(row[0], row) != row:
                 found.append(f"row {row[0]} of step {step} is not the one it was before")
-            epoch[row[0]] = step
+            epoch[row[0]].append(step)
     return found
 
 
@@ -121,11 +136,15 @@ def main() -> int:
         return 1
     for path in directories:
         about, steps = _about(path), read(path)
+        if about["rows"] == ENDLESS:
+            print(f"{path}: {len(steps)} steps of {about['global_batch_size']} rows of a stream, without a row twice")
+            continue
         whole, into = divmod(len(steps), about["steps_per_epoch"])
         used = about["steps_per_epoch"] * about["global_batch_size"]
+        once = "exactly once" if len(about["sources"]) == 1 else "drawn by weight"
         print(
             f"{path}: {len(steps)} steps of {about['global_batch_size']} rows; {whole} whole epochs, each with {used} "
-            f"of {about['rows']} rows exactly once, and {into} steps of the next without a row twice"
+            f"of {about['rows']} rows {once}, and {into} steps of the next without a row too often"
         )
     if arguments.other:
         print(f"the same global batches in all {min(len(read(path)) for path in directories)} steps of both")

@@ -1,18 +1,19 @@
 """Rows as people should see them before they train on them."""
 
-from itertools import groupby
+from itertools import groupby, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from data.rows import Rows
+from data.rows import Mixture, Rows
+from data.stream import Stream
 
 LEARNED, GIVEN, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # green, grey
 
 
-def show(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def show(rows: Rows | Mixture | Stream, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first rows as text: learned tokens in green, given ones in grey, and a line between rows and documents."""
     lines = []
-    for row in (rows[index] for index in range(min(number, len(rows)))):
+    for row in islice(rows if isinstance(rows, Stream) else map(rows.__getitem__, range(len(rows))), number):
         lines.append(f"--- row {row.number}: {len(row.tokens)} tokens, {int(row.learned.sum())} of them learned ---")
         start = 0
         for length in row.lengths:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["checkpoint", "config", "data.rows", "ddp", "fsdp", "metrics", "model.build", "model.weights"]
+    ["checkpoint", "config", "data.prepare", "ddp", "fsdp", "metrics", "model.build", "model.weights"]
 )
 # For the server, which starts with the first rank: where our modules are, and no CUDA context that a fork would break.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

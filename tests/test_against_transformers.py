@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import config
 import data.ledger
 import metrics
-from data.rows import prepare
+from data.prepare import prepare
 from model.build import load_config_and_tokenizer
 from tests.launch import PROCESSES, train_ok
 

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from config import OptionError, Options
 from data.chat import Conversation
 from data.encode import encode_messages
-from data.rows import Data, prepare
+from data.prepare import prepare
+from data.rows import Data
 from data.show import GIVEN, LEARNED, show
 from tests.launch import train_ok
 from tests.world import PLAIN, with_markers, without_markers

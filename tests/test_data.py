@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from config import OptionError, Options
 from data.batches import collate, micro_batches, validation_batches
-from data.corpus import PIECE, find_sources, read_records
-from data.rows import Data, Rows, _first_held_out, prepare
+from data.corpus import PIECE, find_sources, read
+from data.prepare import prepare
+from data.rows import Data, Mixture, Rows
+from data.stream import Stream
 from model.loss import IGNORED
 from tests import world
 
@@ -32,8 +34,8 @@ def options(tmp_path: Path) -> Options:
     return Options(data_cache_dir=str(tmp_path / "cache"), block_size=32, validation_split_percentage=0)
 
 
-def tokens_of(rows: Rows | None) -> list[int]:
-    assert rows is not None
+def tokens_of(rows: Rows | Mixture | Stream | None) -> list[int]:
+    assert isinstance(rows, Rows | Mixture)
     return [int(token) for index in range(len(rows)) for token in rows[index].tokens]
 
 
@@ -125,11 +127,14 @@ def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizer
     path = tmp_path / "large.txt"
     path.write_bytes(text.encode())
     options.train_file = str(path)
-    pieces = read_records(find_sources(options)[0], tmp_path)
+    (source,), _ = find_sources(options)
+    pieces = list(read(source))
     assert len(pieces) > 5
-    assert max(map(len, pieces["text"])) < 2 * PIECE
-    assert "".join(pieces["text"]) == text
-    assert list(pieces["ends"]) == [False] * (len(pieces) - 1) + [True]
+    texts = [cast(Any, piece.content)["text"] for piece in pieces]
+    assert max(map(len, texts)) < 2 * PIECE
+    assert "".join(texts) == text
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     tokens = tokens_of(prepare(options, tokenizer).train)
     assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
 
@@ -161,21 +166,21 @@ def test_split_is_by_document(
     assert tokens_of(data.validation) == expected_tokens(tokenizer, documents[180:])
 
 
-def test_embedded_split_is_by_file(options: Options, tmp_path: Path) -> None:
+def test_embedded_split_is_by_file(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
     """The held-out part of the embedded corpus starts where a file starts."""
-    source = find_sources(options)[0]
+    (source,), _ = find_sources(options)
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
-    pieces = read_records(source, tmp_path)
-    first = _first_held_out(pieces, 2)
-    assert pieces[first - 1]["ends"]
-    held_out = "".join(pieces["text"][first:])
-    start = next(i for i in range(len(source.files)) if held_out.startswith(source.files[-1 - i].read_text()[:200]))
-    assert held_out == "".join(path.read_bytes().decode(errors="replace") for path in source.files[-1 - start :])
+    options.validation_split_percentage, options.packing = 2, "none"
+    data = prepare(options, tokenizer)
+    number = data.counts["validation"].documents
+    held_out = [path.read_bytes().decode(errors="replace") for path in source.files[-number:]]
+    assert data.counts["train"].documents + number == len(source.files) - data.counts["train"].empty_documents
+    assert tokens_of(data.validation) == expected_tokens(tokenizer, held_out)
 
 
 def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Empty documents are skipped and counted; a row without text is an error that names it."""
+    """Fault 15: empty documents are skipped and counted. Fault 16: a row without text is an error that names it."""
     texts = ["one two three " * 20, "", "four five six " * 20]
     options.train_file = str(write(tmp_path / "empty.jsonl", texts))
     data = prepare(options, tokenizer)
@@ -205,7 +210,7 @@ def test_cache_is_keyed_by_content(
 
     first = prepare(options, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr("data.rows._write", lambda *_: pytest.fail("prepared a second time"))
+        patch.setattr("data.prepare._write", lambda *_: pytest.fail("prepared a second time"))
         assert prepare(options, tokenizer).fingerprint == first.fingerprint
     assert entries() == 1
     times = path.stat()
@@ -232,6 +237,7 @@ def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: i
 
 
 def test_global_batch_does_not_depend_on_ranks() -> None:
+    """Fault 19: 101 rows are 8 global batches of 12 on every rank of any number; the last 5 rows wait for an epoch."""
     reference = list(global_batches(101, 1, 12, 1, steps=8))
     assert len({row for batch in reference for row in batch}) == 8 * 12, "no row twice in an epoch"
     for world_size, micro_batch, accumulation in ((1, 3, 4), (2, 6, 1), (2, 2, 3), (3, 2, 2), (4, 3, 1), (4, 1, 3)):

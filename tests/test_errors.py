@@ -47,6 +47,11 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: give more than 0"),
         (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: give one"),
         (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: give one"),
+        (["--train_mixture", "a.jsonl=1", "--train_file", "b"], "train_file and train_mixture: give one"),
+        (["--train_mixture", "a.jsonl"], "train_mixture a.jsonl: give NAME=WEIGHT"),
+        (["--train_mixture", "a.jsonl=1,b.jsonl=0"], "train_mixture b.jsonl=0: give NAME=WEIGHT"),
+        (["--streaming", "--train_file", "a", "--num_train_epochs", "1"], "streaming true: the number of rows is not"),
+        (["--streaming", "--max_steps", "3"], "streaming true: give --train_file or --dataset_name"),
         (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
         (["missing.json"], "missing.json: cannot be read as a file of options"),
@@ -136,7 +141,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     output = ["--output_dir", tmp_path / "output"]
     for name, content, expected in (
         ("empty.txt", "", "the file is empty"),
-        ("text.csv", "a,b", "give a .txt, .jsonl or .parquet file"),
+        ("text.csv", "a,b", "give .txt, .jsonl, .json, "),
         ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\ngive --text_column"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
@@ -153,6 +158,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
 
 
 def test_small_data(tiny: list[object], tmp_path: Path) -> None:
+    """Fault 22: a data set smaller than one global batch is an error, long before 30 s, with the arithmetic."""
     message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
     assert message.startswith("global batch of 8000 rows = per_device_train_batch_size 4 x 2000 micro-steps x 1 ranks")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metrics
 from config import Options
-from data.rows import prepare
+from data.prepare import prepare
 from tests.launch import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -133,6 +133,17 @@ def test_command(command: str, place: Path) -> None:
     assert metrics.read_rows(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
     AutoModelForCausalLM.from_pretrained(output_dir)
     AutoTokenizer.from_pretrained(output_dir)
+
+
+def test_prepare(place: Path) -> None:
+    """Prepared ahead with the same options: the run itself then prepares nothing."""
+    (command,) = (command for command in COMMANDS if "data.prepare" in command)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [word for word in words_of(command, place) if word not in SHORTER[:2]]
+    subprocess.run(words, cwd=place, env=environment, check=True, capture_output=True)
+    prepared = list((place / "cache").glob("rows-*/about.json"))
+    subprocess.run(words_of("python train.py --model_name_or_path DIR", place), cwd=place, check=True)
+    assert list((place / "cache").glob("rows-*/about.json")) == prepared
 
 
 def test_ledger(place: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
 import metrics
-from data.rows import prepare
+from data.prepare import prepare
 from tests import proof
 from tests.launch import train_ok
 from tests.proof import BF16_CASES, CASES, GATES, REFERENCE, Case, curve, first_gradient, read_tensors, relative_l2

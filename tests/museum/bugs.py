@@ -106,7 +106,7 @@ BUGS = [
         "documents without EOS",
         "Documents are joined without a token between them, so that the end of a text is never learned.",
         "The loss looks normal; the model never stops writing.",
-        one("data/encode.py", "bos * begins + row + eos * ends if row else []", "bos * begins + row if row else []"),
+        one("data/encode.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
         "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
     ),
     Bug(

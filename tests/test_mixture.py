@@ -1,0 +1,102 @@
+"""Several sources with weights: the shares are exact, rows are used evenly, and neither ranks nor resumes matter."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import data.ledger
+from config import OptionError, Options
+from data.prepare import prepare
+from data.rows import Mixture
+from tests.launch import train_ok
+
+
+@pytest.fixture(scope="module")
+def files(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two sources, one of 160 documents and one of 40."""
+    folder = tmp_path_factory.mktemp("sources")
+    parts = {"large.jsonl": documents[:160], "small.jsonl": documents[160:]}
+    for name, texts in parts.items():
+        (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [folder / name for name in parts]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Mixture:
+    """Of the small source, 60% of the rows of an epoch."""
+    weights = f"{files[0]}=0.4,{files[1]}=0.6"
+    data = prepare(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
+    assert isinstance(data.train, Mixture)
+    assert isinstance(data.validation, Mixture)
+    assert (data.counts["train"].rows, data.counts["validation"].rows) == (len(data.train), len(data.validation))
+    return data.train
+
+
+def test_shares_and_passes(mixture: Mixture) -> None:
+    """In every epoch the shares are those of the weights; over epochs, a row comes again after all of its source."""
+    epochs = [mixture.of_epoch(epoch, 42) for epoch in range(7)]
+    large, small = (rows for rows, _ in mixture.sources)
+    for numbers in epochs:
+        assert len(numbers) == len(mixture) == large + small
+        assert abs((numbers >= large).mean() - 0.6) < 1 / len(mixture)
+    for drawn, rows in (
+        (np.concatenate([numbers[numbers < large] for numbers in epochs]), range(large)),
+        (np.concatenate([numbers[numbers >= large] for numbers in epochs]), range(large, large + small)),
+    ):
+        passes = [drawn[start : start + len(rows)].tolist() for start in range(0, len(drawn), len(rows))]
+        assert len(passes) > 2
+        assert all(sorted(order) == list(rows) for order in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+        assert passes[0] != passes[1]
+
+
+def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
+    """A function of (seed, epoch) alone: nothing is drawn from a state that a resume would have to restore."""
+    again = Mixture(mixture.parts, [4, 6])
+    assert np.array_equal(again.of_epoch(5, 42), mixture.of_epoch(5, 42))
+    assert not np.array_equal(mixture.of_epoch(5, 43), mixture.of_epoch(5, 42))
+    number = len(mixture) - 1
+    assert mixture[number].number == number
+    assert mixture[number].tokens.equal(mixture.parts[1][len(mixture.parts[1]) - 1].tokens)
+
+
+def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path: Path) -> None:
+    """On one rank, and on two, four and three with resumes in between, in the second epoch too."""
+    options = [*tiny, "--train_file", "", "--train_mixture", f"{files[0]}=0.4,{files[1]}=0.6", "--ledger"]
+    options += ["--global_batch_size", 48, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
+    printed = train_ok(1, *options, "--max_steps", 30, "--output_dir", tmp_path / "one")
+    assert "mixture       an epoch draws " in printed
+    for world_size, steps in ((2, 5), (4, 19), (3, 30)):
+        resume = ["--resume_from_checkpoint", "auto", "--max_steps", steps]
+        train_ok(world_size, *options, *resume, "--output_dir", tmp_path / "many")
+    assert data.ledger.problems(tmp_path / "one") == data.ledger.problems(tmp_path / "many") == []
+    assert data.ledger.differences(tmp_path / "one", tmp_path / "many") == []
+    path = tmp_path / "many" / "ledger" / "about.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"sources": [[rows, rows] for rows, _ in about["sources"]]}))
+    assert "of the same epoch" in data.ledger.problems(tmp_path / "many")[0], "the small source comes more than once"
+
+
+def test_packed_alike(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Texts and conversations in one mixture need one --packing."""
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"prompt": "one two", "completion": " three"}) + "\n")
+    options = Options(
+        train_mixture=f"{files[0]}=1,{chat}=1",
+        data_cache_dir=str(tmp_path),
+        block_size=32,
+        validation_split_percentage=0,
+    )
+    with pytest.raises(OptionError, match="give --packing"):
+        prepare(options, tokenizer)
+    options.packing = "documents"
+    train = prepare(options, tokenizer).train
+    assert [drawn for _, drawn in train.sources] == [len(train) // 2, len(train) - len(train) // 2]

@@ -1,0 +1,303 @@
+"""Preparing data: every kind of source, from any place in it, in parallel, cut off and gone on with, never in vain."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import data.corpus
+import data.prepare
+from compare.preparation import generate
+from compare.preparation import prepare as measured
+from config import OptionError, Options
+from data.corpus import START, Position, Raw, Source, find_sources, read
+from data.prepare import prepare
+from tests.launch import ROOT
+from tests.test_data import expected_tokens, tokens_of
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(
+        data_cache_dir=str(tmp_path / "cache"),
+        block_size=32,
+        validation_split_percentage=0,
+        packing="none",
+        preprocessing_num_workers=1,
+    )
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the text were large: a dozen chunks, and progress written after each."""
+    monkeypatch.setattr("data.corpus.CHUNK", 20_000)
+    monkeypatch.setattr("data.prepare.SYNC", 0.0)
+
+
+def write(path: Path, documents: Sequence[object]) -> Path:
+    """`documents` in the format that the name of `path` says; a .txt file holds them all as one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    match path.suffix:
+        case ".gz":
+            half = len(lines) // 2
+            path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))  # as `cat a.gz b.gz` gives
+        case ".zst":
+            with pyarrow.output_stream(str(path), compression="zstd") as file:
+                file.write(lines)
+        case ".parquet":
+            datasets.Dataset.from_dict({"text": list(documents)}).to_parquet(str(path), batch_size=64)
+        case ".txt":
+            path.write_text("\n".join(map(str, documents)))
+        case _:
+            path.write_bytes(lines)
+    return path
+
+
+def test_files_directories_and_globs(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One source may be many files of many kinds, in the order of their names, or in that of a list."""
+    names = ("a.jsonl", "b.jsonl.gz", "c/d.jsonl.zst", "c/e.parquet", "f.json")
+    files = [write(tmp_path / "text" / name, documents[i * 40 : i * 40 + 40]) for i, name in enumerate(names)]
+    (tmp_path / "text" / "notes.md").write_text("not a document")
+    expected = expected_tokens(tokenizer, documents)
+    monkeypatch.chdir(tmp_path)
+    for value in (str(tmp_path / "text"), "text/**/*.*[lntz]", ",".join(map(str, files))):
+        options.train_file = value
+        assert tokens_of(prepare(options, tokenizer).train) == expected
+    options.train_file = f"{files[1]},{files[0]}"
+    assert tokens_of(prepare(options, tokenizer).train) == expected_tokens(tokenizer, documents[40:80] + documents[:40])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_path: Path, name: str) -> None:
+    """What follows a record is the same, whether one has read up to there or starts there."""
+    write(tmp_path / "text" / name, [text + "\nx" * 600 for text in documents])
+    write(tmp_path / "text" / f"b{name}", documents[:2])
+    options.train_file = str(tmp_path / "text")
+    (source,), _ = find_sources(options)
+    records = list(read(source))
+    assert len(records) > 5
+    for index in range(0, len(records), 7):
+        assert list(read(source, records[index].after)) == records[index + 1 :]
+    assert list(read(source, records[-1].after)) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_row_without_text(
+    options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, value: object
+) -> None:
+    """Fault 16: a null or wrongly typed row is an error that names file and row; and nothing of it is kept."""
+    path, texts = tmp_path / name, ["a"] * 150
+    write(path, [*texts, value] if value is None or path.suffix != ".parquet" else [value])
+    row = 1 if value and path.suffix == ".parquet" else 151  # a column of .parquet has one type
+    place = f"{path}: row {row - 1}" if path.suffix == ".parquet" else f"{path}: line {row}"
+    options.train_file = str(path)
+    with pytest.raises(OptionError, match=f"{place} has no text in column text: "):
+        prepare(options, tokenizer)
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_damaged_files(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A file that ends too early, or is not what its name says, is an error with its name."""
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        path = write(tmp_path / name, [f"{index} words " * 50 for index in range(500)])
+        path.write_bytes(path.read_bytes()[:-50])
+        options.train_file = str(path)
+        with pytest.raises(OptionError, match=f"{path}: cannot be read as {path.suffix}: "):
+            prepare(options, tokenizer)
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    options.train_file = str(path)
+    with pytest.raises(OptionError, match=f"{path}: line 2: cannot be read as JSON: "):
+        prepare(options, tokenizer)
+    options.train_file = f"{tmp_path}/none/*.jsonl"
+    with pytest.raises(OptionError, match=r"no file there has one of the suffixes \.txt, "):
+        prepare(options, tokenizer)
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents", "none"])
+def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, packing: str) -> None:
+    """Fault 17: a document of 100 times the block length is cut into rows, and no token of it is lost."""
+    text = " ".join(f"{number}" for number in range(2000))
+    expected = expected_tokens(tokenizer, [text])
+    assert len(expected) > 100 * 32
+    options.train_file, options.packing = str(write(tmp_path / "long.jsonl", [text])), packing  # type: ignore[assignment]
+    rows = prepare(options, tokenizer)
+    dropped = rows.counts["train"].dropped_tokens
+    assert dropped == (len(expected) % 32 if packing == "concat" else 0)
+    pieces = sorted(map(tuple, rows.train.pieces.tolist()))  # type: ignore[union-attr]
+    assert pieces[0][0] == 0
+    assert [end for _, end in pieces[:-1]] == [start for start, _ in pieces[1:]]
+    assert pieces[-1][1] == len(expected) - dropped
+    assert sorted(tokens_of(rows.train)) == sorted(expected[: len(expected) - dropped])
+
+
+def test_workers_do_not_matter(
+    options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path, small_chunks: None
+) -> None:
+    """The same rows and the same fingerprint, however many processes tokenise."""
+    options.train_file = str(train_file)
+    prepared = []
+    for workers in (1, 2, 3):
+        options.preprocessing_num_workers, options.data_cache_dir = workers, str(tmp_path / f"cache-{workers}")
+        prepared.append(prepare(options, tokenizer))
+    assert prepared[0].fingerprint == prepared[1].fingerprint == prepared[2].fingerprint
+    assert tokens_of(prepared[0].train) == tokens_of(prepared[2].train)
+
+
+def test_the_first_bad_row_is_named(
+    options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path, small_chunks: None
+) -> None:
+    """Of several bad rows the first, whichever process meets one first."""
+    path = write(tmp_path / "text.jsonl", documents)
+    path.write_text(path.read_text() + '{"text": 1}\n' + path.read_text() + '{"text": 2}\n' * 9)
+    options.train_file, options.preprocessing_num_workers = str(path), 3
+    with pytest.raises(OptionError, match=f"{path}: line 201 has no text in column text: 1"):
+        prepare(options, tokenizer)
+
+
+def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prepare in a process that a test will kill; reading takes long enough for that."""
+
+    def read_slowly(source: Source, start: Position = START) -> Iterator[Raw]:
+        for record in read(source, start):
+            time.sleep(0.01)
+            yield record
+
+    data.prepare.read = read_slowly
+    prepare(options, tokenizer)
+
+
+def test_killed_and_gone_on_with(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    train_file: Path,
+    tmp_path: Path,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGKILL of a preparation: its processes end, the next one goes on where it was, and the rows are the same."""
+    options.train_file, options.preprocessing_num_workers = str(train_file), 2
+    process = multiprocessing.get_context("fork").Process(target=slowly, args=(options, tokenizer))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (found := list((tmp_path / "cache").glob("rows-*.partial/progress.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    killed_at = time.monotonic()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < killed_at + 5
+        time.sleep(0.01)
+    tokens, records, _, after = json.loads(found[0].read_text())
+    assert tokens > records > 0
+    starts: list[Position] = []
+
+    def read_noting(source: Source, start: Position = START) -> Iterator[Raw]:
+        starts.append(start)
+        return read(source, start)
+
+    monkeypatch.setattr("data.prepare.read", read_noting)
+    gone_on_with = prepare(options, tokenizer)
+    assert starts == [START, after]  # the first is a look at the first record
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    options.data_cache_dir = str(tmp_path / "other")
+    assert prepare(options, tokenizer).fingerprint == gone_on_with.fingerprint
+
+
+def test_abandoned_preparations_are_removed(
+    options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path
+) -> None:
+    """What was cut off goes, a week after the last that was done there."""
+    options.train_file = str(train_file)
+    for name, age in (("rows-old.partial", 8), ("rows-new.partial", 6)):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        path = tmp_path / "cache" / name / "tokens.bin"
+        path.touch()
+        then = time.time() - age * 24 * 3600
+        for entry in (path, path.parent):
+            os.utime(entry, (then, then))
+    prepare(options, tokenizer)
+    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["rows-new.partial"]
+
+
+def test_files_are_hashed_once(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    train_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A start does not read a file again whose status is the same; a change is seen, even with its time set back."""
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(train_file.read_bytes())
+    options.train_file = str(path)
+    hashed: list[Path] = []
+    hash_files = data.corpus._hash
+
+    def hash_noting(files: list[Path]) -> str:
+        hashed.extend(files)
+        return hash_files(files)
+
+    monkeypatch.setattr("data.corpus._hash", hash_noting)
+    keys = []
+    for settled, expected in ((60.0, 1), (60.0, 2), (-60.0, 3), (-60.0, 3)):
+        monkeypatch.setattr("data.corpus.SETTLED", settled)  # at first, the file is too young to be trusted
+        keys.append(find_sources(options)[0][0].key)
+        assert len(hashed) == expected
+    times = path.stat()
+    path.write_text(path.read_text().replace("the", "eht"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    keys.append(find_sources(options)[0][0].key)
+    assert len(hashed) == 4
+    assert len(set(keys)) == 2
+    assert keys[-1] != keys[0]
+
+
+def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the options of a run, it prepares what that run will use; what is wrong is said as train.py says it."""
+    options = [*map(str, tiny), "--data_cache_dir", str(tmp_path)]
+    data.prepare.main([*options, "--global_batch_size", "7"])
+    assert "180 documents (text)" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("rows-*/about.json"))) == 1
+    command = [sys.executable, "-m", "data.prepare", *options, "--train_file", f"{tmp_path}/none.txt"]
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr == (
+        f"data.prepare: error: train_file {tmp_path}/none.txt: No such file or directory; give a readable file\n"
+    )
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """Ten times the text takes no more memory: the largest process stays within 40 MiB. It shows its progress."""
+    costs = []
+    for megabytes in (8, 80):
+        generate(tmp_path / f"{megabytes}.jsonl", megabytes)
+        costs.append(measured(tmp_path / f"{megabytes}.jsonl", ["--preprocessing_num_workers", "2"]))
+    assert costs[1].memory < costs[0].memory + 40

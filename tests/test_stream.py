@@ -1,0 +1,204 @@
+"""--streaming: nothing is lost or repeated, and neither ranks nor resumes matter."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import data.ledger
+import data.stream
+import metrics
+from config import OptionError, Options
+from data.prepare import prepare
+from data.rows import Row
+from data.stream import Cursor, Stream
+from tests.launch import train_ok
+from tests.test_data import expected_tokens
+from tests.test_errors import refused
+from tests.test_prepare import write
+
+LANES = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the text were large: tens of chunks."""
+    monkeypatch.setattr("data.stream.CHUNK", 2000)
+
+
+@pytest.fixture
+def folder(documents: list[str], tmp_path: Path) -> Path:
+    """Documents of some hundred words in files of several kinds."""
+    parts = {"a.jsonl": documents[:80], "b.jsonl.gz": documents[80:120], "c.parquet": documents[120:]}
+    for name, texts in parts.items():
+        write(tmp_path / "text" / name, texts)
+    return tmp_path / "text"
+
+
+def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: object) -> Stream:
+    cache = str(folder.parent / "cache")
+    options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32, data_cache_dir=cache)
+    for name, value in settings.items():
+        setattr(options, name, value)
+    train = prepare(options, tokenizer).train
+    assert isinstance(train, Stream)
+    return train
+
+
+def steps_of(stream: Stream, world_size: int, cursor: Cursor) -> Iterator[list[Row]]:
+    """The global batches after a cursor, gathered from all ranks, in the order of lanes."""
+    shares = [iter(stream.share(rank, world_size, LANES, cursor)) for rank in range(world_size)]
+    while True:
+        rows = [row for share in shares for row in islice(share, LANES // world_size)]
+        yield sorted(rows, key=lambda row: row.cursor[4] % LANES)
+
+
+def same(ours: list[Row], theirs: list[Row]) -> bool:
+    return all(
+        (one.number, one.cursor, one.lengths) == (other.number, other.cursor, other.lengths)
+        and torch.equal(one.tokens, other.tokens)
+        and torch.equal(one.learned, other.learned)
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents", "none"])
+def test_nothing_is_lost_or_repeated(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, documents: list[str], packing: str
+) -> None:
+    """The rows of a pass hold every token of every document once; and of the next pass again, in another order."""
+    stream = stream_of(folder, tokenizer, packing=packing)
+    passes: dict[int, list[Row]] = {}
+    for step in steps_of(stream, 1, []):
+        for row in step:
+            passes.setdefault(row.cursor[0], []).append(row)
+        if min(row.cursor[0] for row in step) == 2:
+            break
+    expected = sorted(expected_tokens(tokenizer, documents))
+    for rows in (passes[0], passes[1]):
+        assert len({row.number for row in rows}) == len(rows)
+        assert sorted(torch.cat([row.tokens for row in rows]).tolist()) == expected
+        assert all(len(row.tokens) <= 32 for row in rows)
+    orders = [[row.cursor[1:4] for row in sorted(passes[epoch], key=lambda row: row.number)] for epoch in (0, 1)]
+    assert orders[0] != orders[1] or packing != "concat"
+
+
+def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pieces in which a .txt file is read are one document where they stand in one chunk."""
+    monkeypatch.setattr("data.stream.CHUNK", 1 << 16)
+    path = tmp_path / "large.txt"
+    path.write_text("one two\n" * 6000)
+    stream = stream_of(path, tokenizer, packing="none")
+    rows = [row for row in islice(stream.share(0, 1, 1, []), 10_000) if row.cursor[0] == 0]
+    assert [len(row.tokens) for row in rows[:-1]] == [32] * (len(rows) - 1)
+    assert torch.cat([row.tokens for row in rows]).tolist() == expected_tokens(tokenizer, [path.read_text()])
+
+
+def test_concat_keeps_the_order_of_the_text(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """Put into the order of their numbers, the rows of one file are its text."""
+    path = write(tmp_path / "a.jsonl", documents)
+    rows: list[Row] = []
+    for step in steps_of(stream_of(path, tokenizer), 1, []):
+        rows += [row for row in step if row.cursor[0] == 0]
+        if min(row.cursor[0] for row in step) == 1:
+            break
+    tokens = torch.cat([row.tokens for row in sorted(rows, key=lambda row: row.number)])
+    assert tokens.tolist() == expected_tokens(tokenizer, documents)
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_ranks_and_resumes_do_not_matter(folder: Path, tokenizer: PreTrainedTokenizerBase, packing: str) -> None:
+    """The same global batches on any number of ranks, from the beginning and from any step, into the next passes."""
+    stream = stream_of(folder, tokenizer, packing=packing)
+    reference = list(islice(steps_of(stream, 1, []), 330))
+    assert reference[-30][0].cursor[0] > 0
+    for world_size in (2, 3, 6):
+        assert all(map(same, islice(steps_of(stream, world_size, []), 330), reference))
+    for world_size, done in ((1, 1), (2, 17), (3, 100), (6, 101), (2, 320)):
+        cursor = [list(row.cursor) for row in reference[done - 1]]
+        assert all(map(same, islice(steps_of(stream, world_size, cursor), 10), reference[done:])), done
+
+
+def test_a_resume_reads_on_from_there(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies before the first chunk that a lane is in is not read again."""
+    stream = stream_of(folder, tokenizer)
+    (reached,) = islice(steps_of(stream, 1, []), 120, 121)
+    starts = []
+
+    def read_noting(source: object, start: object) -> object:
+        starts.append(start)
+        return data.corpus.read(source, start)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("data.stream.read", read_noting)
+    cursor = [list(row.cursor) for row in reached]
+    next(steps_of(stream, 1, cursor))
+    first = min(cursor, key=lambda one: one[4])
+    assert starts[0] == tuple(first[1:4]) != (0, 0, 0)
+
+
+def test_training(tiny: list[object], folder: Path, tmp_path: Path) -> None:
+    """One run without a break, and one on two, three and one ranks in turn: the same global batches and losses."""
+    options = [*tiny, "--train_file", folder, "--streaming", "--validation_file", folder / "a.jsonl", "--ledger"]
+    options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2, "--lr_scheduler_type", "constant"]
+    printed = train_ok(1, *options, "--max_steps", 20, "--output_dir", tmp_path / "one")
+    assert "streamed" in printed
+    for world_size, steps in ((2, 5), (3, 12), (1, 20)):
+        more = ["--resume_from_checkpoint", "auto", "--max_steps", steps, "--dataloader_num_workers", 2]
+        train_ok(world_size, *options, *more, "--output_dir", tmp_path / "many")
+    assert data.ledger.problems(tmp_path / "one") == data.ledger.problems(tmp_path / "many") == []
+    assert data.ledger.differences(tmp_path / "one", tmp_path / "many") == []
+    losses = [
+        [row["loss"] for row in metrics.read_rows(tmp_path / run / "metrics.jsonl") if "loss" in row]
+        for run in ("one", "many")
+    ]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    state = json.loads((tmp_path / "many" / "checkpoint-20" / "state.json").read_text())
+    assert len(state["progress"]["cursor"]) == 12
+
+
+def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fault 21: a stream is not read before it is learned from; that it changed shows in sizes and times."""
+    options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32)
+    options.data_cache_dir = str(folder.parent / "cache")
+    before = prepare(options, tokenizer).fingerprint
+    assert prepare(options, tokenizer).fingerprint == before
+    (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + '{"text": "more"}\n')
+    assert prepare(options, tokenizer).fingerprint != before
+
+
+def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """--dataset_name streams through `datasets`, and holds its own validation split out."""
+    write(tmp_path / "set" / "train.jsonl", documents[:150])
+    write(tmp_path / "set" / "validation.jsonl", documents[150:])
+    stream = stream_of(tmp_path / "set", tokenizer, train_file=None, dataset_name=str(tmp_path / "set"))
+    reference = list(islice(steps_of(stream, 1, []), 60))
+    cursor = [list(row.cursor) for row in reference[29]]
+    assert all(map(same, islice(steps_of(stream, 2, cursor), 30), reference[30:]))
+
+
+def test_a_row_without_text(
+    tiny: list[object], tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
+) -> None:
+    """Fault 16: also where it is met in the middle of training, and in the process of a loader."""
+    path = write(tmp_path / "a.jsonl", [*documents, None])
+    with pytest.raises(OptionError, match=f"{path}: line 201 has no text"):
+        list(islice(steps_of(stream_of(path, tokenizer), 1, []), 2000))
+    options = [*tiny, "--train_file", path, "--streaming", "--dataloader_num_workers", 1, "--output_dir", tmp_path]
+    assert refused(*options) == f"{path}: line 201 has no text in column text: None\n"
+    path = write(tmp_path / "empty.jsonl", ["", ""])
+    with pytest.raises(OptionError, match="no row in 1000 chunks"):
+        next(steps_of(stream_of(path, tokenizer), 1, []))
