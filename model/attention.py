@@ -12,8 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "within_documents"
-# Older versions of torch take fewer heads of keys than of queries without being told.
-GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
 
 
 def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
@@ -25,7 +24,13 @@ def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: 
     """
     config = model.config.get_text_config()
     plain = not getattr(config, "attention_dropout", 0.0) and not getattr(config, "attn_logit_softcapping", None)
-    if device.type == "cuda" and bf16 and plain and config._attn_implementation == "sdpa":
+    if (
+        {"scale", "window_size"} <= CAN
+        and device.type == "cuda"
+        and bf16
+        and plain
+        and config._attn_implementation == "sdpa"
+    ):
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
 
@@ -50,8 +55,12 @@ def _attend(
     query, key, value = (
         part.to(value_BKTE.dtype).transpose(1, 2).flatten(0, 1) for part in (query_BHTE, key_BKTE, value_BKTE)
     )
+    sharing: dict[str, Any] = {"enable_gqa": True}
+    if "enable_gqa" not in CAN:
+        sharing, groups = {}, query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     window = (sliding_window - 1 if sliding_window else -1, 0)  # to the left, and none to the right: causal
     attended: Any = varlen_attn(
-        query, key, value, document_ends, document_ends, tokens, tokens, scale=scaling, window_size=window, **GQA
+        query, key, value, document_ends, document_ends, tokens, tokens, scale=scaling, window_size=window, **sharing
     )
     return attended.unflatten(0, (rows, tokens)), None

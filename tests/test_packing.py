@@ -2,15 +2,18 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import metrics
+import model.attention
 from data.batches import collate
 from data.packing import pack
 from data.rows import Row
@@ -62,15 +65,15 @@ def packed_row(documents: list[Tensor], number: int = 0) -> Row:
     return Row(number, tokens, learned, [len(document) for document in documents])
 
 
-def loss_and_gradient(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
+def loss_and_gradient(small: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+    small.zero_grad()
     total = 0.0
     for batch in batches:
         names = ("input_ids", "labels", "position_ids", "document_ends")
-        loss = NextToken(model)(**{name: batch[name] for name in names if name in batch})
+        loss = NextToken(small)(**{name: batch[name] for name in names if name in batch})
         loss.backward()
         total += loss.item()
-    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return total, {name: parameter.grad.clone() for name, parameter in small.named_parameters()}
 
 
 def sliding_model() -> PreTrainedModel:
@@ -97,15 +100,60 @@ def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
 def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
     """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
-    model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+    small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     assert int(packed["targets"]) == sum(int(batch["targets"]) for batch in alone)
-    loss, gradient = loss_and_gradient(model, [packed])
-    expected_loss, expected = loss_and_gradient(model, alone)
+    loss, gradient = loss_and_gradient(small, [packed])
+    expected_loss, expected = loss_and_gradient(small, alone)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_l2(gradient, expected) < 1e-5
     leaking = {name: packed[name] for name in ("input_ids", "labels")}
-    assert relative_l2(loss_and_gradient(model, [leaking])[1], expected) > 1e-2
+    assert relative_l2(loss_and_gradient(small, [leaking])[1], expected) > 1e-2
+
+
+def varlen_by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU, one document after the other, on any device."""
+    assert query.shape[1] == key.shape[1] or enable_gqa
+    results = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        position = torch.arange(end - start)
+        distance = position[:, None] - position
+        mask = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        results.append(attended[0].transpose(0, 1))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
+def test_variable_length_attention(
+    model_dir: Path, model_name: str, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU is asked for, computed here by hand: the same loss and gradients; the GPU test runs torch's kernel."""
+    monkeypatch.setattr(model.attention, "varlen_attn", varlen_by_hand)
+    if older:
+        monkeypatch.setattr(model.attention, "CAN", {"scale", "window_size"})
+    small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
+    packed, alone = packed_and_alone()
+    expected_loss, expected = loss_and_gradient(small, alone)
+    model.attention.attend_within_documents(small, torch.device("cuda"), bf16=True)
+    assert small.config._attn_implementation == model.attention.NAME
+    loss, gradient = loss_and_gradient(small, [packed])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_l2(gradient, expected) < 1e-5
 
 
 def test_collate_keeps_documents_apart() -> None:
