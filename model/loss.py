@@ -50,8 +50,8 @@ def head_and_loss_sum(
     size = math.ceil(targets_N.numel() / chunks)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
-            loss: Tensor = _HeadAndLoss.apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, softmax_)  # type: ignore[no-untyped-call]
-            return loss
+            apply: Callable[..., Tensor] = _HeadAndLoss.apply
+            return apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, softmax_)
         weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
         losses = [
             _cross_entropy_sum(functional.linear(hidden_CD.to(dtype), weight_VD, bias_V), targets_C)
