@@ -82,9 +82,11 @@ def main() -> None:
                 print(f"{variant}: accelerate is not installed")
                 continue
             result = (peer if variant in PEERS else ours)(variant, [*argv, "--output_dir", f"{name}/{variant}"])
-            print(f"{variant}: {result or 'failed'}", flush=True)
             if result:
                 results[variant] = result
+                print(f"{variant}: {result}", flush=True)
+            else:
+                print(f"{variant}: failed\n" + Path(f"{name}/{variant}.log").read_text()[-2000:], flush=True)
 
     print("\n| | tokens/s | of the matrix product | GiB | first 5 steps | to HF Trainer |\n|---|---|---|---|---|---|")
     for variant, (speed, gib, first) in results.items():
@@ -102,9 +104,9 @@ def launch(program: list[str]) -> list[str]:
 def ours(variant: str, argv: list[str]) -> Result | None:
     """train.py, ended when its metrics.jsonl holds enough: a checkpoint of the end is not what is measured."""
     steps = ["--logging_steps", str(WINDOW), "--max_steps", "1000000"]
-    with open(os.devnull, "w") as null:
+    with open(f"{argv[-1]}.log", "w") as log:
         process = subprocess.Popen(
-            launch([str(TRAIN), *argv, *steps, *OURS[variant]]), stdout=null, stderr=null, start_new_session=True
+            launch([str(TRAIN), *argv, *steps, *OURS[variant]]), stdout=log, stderr=log, start_new_session=True
         )
     rows: list[dict[str, Any]] = []
     try:
@@ -124,7 +126,8 @@ def ours(variant: str, argv: list[str]) -> Result | None:
 def peer(variant: str, argv: list[str]) -> Result | None:
     """Another trainer: compare/peers.py."""
     command = launch(["-m", "compare.peers", variant, *argv])
-    done = subprocess.run(command, cwd=TRAIN.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with open(f"{argv[-1]}.log", "w") as log:
+        done = subprocess.run(command, cwd=TRAIN.parent, stdout=subprocess.PIPE, stderr=log, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"speeds"')]
     return Result(median(lines[0]["speeds"]), lines[0]["gib"], lines[0]["first"]) if lines else None
 
