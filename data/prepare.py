@@ -366,7 +366,8 @@ def _write_rows(
     lengths, fates = records["tokens"], records["fate"]
     packed = pack(packing, document_lengths(lengths, fates), options.block_size)
     (folder / name).mkdir(exist_ok=True)
-    pieces = packed.pieces + all_records["tokens"][: part.start or 0].sum()
+    pieces = packed.pieces
+    pieces += all_records["tokens"][: part.start or 0].sum()
     pieces.tofile(folder / name / "pieces.bin")
     packed.first_pieces.tofile(folder / name / "rows.bin")
     number = np.bincount(fates, minlength=len(Fate)).tolist()

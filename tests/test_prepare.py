@@ -183,7 +183,7 @@ def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
 
     def read_slowly(source: Source, start: Position = START) -> Iterator[Raw]:
         for record in read(source, start):
-            time.sleep(0.01)
+            time.sleep(0.05)
             yield record
 
     data.prepare.read = read_slowly
