@@ -45,7 +45,7 @@ def options(tmp_path: Path) -> Options:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the text were large: a dozen chunks, and progress written after each."""
-    monkeypatch.setattr("data.corpus.CHUNK", 20_000)
+    monkeypatch.setattr("data.prepare.CHUNK", 20_000)
     monkeypatch.setattr("data.prepare.SYNC", 0.0)
 
 
@@ -220,7 +220,7 @@ def test_killed_and_gone_on_with(
     process.join()
     killed_at = time.monotonic()
     while any(runs(worker) for worker in workers):
-        assert time.monotonic() < killed_at + 10
+        assert time.monotonic() < killed_at + 5
         time.sleep(0.01)
     tokens, records, _, after = json.loads(found[0].read_text())
     assert tokens > records > 0
