@@ -116,12 +116,12 @@ def _about(output_dir: Path) -> dict[str, Any]:
     return json.loads((output_dir / "ledger" / "about.json").read_text())
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Print what is wrong and return 1, or print what was checked and return 0."""
     parser = argparse.ArgumentParser(prog="python -m data.ledger", description="Check the ledger of a run.")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("other", type=Path, nargs="?", help="the output directory of a run to compare with")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     directories = [path for path in (arguments.output_dir, arguments.other) if path]
     for path in directories:
         if not (path / "ledger" / "about.json").exists():
@@ -152,4 +152,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import pickle
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["checkpoint", "config", "data.prepare", "ddp", "fsdp", "metrics", "model.build", "model.weights"]
-)
+PROCESSES.set_forkserver_preload(["train", "tests.preload"])
 # For the server, which starts with the first rank: where our modules are, and no CUDA context that a fork would break.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -98,6 +97,8 @@ def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pick
     sys.argv = ["train.py", *argv]
     # Loaders start their workers as they would under torchrun, and not, as a child of our server would, with servers.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    sleep = time.sleep  # torchrun ends the other ranks as soon as rank 0 has ended: they need not wait long here either
+    time.sleep = lambda seconds: sleep(min(float(seconds), 0.5))
     before = pickle.loads(pickled_before)  # only now, so that it patches the modules that will run
     if before:
         before()

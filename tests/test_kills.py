@@ -94,7 +94,7 @@ def survive(
     return attempts
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_random_kills(
     noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str, seed: int
@@ -160,7 +160,9 @@ def die_in_save(count: int, rank: int) -> None:
     checkpoint._write = watched_write
 
 
-# A save runs some 160 lines of checkpoint.py on rank 0, which completes and prunes, and 90 on the other.
+# A save runs some 160 lines of checkpoint.py on rank 0, which completes and prunes, and 90 on the other. Slow, because
+# tests/test_atomic.py kills before each change to the disk.
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
     """Fault 1: each rank at 20 points of a save and of its pruning, one after the other in one run: 0 bad loads."""
@@ -179,7 +181,7 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
     assert equal_to_the_bit(run / "checkpoint-100", tmp_path / "unbroken" / "checkpoint-100")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:
     """Fault 2: between two micro-steps, around the optimizer's step, in an evaluation; then all is the same."""
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")

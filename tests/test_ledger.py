@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 
 import data.ledger
-from tests.launch import ROOT, train_ok
+from tests.launch import train_ok
 
 OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant", "--save_steps", 0]
 RESUME = ["--resume_from_checkpoint", "auto"]
@@ -23,11 +21,6 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
     run = tmp_path_factory.mktemp("one")
     train_ok(1, *tiny, *OPTIONS, *TWO_EPOCHS, "--output_dir", run)
     return run
-
-
-def check(*directories: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data.ledger", *map(str, directories)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +58,16 @@ def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_pat
     assert len(list((tmp_path / "ledger").glob("rank-*"))) == 4
 
 
-def test_the_command(one_process: Path, tmp_path: Path) -> None:
+def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is right is summed up; what is wrong is named; the exit code tells them apart."""
-    right = check(one_process, one_process)
-    assert (right.returncode, right.stderr) == (0, "")
-    assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right.stdout
-    assert "the same global batches in all 40 steps of both" in right.stdout
-    wrong = check(changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else []))
-    assert (wrong.returncode, wrong.stdout.splitlines()[-1]) == (1, "1 problems")
-    assert "step 5 has 0 rows, not 48" in wrong.stdout
-    assert check(tmp_path / "nothing").returncode == 2
+    assert data.ledger.main([str(one_process), str(one_process)]) == 0
+    right = capsys.readouterr().out
+    assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right
+    assert "the same global batches in all 40 steps of both" in right
+    wrong = changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else [])
+    assert data.ledger.main([str(wrong)]) == 1
+    assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 rows, not 48", "1 problems"]
+    assert data.ledger.main([str(tmp_path / "nothing")]) == 2
 
 
 def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
