@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train", "tests.preload"])
+PROCESSES.set_forkserver_preload(["train"])  # and nothing of tests: it may be that of a planted tree (tests/museum)
 # For the server, which starts with the first rank: where our modules are, and no CUDA context that a fork would break.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
