@@ -470,14 +470,16 @@ def fingerprint_model(model: PreTrainedModel) -> str:
 def fingerprint_weights(model: PreTrainedModel) -> str:
     """SHA-256 over the values of all parameters, on any topology the same. Every rank must call.
 
-    Costs a gather of one parameter after the other, and on rank 0 a second for every 2 GB.
+    Costs a gather of one parameter after the other, over gloo, and on rank 0 a second for every 2 GB.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        values = parameter.detach().cpu()
+        if isinstance(values, DTensor):
+            values = values.full_tensor()  # the collective; of GPU tensors, gloo's ends in a segmentation fault
         if dist.get_rank() == 0:
             digest.update(name.encode())
-            digest.update(full.detach().cpu().numpy().tobytes())
+            digest.update(values.numpy().tobytes())
     return _broadcast(digest.hexdigest())
 
 

@@ -93,6 +93,7 @@ class _HeadAndLoss(torch.autograd.Function):
                 _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD)
             if d_bias_V is not None:
                 d_bias_V += learned_C.to(dtype) @ d_logits_CV
+            del d_logits_CV  # or the next chunk's would be there beside it
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
         return -torch.stack(losses).sum()
 

@@ -137,7 +137,6 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
     expected_loss, expected = loss_and_gradient(model.to(device), alone)
     attend_within_documents(model, device, bf16=True)
     assert model.config._attn_implementation == NAME
-    with torch.autocast("cuda", torch.bfloat16):
-        loss, gradient = loss_and_gradient(model, [packed])
+    loss, gradient = loss_and_gradient(model, [packed], bf16=True)
     assert loss == pytest.approx(expected_loss, rel=2e-3)
     assert 1e-4 < relative_l2(gradient, expected) < 2e-2

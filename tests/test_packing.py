@@ -65,12 +65,15 @@ def packed_row(documents: list[Tensor], number: int = 0) -> Row:
     return Row(number, tokens, learned, [len(document) for document in documents])
 
 
-def loss_and_gradient(small: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradient(
+    small: PreTrainedModel, batches: list[dict[str, Tensor]], bf16: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     small.zero_grad()
-    total = 0.0
+    total, objective = 0.0, NextToken(small)
     for batch in batches:
         names = ("input_ids", "labels", "position_ids", "document_ends")
-        loss = NextToken(small)(**{name: batch[name] for name in names if name in batch})
+        with torch.autocast(small.device.type, torch.bfloat16, enabled=bf16):
+            loss = objective(**{name: batch[name] for name in names if name in batch})
         loss.backward()
         total += loss.item()
     return total, {name: parameter.grad.clone() for name, parameter in small.named_parameters()}
