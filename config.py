@@ -371,6 +371,12 @@ def mixture(value: str) -> dict[str, float]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
+def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
+    """The ranks as a grid: replicas of the model x ranks that shard each of them x ranks that divide each layer."""
+    replicas = world_size if options.strategy == "ddp" else options.replicas
+    return replicas, world_size // replicas, 1
+
+
 def derive_accumulation(options: Options, world_size: int) -> None:
     """Set the accumulation that gives `global_batch_size` rows; an OptionError shows an impossible division."""
     assert options.global_batch_size

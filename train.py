@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
@@ -88,6 +89,10 @@ def main(argv: list[str]) -> None:
     dist.init_process_group(
         backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=options.ddp_timeout)
     )
+    # The ranks as a grid, with a process group for each line of it: who holds the same, a part, a slice of a layer.
+    mesh = init_device_mesh(
+        device.type, config.mesh_shape(options, world_size), mesh_dim_names=("replicate", "shard", "tensor")
+    )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
     if data.packing == "documents":
@@ -102,12 +107,12 @@ def main(argv: list[str]) -> None:
         compile_layers(model)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    wrapped: nn.Module = strategy.wrap(objective, device, options.bf16, options.reshard_after_forward, options.replicas)
+    wrapped: nn.Module = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     fill(model, weights)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
-        strategy.shard_optimizer(optimizer)
+        strategy.shard_optimizer(optimizer, mesh)
     if options.objective == "dpo":  # the reference is the model as it is now, before a checkpoint is loaded
         data = with_reference(data, wrapped, model, options, device)
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks

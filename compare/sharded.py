@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3Config
 
@@ -58,7 +59,8 @@ def main() -> None:
     objective = NextToken(model, options.torch_compile)
     if options.torch_compile:
         compile_layers(model)
-    wrapped = fsdp.wrap(objective, device, options.bf16, options.reshard_after_forward, options.replicas)
+    mesh = init_device_mesh(device.type, (1, arguments.ranks, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    wrapped = fsdp.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
     fill(model, find_weights(options, model))
     optimizer = build_optimizer(model, options)
 

@@ -3,27 +3,26 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 
-def shard_optimizer(optimizer: Optimizer) -> None:
+def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
     """Leave this rank's optimizer a part of each parameter: 1 / world size of its rows. Every rank must call.
 
     The parts are views into the model's parameters, as sharded tensors, so that the optimizer works in place and a
     checkpoint knows which rows it has. Saves the memory of the state of all others; the gradient stays whole.
     """
-    device = optimizer.param_groups[0]["params"][0].device
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    ranks = mesh["replicate"]
     for group in optimizer.param_groups:
         group["replicated"] = group["params"]
-        group["params"] = [nn.Parameter(_shard(parameter.detach(), mesh)) for parameter in group["params"]]
+        group["params"] = [nn.Parameter(_shard(parameter.detach(), ranks)) for parameter in group["params"]]
 
     def hand_over_gradients(optimizer: Optimizer, *step_arguments: object) -> None:
         for group in optimizer.param_groups:
             for part, whole in zip(group["params"], group["replicated"], strict=True):
-                part.grad = _shard(whole.grad, mesh)
+                part.grad = _shard(whole.grad, ranks)
 
     optimizer.register_step_pre_hook(hand_over_gradients)
 

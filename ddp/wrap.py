@@ -1,27 +1,27 @@
 """Replicate a model over all ranks."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
 def wrap(
-    objective: nn.Module, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+    objective: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool, reshard_after_forward: bool
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     `objective` (model/objective.py) comes without values, on the meta device, and gets memory for all of it on
     `device`, in fp32. Whoever fills it does so alike on every rank (model/weights.py): nothing is broadcast.
-    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`,
-    `reshard_after_forward` and `replicas` are the concern of the twin: here torch.autocast casts, nothing is sharded,
-    each rank is a replica. One rank alone has nobody to exchange with, and gets `objective` itself.
+    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16` and
+    `reshard_after_forward` are the concern of the twin: here torch.autocast casts, nothing is sharded, and all ranks of
+    `mesh` are replicas. One rank alone has nobody to exchange with, and gets `objective` itself.
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)
     model.tie_weights()  # one tensor again, where each use of it got memory of its own
-    if dist.get_world_size() == 1:
+    if mesh.size() == 1:
         return objective  # without the buckets, which are as large as the model and always there
     device_ids = [device.index] if device.type == "cuda" else None
     # Gradients live inside the exchange buckets: one copy less in memory and in time. Buffers are constants, equal on

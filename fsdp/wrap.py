@@ -4,30 +4,26 @@ import dataclasses
 
 import torch
 from torch import nn
-from torch.distributed import get_world_size
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 
 def wrap(
-    objective: nn.Module, device: torch.device, bf16: bool, reshard_after_forward: bool, replicas: int
+    objective: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool, reshard_after_forward: bool
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     `objective` (model/objective.py) comes without values, on the meta device, and gets memory for this rank's part of
-    it on `device`, in fp32: `replicas` / world size of every parameter. A decoder layer of its model is one unit: its
+    it on `device`, in fp32: 1 / `mesh["shard"]` of every parameter. A decoder layer of its model is one unit: its
     parameters are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
     `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
     Embedding and head belong to the root unit, so that tied weights stay one tensor.
 
-    With `replicas` above 1, shards are spread over world size / `replicas` ranks next to each other, which gather and
-    reduce among themselves (fast links, one host); the reduced shards are then averaged over the replicas.
+    Ranks along `mesh["shard"]` are next to each other, and gather and reduce among themselves (fast links, one host);
+    with several replicas, the reduced shards are then averaged along `mesh["replicate"]`.
     """
-    mesh = init_device_mesh(device.type, (get_world_size(),))
-    if replicas > 1:
-        shape = (replicas, get_world_size() // replicas)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     model: PreTrainedModel = objective.model
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3MoeConfig, T5Config
 
@@ -109,7 +110,8 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
     built = build_model(options, config)
     weights = find_weights(options, built)
     meta = {tensor.device.type for tensor in built.state_dict().values()}
-    wrapped = twin.wrap(NextToken(built), CPU, False, True, 1)
+    mesh = init_device_mesh("cpu", (1, RANKS, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    wrapped = twin.wrap(NextToken(built), mesh, CPU, False, True)
     fill(built, weights)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     head, embedding = built.get_output_embeddings().weight, built.get_input_embeddings().weight
