@@ -38,7 +38,7 @@ def head_and_loss_sum(
     They would be the largest tensor of a step by far. A chunk of tokens at a time goes through the head, and its
     gradients are formed while its logits are there; they are all that is kept, for one backward. Matrix products are in
     the dtype of torch.autocast where that is on, all else is in fp32. `softmax_` is the function of that name below,
-    or what torch.compile makes of it.
+    or one that does the same.
     """
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype

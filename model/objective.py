@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.loss import head_and_loss_sum, log_probabilities, softmax_, token_loss_sum
+from model.loss import InPlaceSoftmax, head_and_loss_sum, log_probabilities, softmax_, token_loss_sum
 
 
 class NextToken(nn.Module):
@@ -25,7 +25,7 @@ class NextToken(nn.Module):
         super().__init__()
         self.model = model
         self.ends_with_head = _ends_with_head(model)
-        self.softmax_ = torch.compile(softmax_) if compiled else softmax_
+        self.softmax_ = fastest_softmax() if compiled else softmax_
 
     def forward(
         self,
@@ -71,6 +71,15 @@ class Preference(nn.Module):
             return learned_B
         chosen, rejected = (self.beta * (learned_B[: len(reference)] - reference)).chunk(2)
         return -functional.logsigmoid(chosen - rejected).sum()
+
+
+def fastest_softmax() -> InPlaceSoftmax:
+    """The kernel for a GPU, where there is one; what torch.compile makes of the plain softmax elsewhere."""
+    if not torch.cuda.is_available():
+        return torch.compile(softmax_)
+    from model.softmax import softmax_ as kernel  # it needs Triton, as compiled layers do
+
+    return kernel
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import metrics
 from model.attention import NAME, attend_within_documents
 from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
+from model.objective import fastest_softmax
 from tests.launch import train_ok
 from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
@@ -104,7 +105,7 @@ def test_head_and_loss(compiled: bool) -> None:
         return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, [hidden_BTD, weight_VD]), strict=True))
 
     expected = gradients(token_loss_sum(hidden_BTD[:2] @ weight_VD.T, labels_BT[:2]))
-    softmax = torch.compile(softmax_) if compiled else softmax_
+    softmax = fastest_softmax() if compiled else softmax_
     with torch.autocast("cuda", torch.bfloat16):
         loss = head_and_loss_sum(hidden_BTD[:2], weight_VD, None, labels_BT[:2], softmax)
     assert 1e-4 < relative_l2(gradients(loss), expected) < 2e-2
@@ -115,6 +116,22 @@ def test_head_and_loss(compiled: bool) -> None:
         gradients(head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, softmax))
     all_logits_in_fp32 = labels_BT.numel() * len(weight_VD) * 4
     assert torch.cuda.max_memory_allocated() - before < all_logits_in_fp32 * (0.25 if compiled else 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [384, 8192, 151_936])
+def test_softmax(vocabulary: int, dtype: torch.dtype) -> None:
+    """The kernel against the plain one; a NaN makes all of its row NaN, and an infinite logit too."""
+    torch.manual_seed(0)
+    logits = (torch.randn(40, vocabulary, device="cuda") * 5).to(dtype)
+    logits[3, 17], logits[4, -1] = float("nan"), float("inf")
+    targets = torch.randint(0, vocabulary, (40, 1), device="cuda")
+    expected, ours = logits.clone(), logits.clone()
+    expected_log_p, log_p = softmax_(expected, targets), fastest_softmax()(ours, targets)
+    torch.testing.assert_close(log_p, expected_log_p, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(ours, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=0, equal_nan=True)
+    assert log_p.isnan().sum() == 2
+    assert ours.isnan().any(dim=1).sum() == 2
 
 
 def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Path) -> None:
