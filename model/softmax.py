@@ -22,7 +22,7 @@ def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
     return log_p_C1
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _softmax_of_row(logits, targets, log_p, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per row. Powers of two in the place of e: the hardware knows no others."""
     LOG2_E: tl.constexpr = 1.4426950408889634
