@@ -16,7 +16,11 @@ from tests.launch import train_ok
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--gradient_checkpointing"], ["--strategy", "fsdp"]], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [["--gradient_checkpointing"], ["--strategy", "fsdp"], ["--packing", "documents", "--strategy", "fsdp"]],
+    ids=str,
+)
 def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str]) -> None:
     options = [*tiny, *extra, "--max_steps", 5]
     train_ok(2, *options, "--output_dir", tmp_path / "plain")
