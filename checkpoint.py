@@ -20,7 +20,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -226,9 +225,9 @@ def _write(snapshot: Snapshot, options: Options, group: dist.ProcessGroup) -> No
         (saving / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         _sync_and_hash(saving / MANIFEST)
         for directory in (saving / "model", saving / "optimizer", saving):
-            _sync_directory(directory)
+            _sync(directory)
         saving.rename(final)
-        _sync_directory(output_dir)
+        _sync(output_dir)
         _prune(output_dir, options.save_total_limit)
 
     _together(write_state, group)
@@ -286,8 +285,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _sync_and_hash(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
     return _size_and_hash(path)
 
 
@@ -296,8 +294,8 @@ def _size_and_hash(path: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync_directory(path: Path) -> None:
-    """A rename or a new file is on the disk only when the directory that holds its name is."""
+def _sync(path: Path) -> None:
+    """A new file is on the disk; the name of one, or a new name, only when the directory that holds it is."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -441,24 +439,30 @@ def export(options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
     The files of a model that was there before give way, one by one: an index comes after what it lists.
     """
-    output_dir = Path(options.output_dir)
-    dtype = getattr(torch, options.save_dtype)
-    if dist.get_rank() > 0:
-        write_model(None, model, tokenizer, dtype)
-    else:
+    output_dir, rank, world_size = Path(options.output_dir), dist.get_rank(), dist.get_world_size()
+    exporting = output_dir / _broadcast(f".exporting-{uuid.uuid4().hex}")
+    _together(lambda: exporting.mkdir(exist_ok=True))
+
+    def replace() -> None:
+        if rank > 0:
+            return
         old = {path for pattern in WEIGHTS for path in output_dir.glob(pattern)}
-        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output_dir) as name:
-            write_model(Path(name), model, tokenizer, dtype)
-            for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
-                _sync_and_hash(path)
-                final = output_dir / path.relative_to(name)
-                final.parent.mkdir(exist_ok=True)
-                os.replace(path, final)
-                old.discard(final)
+        for path in sorted(path for path in exporting.rglob("*") if path.is_file()):
+            _sync(path)
+            final = output_dir / path.relative_to(exporting)
+            final.parent.mkdir(exist_ok=True)
+            os.replace(path, final)
+            old.discard(final)
         for path in old:
             path.unlink()
-        _sync_directory(output_dir)
-    dist.barrier()
+        _sync(output_dir)
+
+    try:
+        dtype = getattr(torch, options.save_dtype)
+        write_model(exporting, model, tokenizer, dtype, rank, world_size, _together)
+        _together(replace)
+    finally:
+        shutil.rmtree(exporting, ignore_errors=True)
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:

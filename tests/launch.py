@@ -82,7 +82,7 @@ def train(
 def train_ok(world_size: int, *argv: object) -> str:
     """The same; the run must end well on every rank. Gives what it printed."""
     outcome = train(world_size, argv)
-    assert outcome.exit_codes == [0] * world_size, outcome
+    assert outcome.exit_codes == [0] * world_size, f"exit codes {outcome.exit_codes}\n{outcome.output}"
     return outcome.output
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 from functools import partial
 from pathlib import Path
@@ -498,6 +499,16 @@ def measure(report: Path) -> None:
     setattr(model.weights, "fill", fill_and_end)  # noqa: B010
 
 
+def make_big(name: str, model_dir: Path, path: Path) -> int:
+    """Write a model of zeros; gives the bytes of its fp32 masters."""
+    shutil.copytree(model_dir, path, ignore=shutil.ignore_patterns("model.safetensors"))
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(BIG[name], dtype=torch.bfloat16)
+    zeros = {key: torch.zeros_like(tensor, device="cpu") for key, tensor in shapes.state_dict().items()}
+    shapes.save_pretrained(path, state_dict=zeros, max_shard_size="30MB")  # a mapped file counts as memory of its own
+    return 4 * sum(parameter.numel() for parameter in shapes.parameters())
+
+
 @pytest.mark.parametrize("name", ["dense", "mixture"])
 def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str) -> None:
     """A rank of four needs host memory for its shard of the fp32 masters and a small constant, and not for the model.
@@ -506,23 +517,54 @@ def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str) 
     (of 374): 32 MiB, most of them for importing the model's class and for the process group; above one of 105 MiB
     (of 419): 49 to 62 MiB, where the rank joins its four experts of a layer.
     """
-    config = BIG[name]
     path = tmp_path / "DIR"
-    shutil.copytree(model_dir, path, ignore=shutil.ignore_patterns("model.safetensors"))
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    zeros = {key: torch.zeros_like(tensor, device="cpu") for key, tensor in shapes.state_dict().items()}
-    shapes.save_pretrained(path, state_dict=zeros)
-    del zeros
+    size = make_big(name, model_dir, path)
     options = [*tiny, "--model_name_or_path", path, "--output_dir", tmp_path / "run", "--strategy", "fsdp"]
     outcome = train(RANKS, options, before=partial(measure, tmp_path))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
-    size = 4 * sum(parameter.numel() for parameter in shapes.parameters())
     for rank in range(RANKS):
         measured = json.loads((tmp_path / f"{rank}.json").read_text())
         print(f"{name}: model {size / MIB:.0f} MiB, " + ", ".join(f"{k} {v / MIB:.1f}" for k, v in measured.items()))
         assert measured["kept"] < 1.01 * size / RANKS
         assert measured["peak"] < measured["kept"] + CONSTANT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_more_than_a_rank_may_hold(model_dir: Path, tmp_path: Path, ranks: int) -> None:
+    """Four ranks that may allocate 60% of the fp32 model each load and export it; one rank that may not cannot."""
+    path = tmp_path / "DIR"
+    size = make_big("dense", model_dir, path)
+    outcome = train(ranks, [], before=partial(export_within, int(0.6 * size), path, tmp_path / "out"))
+    if ranks == 1:
+        assert outcome.exit_codes != [0]
+        assert "allocate memory" in outcome.output
+    else:
+        assert outcome.exit_codes == [0] * RANKS, outcome.output
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) > RANKS
+        assert stored(tmp_path / "out").keys() == stored(path).keys() - {"lm_head.weight"}  # which is tied
+
+
+def export_within(limit: int, path: Path, output_dir: Path) -> None:
+    """In the place of train.py: load and export, with `limit` bytes of private memory above what is there before."""
+    dist.init_process_group("gloo")
+    options = Options(model_name_or_path=str(path), output_dir=str(output_dir))
+    config, tokenizer = load_config_and_tokenizer(options)
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    before = status("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (before + limit, before + limit))
+    built = build_model(options, config)
+    weights = find_weights(options, built)
+    fsdp.wrap(NextToken(built), mesh, CPU, False, True)
+    fill(built, weights)
+    output_dir.mkdir(exist_ok=True)
+    model.export.LARGEST_FILE = "30MB"
+    checkpoint.export(options, built, tokenizer)
+    print(
+        f"{limit / MIB:.0f} MiB above {before / MIB:.0f} are enough; {(status('VmData') - before) / MIB:.0f} at the end"
+    )
+    dist.barrier()
+    os._exit(0)
 
 
 CONSTANT = 96 * MIB
