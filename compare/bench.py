@@ -6,8 +6,8 @@ Each variant runs in a process of its own: random weights in fp32, computed in b
 1, blocks of the embedded corpus; on one GPU, or without one on two CPU ranks with the model of `make train`. Prints,
 for each: the median tokens per second after the first 10 of 30 steps; the share that the model's operations
 (model/loss.py says which) are of the rate of a plain matrix product, measured first; the peak memory; the seconds of
-the first 5 steps, in which layers are compiled; and the ratio to HF Trainer. What is not installed is named and left
-out.
+the first 5 steps, in which layers are compiled; the share of the time after the first 10 in which this trainer waited
+for its data; and the ratio to HF Trainer. What is not installed is named and left out.
 """
 
 import argparse
@@ -52,6 +52,7 @@ class Result(NamedTuple):
     speed: float  # tokens per second
     gib: float  # of rank 0
     first: float  # seconds of the first window
+    waiting: float = 0.0  # share of the later ones
 
 
 def main() -> None:
@@ -88,10 +89,13 @@ def main() -> None:
             else:
                 print(f"{variant}: failed\n" + Path(f"{name}/{variant}.log").read_text()[-2000:], flush=True)
 
-    print("\n| | tokens/s | of the matrix product | GiB | first 5 steps | to HF Trainer |\n|---|---|---|---|---|---|")
-    for variant, (speed, gib, first) in results.items():
+    print("\n| | tokens/s | of the matrix product | GiB | first 5 steps | waits for data | to HF Trainer |")
+    print("|---" * 7 + "|")
+    for variant, (speed, gib, first, waiting) in results.items():
         ratio = f"{speed / results['HF Trainer'].speed:.2f}" if "HF Trainer" in results else ""
-        print(f"| {variant} | {speed:,.0f} | {speed * flops / rate:.0%} | {gib:.1f} | {first:.0f} s | {ratio} |")
+        cells = [f"{speed:,.0f}", f"{speed * flops / rate:.0%}", f"{gib:.1f}", f"{first:.0f} s"]
+        cells += [f"{waiting:.2%}" if variant in OURS else "", ratio]
+        print(f"| {variant} | {' | '.join(cells)} |")
 
 
 def launch(program: list[str]) -> list[str]:
@@ -119,8 +123,10 @@ def ours(variant: str, argv: list[str]) -> Result | None:
             process.wait()
     if len(rows) < WINDOWS:
         return None
-    first = rows[0]["tokens_seen"] / rows[0]["tokens_per_second"]
-    return Result(median([row["tokens_per_second"] for row in rows]), rows[-1]["peak_memory_gib"], first)
+    tokens = rows[0]["tokens_seen"]  # of a window
+    waiting = median([row["data_wait_seconds"] * row["tokens_per_second"] / tokens for row in rows])
+    speed = median([row["tokens_per_second"] for row in rows])
+    return Result(speed, rows[-1]["peak_memory_gib"], tokens / rows[0]["tokens_per_second"], waiting)
 
 
 def peer(variant: str, argv: list[str]) -> Result | None:
@@ -132,9 +138,9 @@ def peer(variant: str, argv: list[str]) -> Result | None:
     return Result(median(lines[0]["speeds"]), lines[0]["gib"], lines[0]["first"]) if lines else None
 
 
-def median(speeds: list[float]) -> float:
+def median(values: list[float]) -> float:
     """Of the windows after the first two."""
-    return statistics.median(speeds[2:WINDOWS])
+    return statistics.median(values[2:WINDOWS])
 
 
 def matmul_rate() -> float:

@@ -5,12 +5,17 @@
 Trains twice with the same options on one process, saving every 80 of 400 steps, once with asynchronous saving and once
 without, and prints the median stall of a save for both, their ratio, and the bytes of a checkpoint. The first save of
 each run is left out: it allocates the copy, page-locked on a GPU. Between two saves there must be time to write one.
+Beside them, what the disk does by itself: the same bytes written to one file and synced, and read with their hash.
 """
 
+import hashlib
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from metrics import read_rows
@@ -28,14 +33,30 @@ def stalls(options: list[str], output_dir: Path) -> list[float]:
     return [row["save_seconds"] for row in rows][2:]
 
 
+def disk(path: Path, size: int) -> tuple[float, float]:
+    """Seconds that `size` random bytes take to be written and synced, and to be read and hashed."""
+    content = random.Random(0).randbytes(size)
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    written = time.perf_counter()
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, "sha256").hexdigest()
+    return written - start, time.perf_counter() - written
+
+
 def main(options: list[str]) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
         runs = {mode: stalls([*options, "--async_save", mode], Path(name) / mode) for mode in ("true", "false")}
         files = [path for path in (Path(name) / "false" / "checkpoint-400").rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
+        written, read = disk(Path(name) / "plain", size)
     beside, waiting = (statistics.median(runs[mode]) for mode in ("true", "false"))
     print(f"checkpoint          {size / 2**30:.3f} GiB")
+    print(f"disk alone          {written:.3f} s to write and sync as many bytes, {read:.3f} s to read and hash them")
     print(f"stall, synchronous  {waiting:.3f} s  {[round(value, 3) for value in runs['false']]}")
     print(f"stall, asynchronous {beside:.3f} s  {[round(value, 3) for value in runs['true']]}")
     print(f"ratio               {waiting / beside:.1f}")
