@@ -240,16 +240,17 @@ class _Parser(HfArgumentParser):
         raise OptionError(f"{message}\n`python train.py --help` lists every option")
 
 
-def parse(argv: list[str]) -> Options:
+def parse(argv: list[str], **defaults: Any) -> Options:
     """Read options from `argv`: `--name value` pairs, after an optional run.json or run.yaml.
 
-    An option on the command line wins over the file, and both win over `EMBEDDED_RECIPE`.
+    An option on the command line wins over the file, and both win over `EMBEDDED_RECIPE` and other `defaults`.
     Raises OptionError for an unknown option, a value of the wrong type or an unreadable file.
     """
     parser = _Parser(Options, prog="train.py", allow_abbrev=False)
     if argv and not argv[0].startswith("-"):
         argv = _read_run_file(argv[0]) + argv[1:]
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    parser.set_defaults(**defaults)
     if not given & {"model_name_or_path", "config_name"}:
         recipe = dict(EMBEDDED_RECIPE)
         if "num_train_epochs" in given:

@@ -219,6 +219,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes that this rank has of its GPU, which ranks of a host may share; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())
+    return int(torch.cuda.get_device_properties(device).total_memory) // sharing
+
+
 def _tensorboard(output_dir: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # optional: not among the requirements
 
@@ -239,8 +247,9 @@ def start_block(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     resumed_from: Path | None,
+    memory: str,
 ) -> str:
-    """What is about to run, as lines for people."""
+    """What is about to run, as lines for people; `memory` is what model/memory.py foresees."""
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     parameters = list(model.parameters())
@@ -261,6 +270,7 @@ def start_block(
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "memory": memory,
         **data_lines(data, plan.block_size),
         "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
         if options.objective == "dpo"

@@ -48,6 +48,7 @@ from model.attention import attend_within_documents
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
 from model.loss import flops_per_token
+from model.memory import out_of_memory, outlook
 from model.objective import NextToken, Preference
 from model.optimizer import build_optimizer, learning_rate
 from model.weights import fill, find_weights, fingerprint_files
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
         attend_within_documents(model, device, options.bf16)
     model_fingerprint = checkpoint.fingerprint_model(model)
     model_flops = flops_per_token(model, plan.block_size)
+    memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
     files = fingerprint_files(weights)  # each rank reads its own: on several hosts, they might differ
     checkpoint.require_same_job(
         options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint, files
@@ -133,7 +135,7 @@ def main(argv: list[str]) -> None:
     if rank == 0:
         checkpoint.make_room(options, progress.step)
     recorder = metrics.Recorder(options, plan, rank, device, model_flops)
-    recorder.say(metrics.start_block(options, plan, data, model, weights, optimizer, device, resumed_from))
+    recorder.say(metrics.start_block(options, plan, data, model, weights, optimizer, device, resumed_from, memory))
     if options.show_examples:
         recorder.say(show(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
@@ -401,11 +403,14 @@ def leave(exit_code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except OptionError as error:
+    except (OptionError, torch.OutOfMemoryError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
-        print(f"train.py: error: {error}", file=sys.stderr)
-        leave(2)
+        if isinstance(error, OptionError):
+            print(f"train.py: error: {error}", file=sys.stderr)
+            leave(2)
+        print(f"train.py: {out_of_memory(sys.argv[1:], int(os.environ['WORLD_SIZE']), error)}", file=sys.stderr)
+        leave(1)
     except Exception:
         traceback.print_exc()
         leave(1)

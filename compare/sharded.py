@@ -9,13 +9,19 @@ rank, its model TFLOP/s, their share of the rate of a plain matrix product, and 
 
 import argparse
 import time
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import Qwen3Config
+from transformers import PreTrainedModel, Qwen3Config
 
+import config
+import ddp
 import fsdp
 from compare.bench import ON_GPU, matmul_rate
 from compare.packing import QWEN3_600M
@@ -40,6 +46,61 @@ TINY = {**QWEN3_8B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 9
 STEPS = 5
 
 
+class Rank(NamedTuple):
+    """What the process of a rank holds."""
+
+    options: Options
+    strategy: ModuleType
+    device: torch.device
+    model: PreTrainedModel
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self, tokens_BT: Tensor) -> None:
+        """What train.py does in a step, on the same micro-batch each time."""
+        accumulation = self.options.gradient_accumulation_steps
+        for index in range(accumulation):
+            self.strategy.set_gradient_sync(self.wrapped, index == accumulation - 1)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+                loss = self.wrapped(tokens_BT, tokens_BT)
+            (loss / tokens_BT.numel()).backward()
+        self.strategy.clip_grad_norm(self.wrapped, self.options.max_grad_norm)
+        self.optimizer.step()
+        self.strategy.gather_parameters(self.optimizer)
+        self.wrapped.zero_grad()
+
+
+def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
+    """Rank 0 of `ranks`, without values yet. Among several, the others do not exist."""
+    if ranks > 1:
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    else:
+        dist.init_process_group("nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+    model = build_model(options, Qwen3Config(**shape))
+    objective = NextToken(model, options.torch_compile)
+    if options.torch_compile:
+        compile_layers(model)
+    strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
+    mesh = init_device_mesh(
+        device.type, config.mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor")
+    )
+    wrapped = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.register_comm_hook(None, as_it_is)
+    optimizer = build_optimizer(model, options)
+    if options.shard_optimizer:
+        strategy.shard_optimizer(optimizer, mesh)
+    return Rank(options, strategy, device, model, wrapped, optimizer)
+
+
+def as_it_is(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """In the place of DDP's all-reduce, which does not understand the fake group's answer: the bucket, in place."""
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
 def main() -> None:
     """Train a few steps, and print what the last of them took."""
     parser = argparse.ArgumentParser()
@@ -48,37 +109,23 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    options = Options(gradient_checkpointing=arguments.gradient_checkpointing)
+    options = Options(strategy="fsdp", gradient_checkpointing=arguments.gradient_checkpointing)
     length = 128 if arguments.tiny else 4096
     rate = matmul_rate()
 
-    dist.init_process_group("fake", rank=0, world_size=arguments.ranks, store=FakeStore())
-    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-    model = build_model(options, Qwen3Config(**(TINY if arguments.tiny else QWEN3_8B)))
-    flops = flops_per_token(model, length) or 0.0
-    objective = NextToken(model, options.torch_compile)
-    if options.torch_compile:
-        compile_layers(model)
-    mesh = init_device_mesh(device.type, (1, arguments.ranks, 1), mesh_dim_names=("replicate", "shard", "tensor"))
-    wrapped = fsdp.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
-    fill(model, find_weights(options, model))
-    optimizer = build_optimizer(model, options)
-
-    tokens_BT = torch.randint(0, 512, (arguments.batch, length), device=device)
+    rank = build(options, TINY if arguments.tiny else QWEN3_8B, arguments.ranks)
+    flops = flops_per_token(rank.model, length) or 0.0
+    fill(rank.model, find_weights(options, rank.model))
+    tokens_BT = torch.randint(0, 512, (arguments.batch, length), device=rank.device)
     start = 0.0
     for step in range(3 + STEPS):
         if step == 3:  # the first were for compilation
             start = clock()
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            loss = wrapped(tokens_BT, tokens_BT)
-        (loss / tokens_BT.numel()).backward()
-        fsdp.clip_grad_norm(wrapped, options.max_grad_norm)
-        optimizer.step()
-        wrapped.zero_grad()
+        rank.step(tokens_BT)
     speed = tokens_BT.numel() * STEPS / (clock() - start)
     print(
         f"rank 0 of {arguments.ranks}: {speed:,.0f} tokens/s, {speed * flops / 1e12:,.2f} model TFLOP/s, "
-        f"{speed * flops / rate:.0%} of a matrix product, {peak_memory_gib(device):.1f} GiB"
+        f"{speed * flops / rate:.0%} of a matrix product, {peak_memory_gib(rank.device):.1f} GiB"
     )
 
 

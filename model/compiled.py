@@ -22,9 +22,15 @@ def compile_layers(model: PreTrainedModel) -> None:
     as one graph is slower, and takes longer to compile. A length that changes from batch to batch is compiled once
     more, for any length.
     """
-    # What is an elementwise function of what is kept anyway is not kept beside it: the inputs of most matrix products.
-    # A fifth of a layer's activations, computed again in passes over memory that the backward needs in any case.
-    torch._functorch.config.ban_recompute_materialized_backward = False
+    keep_less()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile()
+
+
+def keep_less() -> None:
+    """Let what is an elementwise function of what is kept anyway not be kept beside it: inputs of most matrix products.
+
+    A fifth of a layer's activations, computed again in passes over memory that the backward needs in any case.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = False

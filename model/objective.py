@@ -24,7 +24,7 @@ class NextToken(nn.Module):
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.ends_with_head = _ends_with_head(model)
+        self.ends_with_head = ends_with_head(model)
         self.softmax_ = fastest_softmax() if compiled else softmax_
 
     def forward(
@@ -43,7 +43,7 @@ class NextToken(nn.Module):
         if not self.ends_with_head:
             return token_loss_sum(self.model(**inputs, use_cache=False).logits, labels)
         head = self.model.get_output_embeddings()
-        with _passing_through(head):
+        with passing_through(head):
             hidden_BTD = self.model(**inputs, use_cache=False).logits
         return head_and_loss_sum(hidden_BTD, head.weight, head.bias, labels, self.softmax_)
 
@@ -83,7 +83,7 @@ def fastest_softmax() -> InPlaceSoftmax:
 
 
 @contextlib.contextmanager
-def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
+def passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
     """In here, the model gives as its logits what its head was given, which is also put into the list."""
     given: list[Tensor] = []
 
@@ -98,7 +98,7 @@ def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
         del head.forward  # what is left is the method of its class
 
 
-def _ends_with_head(model: PreTrainedModel) -> bool:
+def ends_with_head(model: PreTrainedModel) -> bool:
     """Whether the model's logits are what a linear head makes, and nothing else: no cap (Gemma 2), no scale (Granite).
 
     Found by trying, on tensors that have shapes and no values: it costs a tenth of a second and no memory. A model that
@@ -109,7 +109,7 @@ def _ends_with_head(model: PreTrainedModel) -> bool:
         return False
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print why
     try:
-        with _passing_through(head) as given, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with passing_through(head) as given, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     except Exception:
         return False

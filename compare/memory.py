@@ -1,0 +1,124 @@
+"""What model/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens, bf16.
+
+    python -m compare.memory [--cases 0,3,8]
+
+Each case trains four steps in a process of its own: alone, or as one rank of a fake group, whose collectives move
+nothing. Prints the predicted peak, that of the last two steps (`torch.cuda.max_memory_allocated`), and their ratio;
+without a GPU, the prediction alone.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Qwen3Config
+
+from compare.bench import ON_GPU, SHAPES
+from compare.sharded import QWEN3_8B, build
+from config import Options, first_line
+from model.build import build_model
+from model.memory import GIB, Memory, predict, stage_name
+
+# Processes are forked from a server that has imported torch, and has no CUDA context, which would not outlive that.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["compare.sharded"])
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+LENGTH = 4096
+QWEN3_32B = {**QWEN3_8B, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64}
+QWEN3_32B["num_attention_heads"] = 64
+MODELS = {**SHAPES, "8B": QWEN3_8B, "32B": QWEN3_32B}
+FSDP: dict[str, Any] = {"strategy": "fsdp"}
+CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
+
+
+class Case(NamedTuple):
+    """A model, the number of ranks, rows of a micro-batch, and other options."""
+
+    model: str
+    ranks: int
+    rows: int
+    others: dict[str, Any]
+
+    @property
+    def options(self) -> Options:
+        defaults: dict[str, Any] = {"block_size": LENGTH, "bf16": True, "torch_compile": True}
+        return Options(per_device_train_batch_size=self.rows, **{**defaults, **self.others})
+
+    def __str__(self) -> str:
+        others: list[str] = [
+            name for name in ("gradient_checkpointing", "gradient_accumulation_steps") if name in self.others
+        ]
+        others += [] if self.options.torch_compile else ["not compiled"]
+        return ", ".join([stage_name(self.options), *others]).replace("_", " ")
+
+
+CASES = [
+    Case("0.6B", 1, 4, {}),
+    Case("0.6B", 1, 8, {}),
+    Case("0.6B", 1, 4, {"torch_compile": False}),
+    Case("0.6B", 1, 4, {"gradient_checkpointing": True}),
+    Case("0.6B", 1, 4, {"gradient_accumulation_steps": 2}),
+    Case("0.6B", 1, 4, FSDP),
+    Case("1.7B", 1, 4, {}),
+    Case("0.6B", 8, 4, {}),
+    Case("0.6B", 8, 4, {"shard_optimizer": True}),
+    Case("0.6B", 64, 1, {}),
+    Case("0.6B", 64, 4, {**FSDP, "torch_compile": False}),
+    Case("1.7B", 8, 4, {**FSDP, "reshard_after_forward": False}),
+    Case("8B", 8, 4, FSDP),
+    Case("8B", 8, 4, CHECKPOINTED),
+    Case("8B", 64, 4, CHECKPOINTED),
+    Case("8B", 64, 1, {**CHECKPOINTED, "gradient_accumulation_steps": 2}),
+    Case("8B", 64, 2, {**CHECKPOINTED, "replicas": 8}),
+    Case("32B", 64, 1, CHECKPOINTED),
+    Case("32B", 64, 1, {**CHECKPOINTED, "replicas": 8}),
+]
+
+
+def main() -> None:
+    """Predict and measure one case after another, and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="Their numbers, from 0.")
+    cases = [CASES[int(number)] for number in parser.parse_args().cases.split(",")]
+    where = torch.cuda.get_device_properties(0).name if ON_GPU else "no GPU"
+    print(f"{where}, torch {torch.__version__}\n")
+    print("| model | ranks | micro-batch | | predicted GiB | measured | ratio | highest |\n" + "|---" * 8 + "|")
+    for case in cases:
+        there = ["", ""]
+        with ProcessPoolExecutor(max_workers=1, mp_context=PROCESSES) as process:
+            measuring = process.submit(measure, case) if ON_GPU else None
+            predicted = foresee(case)  # meanwhile
+            if measuring:
+                try:
+                    there = [f"{measuring.result():.1f}", f"{predicted.total / GIB / measuring.result():.3f}"]
+                except Exception as error:
+                    there = [f"failed: {first_line(error)}", ""]
+        cells = [case.model, case.ranks, case.rows, case, f"{predicted.total / GIB:.1f}", *there, predicted.moment]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def foresee(case: Case) -> Memory:
+    """The prediction, from the configuration alone."""
+    model = build_model(case.options, Qwen3Config(**MODELS[case.model]))
+    return predict(model, case.options, case.ranks)
+
+
+def measure(case: Case) -> float:
+    """The peak of rank 0 in GiB; must run in a process of its own."""
+    rank = build(case.options, MODELS[case.model], case.ranks)
+    with torch.no_grad():  # any values, drawn where they are
+        for parameter in rank.model.parameters():
+            getattr(parameter, "to_local", lambda whole=parameter: whole)().normal_(std=0.02)
+    tokens_BT = torch.randint(0, 512, (case.rows, LENGTH), device=rank.device)
+    for step in range(4):
+        if step == 2:  # the first were for compilation and for the optimizer's state
+            torch.cuda.reset_peak_memory_stats()
+        rank.step(tokens_BT)
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+if __name__ == "__main__":
+    main()

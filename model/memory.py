@@ -1,0 +1,491 @@
+"""How much memory a rank needs, told before it is needed: from the model's modules, without values and without GPUs.
+
+    python -m model.memory --model_name_or_path DIR --ranks 8 [--gpu_memory 80] [options of train.py]
+
+A step has a few moments at which its memory may be highest: in the head's loss, when every layer's activations wait for
+their backward; in the backward of the last layer, and of the first, when the gradients have come; and in the optimizer.
+Each is a sum of the terms of `Memory`, and the highest is what a rank needs. What is predicted is what torch allocates
+for tensors (`torch.cuda.max_memory_allocated`).
+
+N is the number of parameters, W the number of ranks that share shards, V the vocabulary, D the width of the model.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import config
+from config import OptionError, Options
+from model.build import build_model, load_config_and_tokenizer
+from model.compiled import keep_less
+from model.loss import CHUNK_LOGITS
+from model.objective import ends_with_head, passing_through
+
+GIB = 2**30
+FP32, BF16 = 4, 2  # bytes
+# What a GPU holds beside torch's tensors: the CUDA context, kernels, NCCL's buffers, and gaps between tensors.
+BESIDE_TENSORS = 3 * GIB
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, the one with most, at the moment of a step at which it has most."""
+
+    moment: str
+    parameters: int  # fp32: all of them under DDP; the rows of this rank under FSDP
+    gradients: int  # fp32, as parameters, as far as they are there at this moment
+    optimizer: int  # AdamW's two moments, fp32: of all parameters, or of this rank's rows
+    activations: int  # what layers keep for their backward, and what the backward of one works with
+    logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and what goes in
+    exchange: (
+        int  # full parameters that FSDP has gathered, and gradients on their way; a copy of a rank's part (ZeRO-1)
+    )
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment")
+
+    def fits(self, capacity: float) -> bool:
+        """Whether a GPU of `capacity` bytes has room for it, beside what is not torch's tensors."""
+        return self.total + BESIDE_TENSORS <= capacity
+
+    def __str__(self) -> str:
+        terms = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment"}
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
+        return f"{gib(self.total)} GiB {self.moment}: {parts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Bytes that one forward leaves for its backward. Each storage counts once, and none of a parameter does."""
+
+    layers: int  # within all decoder layers
+    largest_layer: int  # within the one that keeps most
+    largest_tensor: int  # within a layer
+    inputs: int  # what the layers are given: all that is left of them with gradient checkpointing
+    outside: int  # beside the layers: ids, the last norm
+
+
+# --- Stages ---------------------------------------------------------------------------------------------------------
+
+
+def stage_name(options: Options) -> str:
+    """What of the training state is divided among ranks, and how that is called (Rajbhandari et al. 2020)."""
+    if options.strategy == "ddp":
+        return "DDP, optimizer sharded (ZeRO-1)" if options.shard_optimizer else "DDP"
+    if options.replicas > 1:
+        return f"hybrid FSDP, {options.replicas} replicas"
+    return "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
+
+
+def stages(options: Options, ranks: int) -> list[Options]:
+    """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it."""
+    whole = dataclasses.replace(options, strategy="ddp", shard_optimizer=False, replicas=1)
+    sharded = dataclasses.replace(whole, strategy="fsdp", reshard_after_forward=True)
+    replicas = options.replicas if options.replicas > 1 else ranks // 8
+    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and ranks % replicas == 0 else []
+    kept = dataclasses.replace(sharded, reshard_after_forward=False)
+    return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded]
+
+
+# --- The prediction -------------------------------------------------------------------------------------------------
+
+
+def predict(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | None = None) -> Memory:
+    """What a rank needs, for `model` on the meta device, before it is wrapped, and rows of `options.block_size` tokens.
+
+    `kept` is what `count` gives for a micro-batch, where that is known already.
+
+    Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
+    buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
+    micro-step. Raises OptionError for a model whose layers cannot be run without values.
+    """
+    assert options.block_size
+    sharded = options.strategy == "fsdp"
+    width = BF16 if options.bf16 else FP32
+    shards = ranks // options.replicas if sharded else 1
+
+    # Parameters, by the units that FSDP gathers: each layer, and the root with all else.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = numel(model.parameters())
+    layer = max((numel(layer.parameters()) for layer in layers_of(model)), default=0)
+    root = whole - sum(numel(layer.parameters()) for layer in layers_of(model))
+    of_rank = FP32 * numel(model.parameters(), shards)
+    learned = numel(parameters)
+    moments_divided_by = ranks if options.shard_optimizer else shards
+    state = 2 * FP32 * numel(parameters, moments_divided_by) + FP32 * len(parameters)  # and the number of steps of each
+    waiting = 0 if options.gradient_accumulation_steps == 1 else FP32 * learned  # from earlier micro-steps
+    if not sharded and ranks > 1:
+        waiting = FP32 * learned
+    gradients = FP32 * numel(parameters, shards)
+    gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
+
+    # Activations. The backward of a layer forms several gradients of its widest kind: into and out of the activation
+    # function, and beside them what is computed again.
+    kept = kept or count(model, options)
+    waiting_activations = kept.outside + (kept.inputs if options.gradient_checkpointing else kept.layers)
+    one_layer = kept.largest_layer if options.gradient_checkpointing else 0
+    working = 4 * kept.largest_tensor
+    # Unless they are kept: a layer's gathered parameters, those of the next, and these once more before each has its
+    # own place. A layer's gradients as the backward forms them, and in fp32 as they are reduced.
+    gathering = 3 * width * layer * options.reshard_after_forward
+    layer_exchange = (gathering + (width + FP32) * layer) * sharded
+
+    head = model.get_output_embeddings()
+    logits, head_gradient = head_memory(model, options, rows_of(options) * options.block_size, head)
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    # In the end, the root's gradients as the backward has formed them and in fp32; under DDP, the embedding's beside
+    # the bucket that it goes into.
+    last = (width + FP32) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
+    after = FP32 * numel(parameters, ranks) if options.shard_optimizer else 0
+
+    def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:
+        return Memory(name, of_rank, gradients, state, activations, logits, exchange)
+
+    return max(
+        moment("in the loss", waiting, waiting_activations, logits, gathered),
+        moment(
+            "as the backward begins",
+            waiting or (0 if sharded else FP32 * layer),
+            waiting_activations + one_layer + working,
+            head_gradient,
+            gathered + layer_exchange,
+        ),
+        moment(
+            "as the backward ends",
+            max(gradients, waiting),
+            kept.outside + kept.largest_layer + working,
+            head_gradient if tied or sharded else 0,
+            width * root * sharded + layer_exchange,
+        ),
+        moment("in the embedding's gradient", max(gradients, waiting), 0, head_gradient * tied * (not sharded), last),
+        moment("in the optimizer", max(gradients, waiting * (not sharded)), 0, 0, after),
+        key=lambda memory: memory.total,
+    )
+
+
+def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
+    """Bytes of head and loss when they are highest, and those of the head's gradient that wait for the backward's end.
+
+    Computed as one (model/loss.py): a chunk of logits, which softmax raises to fp32 and keeps beside the result unless
+    it is compiled; the head's weight once more in bf16, unless FSDP has it so; its gradient in fp32, 4 V D; and what
+    goes in, masked, and its gradient. Elsewhere, and for preferences: all logits, 12 bytes each in the backward of the
+    cross entropy: log-probabilities and two gradients.
+    """
+    if head is None:
+        return 0, 0
+    sharded = options.strategy == "fsdp"
+    assert isinstance(head.weight, Tensor)
+    vocabulary, width = head.weight.shape
+    weight, logits = vocabulary * width, tokens * vocabulary
+    if options.objective == "dpo" or not _ends_with_head(model):
+        return 3 * FP32 * logits, (BF16 if options.bf16 else FP32) * weight
+    chunks = math.ceil(logits / CHUNK_LOGITS["cuda"])
+    each = (BF16 if options.bf16 else FP32) + (0 if options.torch_compile else FP32 + (FP32 if options.bf16 else 0))
+    copy_of_weight = BF16 * weight if options.bf16 and not sharded else 0
+    narrow = options.bf16 and sharded  # FSDP gives layers bf16, so that this is what they pass on
+    hidden = 3 * tokens * width * (BF16 if narrow else FP32)
+    gradient = (BF16 if narrow else FP32) * weight
+    return logits // chunks * each + copy_of_weight + FP32 * weight + hidden, gradient
+
+
+def numel(tensors: Iterable[Tensor], shards: int = 1) -> int:
+    """Elements of the rank that has most, where the rows of each tensor are divided among `shards`."""
+    total = 0
+    for tensor in tensors:
+        rows = len(tensor) if tensor.dim() else 1
+        total += math.ceil(rows / shards) * (tensor.numel() // rows if rows else 0)
+    return total
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+_ends_with_head = functools.lru_cache(maxsize=16)(ends_with_head)
+
+
+# --- Activations ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(options: Options) -> int:
+    """Rows that go through the model in a micro-batch; a pair is two."""
+    return options.per_device_train_batch_size * (2 if options.objective == "dpo" else 1)
+
+
+def count(model: PreTrainedModel, options: Options) -> Kept:
+    """What the forward of a micro-batch keeps, without gradient checkpointing. Costs no memory, and a second or three.
+
+    A copy of the model runs on tensors that have shapes and no values, and what autograd saves is added up. FSDP gives
+    layers parameters and inputs in bf16; elsewhere torch.autocast casts, and casts of weights are kept too. What a
+    compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
+    rows to have no padding. Raises OptionError for a model that does not run so.
+    """
+    try:
+        return _count(model, options)
+    except Exception as error:
+        raise OptionError(
+            f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
+            f"{config.first_line(error)}"
+        ) from error
+
+
+def _count(model: PreTrainedModel, options: Options) -> Kept:
+    bf16, cast, compiled = options.bf16, options.bf16 and options.strategy == "fsdp", options.torch_compile
+    AttentionInterface.register("fused", _fused_attention)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
+    model = copy.deepcopy(model)
+    model.gradient_checkpointing_disable()
+    model.set_attn_implementation("fused")
+    saved: dict[int, tuple[object, int, nn.Module | None]] = {}  # by storage, which must live on: the next takes its id
+    inputs: dict[int, tuple[object, int]] = {}
+    running: list[nn.Module] = []
+    layers = layers_of(model)
+    for parameter in model.parameters() if cast else ():
+        parameter.data = parameter.data.bfloat16()
+    twins = {repr(layer): copy.deepcopy(layer) for layer in layers} if compiled else {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (model, *twins.values()):
+            module.to_empty(device="cpu")
+        model.tie_weights()
+        if compiled:
+            keep_less()
+            kinds = {kind: _partitioned(twin, bf16) for kind, twin in twins.items()}
+            for layer in layers:
+                layer.forward = functools.partial(kinds[repr(layer)], layer)
+
+        def enter(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+            if cast:
+                args, kwargs = pytree.tree_map_only(Tensor, _to_bf16, (args, kwargs))
+            running.append(layer)
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    inputs[_id(tensor)] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+            return args, kwargs
+
+        def leave(layer: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+
+        def save(tensor: Tensor) -> Tensor:
+            where = running[-1] if running else None
+            saved.setdefault(_id(tensor), (tensor.untyped_storage(), tensor.untyped_storage().nbytes(), where))
+            return tensor
+
+        for layer in layers:
+            layer.register_forward_pre_hook(enter, with_kwargs=True)
+            layer.register_forward_hook(leave)
+        own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        ids_BT = torch.zeros(rows_of(options), options.block_size or 0, dtype=torch.int64)
+        with (
+            passing_through(model.get_output_embeddings()),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(input_ids=ids_BT, use_cache=False)
+    sizes = [(size, where) for key, (_, size, where) in saved.items() if key not in own]
+    by_layer = [sum(size for size, where in sizes if where is layer) for layer in layers]
+    return Kept(
+        layers=sum(by_layer),
+        largest_layer=max(by_layer, default=0),
+        largest_tensor=max((size for size, where in sizes if where is not None), default=0),
+        inputs=sum(size for _, size in inputs.values()),
+        outside=sum(size for size, where in sizes if where is None),
+    )
+
+
+def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
+    """A forward for all layers like `twin`, traced once, that saves what their compiled one does."""
+    from torch._functorch.aot_autograd import aot_function  # these take seconds, and are rarely wanted
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    traced: Callable[..., Any] | None = None
+
+    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal traced
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+
+        def run(parameters: dict[str, Tensor], tensors: list[Tensor]) -> Any:
+            rest = iter(tensors)
+            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return torch.func.functional_call(twin, parameters, args, kwargs)
+
+        def partition(*args: Any, **kwargs: Any) -> Any:
+            there_anyway = list(range(len(list(twin.parameters()))))  # so that it keeps no casts of parameters
+            kwargs["static_lifetime_input_indices"] = there_anyway
+            return min_cut_rematerialization_partition(*args, **kwargs)
+
+        traced = traced or aot_function(
+            run,
+            fw_compiler=lambda graph, _: graph,
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+        )
+        return traced(dict(layer.named_parameters()), [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    return forward
+
+
+def _fused_attention(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What any fused attention keeps: queries, keys, values, the result, and a sum of exponentials for each query."""
+    query, key = query_BHTE.to(value_BKTE.dtype), key_BKTE.to(value_BKTE.dtype)
+    attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value_BKTE, 0.0, True, scale=scaling)[0]
+    return attended.transpose(1, 2), None
+
+
+def _to_bf16(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def _id(tensor: Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+# --- What is printed ------------------------------------------------------------------------------------------------
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, with as many digits as tell something."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
+    """For the start block: what a rank will need in its stage, and, if its GPU has less, the stage that would fit."""
+    try:
+        memory = predict(model, options, ranks)
+        if capacity is None or memory.fits(capacity):
+            return f"predicted {memory}"
+        fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
+        remedy = "; ".join(fitting[:1] or [f"no stage; {line}" for line in advice(model, options, ranks)[:1]])
+        return f"predicted {memory}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
+    except OptionError as error:
+        return str(error)
+
+
+def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
+    """What would need less memory, from the most to the least that it saves: options, and the GiB of a rank."""
+    micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    changes: dict[str, dict[str, Any]] = {
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--torch_compile true": {"torch_compile": True},
+        "--bf16 true": {"bf16": True},
+    }
+    if micro_batch > 1:
+        half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
+        changes[" ".join(f"--{name} {value}" for name, value in half.items())] = half
+    if options.strategy == "ddp" and ranks > 1:
+        changes["--strategy fsdp"] = {"strategy": "fsdp", "shard_optimizer": False}
+        changes["--shard_optimizer"] = {"shard_optimizer": True}
+    if options.strategy == "fsdp":
+        changes["--reshard_after_forward true"] = {"reshard_after_forward": True}
+        changes["--replicas 1"] = {"replicas": 1}
+    before = predict(model, options, ranks).total
+    saved = {
+        text: before - predict(model, dataclasses.replace(options, **change), ranks).total
+        for text, change in changes.items()
+    }
+    ranking = sorted((-size, text) for text, size in saved.items() if size > 0)
+    return [f"{text} saves {gib(-size)} GiB" for size, text in ranking]
+
+
+def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) -> str:
+    """What to say of it, in a few lines: what was predicted for the options `argv`, what there is, what would help."""
+    lines = [f"out of memory: {config.first_line(error)}"]
+    if torch.cuda.is_available():
+        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        lines.append(f"allocated: {gib(now)} GiB, at most {gib(most)}, of {gib(torch.cuda.mem_get_info()[1])}")
+    try:
+        options = config.parse(argv)
+        config.check(options, ranks)
+        model = build_model(options, load_config_and_tokenizer(options)[0])
+        lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")
+        lines += advice(model, options, ranks)[:3]
+    except OptionError as unknown:
+        lines.append(str(unknown))
+    return "\n".join(lines)
+
+
+def table(model: PreTrainedModel, options: Options, ranks: int, capacity: float) -> str:
+    """GiB of a rank for each stage and micro-batch; in brackets, what a GPU of `capacity` bytes has no room for."""
+
+    def counts(options: Options) -> Callable[[int], Kept]:
+        """What is kept of any number of rows, from the counts for two and for four: a part is the same for all."""
+        two, four = (
+            dataclasses.astuple(count(model, dataclasses.replace(options, per_device_train_batch_size=rows)))
+            for rows in (2, 4)
+        )
+        return lambda rows: Kept(*(round(a + (b - a) * (rows - 2) / 2) for a, b in zip(two, four, strict=True)))
+
+    all_stages = stages(options, ranks)
+    kept = {stage.strategy: counts(stage) for stage in (all_stages[0], all_stages[-1])}
+    lines = ["| micro-batch | " + " | ".join(map(str, MICRO_BATCHES)) + " |", "|---" * (len(MICRO_BATCHES) + 1) + "|"]
+    for stage in all_stages:
+        cells = []
+        for rows in MICRO_BATCHES:
+            batch = dataclasses.replace(stage, per_device_train_batch_size=rows)
+            memory = predict(model, batch, ranks, kept[stage.strategy](rows))
+            cells.append(gib(memory.total) if memory.fits(capacity) else f"({gib(memory.total)})")
+        lines.append(f"| {stage_name(stage)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Print the table for the model and options that `argv` names. Raises OptionError."""
+    parser = argparse.ArgumentParser(prog="model.memory", add_help=False, allow_abbrev=False)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--gpu_memory", type=float, default=80.0)
+    arguments, rest = parser.parse_known_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    options = config.parse(rest, bf16=True, torch_compile=True)  # as on a GPU, where this may not be one
+    compiled_there, options.torch_compile = options.torch_compile, False  # whether it can be here does not matter
+    config.check(options, arguments.ranks)
+    options.torch_compile = compiled_there
+    model = build_model(options, load_config_and_tokenizer(options)[0])
+    compiled = ", layers compiled" if options.torch_compile else ""
+    checkpointing = ", gradient checkpointing" if options.gradient_checkpointing else ""
+    print(
+        f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {arguments.ranks} ranks, rows of "
+        f"{options.block_size} tokens, compute {'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}\n"
+        f"GiB of a rank; (in brackets: beyond a GPU of {arguments.gpu_memory:g} GiB, of which "
+        f"{gib(BESIDE_TENSORS)} are not for tensors)\n"
+    )
+    print(table(model, options, arguments.ranks, arguments.gpu_memory * GIB))
+    print(
+        f"\n{stage_name(options)}, micro-batch {options.per_device_train_batch_size}: "
+        f"{predict(model, options, arguments.ranks)}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except OptionError as error:
+        print(f"model.memory: error: {error}", file=sys.stderr)
+        sys.exit(2)
