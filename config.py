@@ -3,7 +3,8 @@
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
 `strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `train_mixture`, `packing`,
 `text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
-`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger` and `prompt`.
+`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`,
+`trace_steps` and `prompt`.
 """
 
 import dataclasses
@@ -62,6 +63,7 @@ NOT_NEGATIVE = (
     "max_grad_norm",
     "max_skipped_steps",
     "show_examples",
+    "trace_steps",
     "dataloader_num_workers",
     "eval_steps",
     "save_steps",
@@ -230,6 +232,9 @@ class Options:
         default=False, help="Record the rows of every step and their tokens; `python -m data.ledger` checks them."
     )
     report_to: Literal["none", "tensorboard"] = HfArg(default="none", help="Where else metrics go.")
+    trace_steps: int = HfArg(
+        default=0, help="Steps, after two others, of which rank 0 writes a profiler trace and counts the collectives."
+    )
     prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
 
 

@@ -33,6 +33,7 @@ and with --objective dpo, in the place of the last three:
     eval_pairs                 pairs evaluated
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -67,6 +68,15 @@ PEAK_FLOPS = {
 }
 
 
+COLLECTIVES = {
+    "c10d::allreduce_": "all_reduce",
+    "c10d::broadcast_": "broadcast",
+    "c10d::allgather_": "all_gather",
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+}
+
+
 class Recorder:
     """Writes the rows of a run and keeps its clock: time that is not training does not count as training."""
 
@@ -91,6 +101,7 @@ class Recorder:
         self.started = time.perf_counter()
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=not self.writes, dynamic_ncols=True, leave=True)
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
+        self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
     def start(self, step: int, tokens_seen: int) -> None:
         """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
@@ -100,6 +111,8 @@ class Recorder:
         self.started = time.perf_counter()
         if self.writes:
             drop_rows_beyond(self.path, step)
+        if self.trace:
+            self.trace.start(step)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """The same batches, with a watch on the time that it takes to get them."""
@@ -129,6 +142,8 @@ class Recorder:
         """Count a step of `tokens` input tokens over all ranks. Costs no synchronisation."""
         self.tokens_seen += tokens
         self.bar.update(1)
+        if self.trace and (report := self.trace.step()):
+            self.say(report)
 
     def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
         """Write a row of training; the floats must have been read from the device, so that its work is done."""
@@ -184,6 +199,75 @@ class Recorder:
             for name, value in values.items():
                 if value is not None:
                     self.board.add_scalar(name, value, step)
+
+
+class Trace:
+    """A torch profiler that records some steps of rank 0, and says which collectives they had.
+
+    The first two steps of a run, in which layers are compiled and DDP finds the order of its buckets, are left out; the
+    next `steps` are recorded, each from the end of the one before: its batch, forward, backward and update. What is
+    recorded costs time, so that the speed of these steps means little.
+    """
+
+    WARMUP = 2
+
+    def __init__(self, steps: int, output_dir: Path) -> None:
+        self.steps = steps
+        self.folder = output_dir / "trace"
+        self.report = ""
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=0, warmup=self.WARMUP, active=steps, repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+        )
+
+    def start(self, step: int) -> None:
+        """Begin after `step` steps."""
+        self.first = step + self.WARMUP + 1
+        self.profiler.start()
+
+    def step(self) -> str:
+        """Call after each step; gives the report, once, after the last that is recorded."""
+        self.profiler.step()
+        report, self.report = self.report, ""
+        return report
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"steps-{self.first}-{self.first + self.steps - 1}.json"
+        profiler.export_chrome_trace(str(path))
+        lines = [
+            f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,g} bytes"
+            for kind, (count, size) in sorted(collectives(profiler).items())
+        ]
+        self.report = "\n".join([f"traced {path}; collectives of a step:", *lines])
+
+
+def collectives(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
+    """How many collectives of each kind a profile has, and the bytes of the whole tensors that they are about.
+
+    They are torch's own operators, whoever calls them: DDP from C++, FSDP, or the loop. A gather has its result among
+    its arguments, a reduce-scatter what is reduced: the larger one is the whole.
+    """
+    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+    assert profiler.profiler
+    results: Any = profiler.profiler.kineto_results
+    waiting = list(results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name not in COLLECTIVES:
+            continue
+        kind = COLLECTIVES[event.name]
+        calls, size = found[kind]
+        found[kind] = (calls + 1, size + max(map(_bytes, event.extra_fields.inputs)))
+    return found
+
+
+def _bytes(argument: Any) -> int:
+    """Of an operator's argument, as the profiler describes it: a tensor, a list of them, or something else."""
+    tensors = [entry for entry in (argument if isinstance(argument, list) else [argument]) if hasattr(entry, "sizes")]
+    return sum(math.prod(tensor.sizes) * tensor.dtype.itemsize for tensor in tensors)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

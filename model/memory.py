@@ -66,8 +66,8 @@ class Memory:
 
     def __str__(self) -> str:
         terms = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment"}
-        parts = ", ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
-        return f"{gib(self.total)} GiB {self.moment}: {parts}"
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in terms.items() if size)
+        return f"{readable(self.total)} {self.moment}: {parts}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,14 @@ def stages(options: Options, ranks: int) -> list[Options]:
 
 
 def predict(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | None = None) -> Memory:
-    """What a rank needs, for `model` on the meta device, before it is wrapped, and rows of `options.block_size` tokens.
+    """What a rank needs: its memory at the moment of a step at which it has most. For the arguments see `moments`."""
+    return max(moments(model, options, ranks, kept), key=lambda memory: memory.total)
 
-    `kept` is what `count` gives for a micro-batch, where that is known already.
+
+def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | None = None) -> list[Memory]:
+    """The memory of a rank at each moment of a step, for `model` on the meta device, before it is wrapped.
+
+    Rows have `options.block_size` tokens; `kept` is what `count` gives for a micro-batch, where that is known already.
 
     Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
     buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
@@ -157,7 +162,7 @@ def predict(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:
         return Memory(name, of_rank, gradients, state, activations, logits, exchange)
 
-    return max(
+    return [
         moment("in the loss", waiting, waiting_activations, logits, gathered),
         moment(
             "as the backward begins",
@@ -175,8 +180,7 @@ def predict(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
         ),
         moment("in the embedding's gradient", max(gradients, waiting), 0, head_gradient * tied * (not sharded), last),
         moment("in the optimizer", max(gradients, waiting * (not sharded)), 0, 0, after),
-        key=lambda memory: memory.total,
-    )
+    ]
 
 
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
@@ -237,8 +241,10 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
     rows to have no padding. Raises OptionError for a model that does not run so.
     """
+    assert options.block_size
+    cast = options.bf16 and options.strategy == "fsdp"
     try:
-        return _count(model, options)
+        return _count(model, rows_of(options), options.block_size, options.bf16, cast, options.torch_compile)
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
@@ -246,8 +252,8 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
         ) from error
 
 
-def _count(model: PreTrainedModel, options: Options) -> Kept:
-    bf16, cast, compiled = options.bf16, options.bf16 and options.strategy == "fsdp", options.torch_compile
+@functools.lru_cache(maxsize=32)
+def _count(model: PreTrainedModel, rows: int, length: int, bf16: bool, cast: bool, compiled: bool) -> Kept:
     AttentionInterface.register("fused", _fused_attention)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
     model = copy.deepcopy(model)
@@ -291,7 +297,7 @@ def _count(model: PreTrainedModel, options: Options) -> Kept:
             layer.register_forward_pre_hook(enter, with_kwargs=True)
             layer.register_forward_hook(leave)
         own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-        ids_BT = torch.zeros(rows_of(options), options.block_size or 0, dtype=torch.int64)
+        ids_BT = torch.zeros(rows, length, dtype=torch.int64)
         with (
             passing_through(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
@@ -372,8 +378,13 @@ def _id(tensor: Tensor) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, with as many digits as tell something."""
-    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+    """Bytes in GiB."""
+    return f"{size / GIB:.1f}"
+
+
+def readable(size: float) -> str:
+    """Bytes with their unit."""
+    return f"{gib(size)} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
@@ -412,7 +423,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         for text, change in changes.items()
     }
     ranking = sorted((-size, text) for text, size in saved.items() if size > 0)
-    return [f"{text} saves {gib(-size)} GiB" for size, text in ranking]
+    return [f"{text} saves {readable(-size)}" for size, text in ranking]
 
 
 def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) -> str:

@@ -1,0 +1,73 @@
+"""What a rank exchanges with others in one optimizer step: how many collectives of each kind, and how many bytes.
+
+The bytes of a collective are those of the whole tensor: what is gathered, reduced or broadcast, not what a link carries
+of it (compare/scaling.py has that). N is the number of parameters, L of decoder layers, W of ranks that share shards,
+k of micro-steps; `docs/scaling.md` has the same as a table.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from config import Options
+from model.memory import BF16, FP32, layers_of, numel
+
+# DDP's own defaults (torch.nn.parallel.DistributedDataParallel): gradients travel as soon as so many bytes are there.
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+INT64 = 8
+
+
+class Collectives(NamedTuple):
+    """Those of one kind."""
+
+    calls: int
+    size: int  # bytes, of all of them
+
+
+def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str, Collectives]:
+    """The collectives of a step, by kind, for `model` on the meta device. Nothing is there that does not happen.
+
+    In any stage: one all-reduce of four integers, the counts of the global batch.
+
+    DDP: all gradients, once, in buckets: all-reduce of 4 N bytes. With a sharded optimizer, each rank then broadcasts
+    the part that it has updated: W broadcasts of 4 N bytes together.
+
+    FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
+    fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
+    kept. In the last micro-step, one reduce-scatter of its gradients, in fp32, and, with replicas, one all-reduce of
+    the shard that this gives. Once, the norms of all parameters. Rows are filled up to a multiple of W.
+    """
+    kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if options.strategy == "ddp":
+        if ranks > 1:
+            kinds["all_reduce"] += buckets(parameters)
+        if options.shard_optimizer:
+            kinds["broadcast"] += [FP32 * numel(parameters) // ranks] * ranks  # as if rows could always be divided
+        return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
+
+    shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
+    layers = layers_of(model)
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    root = [parameter for parameter in parameters if id(parameter) not in in_layers]
+    for unit, gathers in [(root, 1), *((layer.parameters(), 1 + options.reshard_after_forward) for layer in layers)]:
+        whole = numel(unit, shards) * shards
+        kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
+        kinds["reduce_scatter"] += [FP32 * whole]
+        if options.replicas > 1:
+            kinds["all_reduce"] += [FP32 * whole // shards]
+    kinds["all_reduce"] += [FP32 * len(parameters)]
+    return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
+
+
+def buckets(parameters: Iterable[Tensor]) -> list[int]:
+    """Bytes of DDP's buckets: parameters from the last to the first, as their gradients come."""
+    sizes, limit = [0], FIRST_BUCKET
+    for parameter in reversed(list(parameters)):
+        if sizes[-1] >= limit:
+            sizes.append(0)
+            limit = BUCKET
+        sizes[-1] += FP32 * parameter.numel()
+    return sizes

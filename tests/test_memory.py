@@ -1,0 +1,204 @@
+"""What is foreseen of a rank, its memory and what it exchanges, against what it then has and does."""
+
+import json
+import re
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import config
+import ddp
+import fsdp
+from config import Options
+from model import memory
+from model.build import build_model
+from model.compiled import compile_layers
+from model.exchange import exchanged
+from model.memory import advice, count, moments, outlook, predict, stage_name, stages
+from model.objective import passing_through
+from tests.launch import Ranks, train
+
+STAGES: dict[str, tuple[int, dict[str, Any]]] = {
+    "DDP": (2, {}),
+    "DDP, optimizer sharded (ZeRO-1)": (2, {"shard_optimizer": True}),
+    "FSDP, parameters kept after forward (ZeRO-2)": (2, {"strategy": "fsdp", "reshard_after_forward": False}),
+    "FSDP (ZeRO-3)": (3, {"strategy": "fsdp"}),  # three ranks, which cannot divide the rows of anything
+    "hybrid FSDP, 2 replicas": (4, {"strategy": "fsdp", "replicas": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def meta_model(model_dir: Path) -> PreTrainedModel:
+    """The model of tests/world.py as it is before wrapping: shapes without values."""
+    return build_model(Options(), AutoModelForCausalLM.from_pretrained(model_dir).config)
+
+
+def record(path: Path) -> None:
+    """Let rank 0 write down the bytes that it has of parameters, gradients and optimizer after each step."""
+
+    def local(tensor: Tensor) -> int:
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return part.numel() * part.element_size()
+
+    for strategy in (ddp, fsdp):
+
+        def gather_parameters(optimizer: Optimizer, gather: Any = strategy.gather_parameters) -> None:
+            gather(optimizer)
+            whole = [
+                parameter for group in optimizer.param_groups for parameter in group.get("replicated", group["params"])
+            ]
+            state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+            terms = {
+                "parameters": sum(map(local, whole)),
+                "gradients": sum(local(parameter.grad) for parameter in whole if parameter.grad is not None),
+                "optimizer": sum(map(local, state)),
+            }
+            if torch.distributed.get_rank() == 0:
+                path.write_text(json.dumps(terms))
+
+        strategy.gather_parameters = gather_parameters  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage(name: str, tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path) -> None:
+    """A step of it, in two micro-steps: bytes that rank 0 has, collectives and their bytes, all to the byte."""
+    ranks, values = STAGES[name]
+    options = Options(block_size=64, gradient_accumulation_steps=2, bf16=False, torch_compile=False, **values)
+    assert stage_name(options) == name
+    argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
+    more = ["--global_batch_size", 8 * ranks, "--max_steps", 4, "--logging_steps", 100, "--trace_steps", 1]
+    more += ["--validation_split_percentage", 0]
+    outcome = train(ranks, [*tiny, *argv, *more, "--output_dir", tmp_path], partial(record, tmp_path / "bytes.json"))
+    assert outcome.exit_codes == [0] * ranks, outcome.output
+
+    expected = moments(meta_model, options, ranks)[-1]
+    assert expected.moment == "in the optimizer"
+    assert json.loads((tmp_path / "bytes.json").read_text()) == {
+        term: getattr(expected, term) for term in ("parameters", "gradients", "optimizer")
+    }
+
+    (trace,) = re.findall(r"traced (\S+); collectives of a step:", outcome.output)
+    assert json.loads(Path(trace).read_text())["traceEvents"]
+    found = re.findall(r"^  (\w+) +([\d,]+) with +([\d,]+) bytes$", outcome.output, re.MULTILINE)
+    counted = {kind: tuple(int(number.replace(",", "")) for number in numbers) for kind, *numbers in found}
+    assert counted == exchanged(meta_model, options, ranks)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_activations(model_dir: Path, meta_model: PreTrainedModel, bf16: bool, compiled: bool) -> None:
+    """What a real forward on the CPU saves, and what is counted without values: the same, to the byte."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+    if compiled:
+        compile_layers(model)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage  # which must live on: the next one might get its address
+        return tensor
+
+    ids_BT = torch.zeros(3, 64, dtype=torch.int64)
+    with (
+        passing_through(model.get_output_embeddings()),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        model(input_ids=ids_BT, use_cache=False)
+    kept = count(meta_model, Options(per_device_train_batch_size=3, block_size=64, bf16=bf16, torch_compile=compiled))
+    seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
+    assert kept.layers + kept.outside - seeds == sum(
+        storage.nbytes() for address, storage in saved.items() if address not in own
+    )
+
+
+def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command: more rows need more, stages that shard more need less, and what does not fit is in brackets."""
+    argv = ["--config_name", str(model_dir), "--tokenizer_name", str(model_dir), "--torch_compile", "false"]
+    argv += ["--ranks", "16", "--block_size", "256"]
+    memory.main([*argv, "--gpu_memory", "3.03"])
+    lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    plain, part_of_optimizer, kept, sharded, hybrid = STAGES
+    assert [name.strip() for name, *_ in lines[1:]] == [plain, part_of_optimizer, hybrid, kept, sharded]
+    brackets = ["(" in cell for _, *cells in lines[1:] for cell in cells]
+    assert any(brackets)
+    assert not all(brackets)
+    values = [[float(cell.strip(" ()")) for cell in cells] for _, *cells in lines]
+    assert all(row == sorted(row) for row in values)
+
+
+def test_what_would_fit(meta_model: PreTrainedModel) -> None:
+    """A GPU that is too small for DDP and large enough for shards: the start block says so."""
+    options = Options(block_size=8, per_device_train_batch_size=1, bf16=False, torch_compile=False)
+    needed = {stage_name(stage): predict(meta_model, stage, 8).total for stage in stages(options, 8)}
+    smallest, least, most = min(needed, key=lambda name: needed[name]), min(needed.values()), needed["DDP"]
+    assert least < most
+    room = memory.BESIDE_TENSORS
+    assert "what fits" not in outlook(meta_model, options, 8, room + most)
+    assert f"what fits: {smallest}" in outlook(meta_model, options, 8, room + least)
+    assert "what fits: no stage; --" in outlook(meta_model, options, 8, room)
+    assert len(outlook(meta_model, options, 8, room).splitlines()) == 2
+
+
+def test_advice(meta_model: PreTrainedModel) -> None:
+    """The most is saved by what is named first, and each line keeps its promise."""
+    options = Options(block_size=256, per_device_train_batch_size=8, bf16=False, torch_compile=False)
+    lines = advice(meta_model, options, 4)
+    assert {"--gradient_checkpointing", "--bf16", "--strategy"} <= {line.split()[0] for line in lines}
+    saved = []
+    for line in lines:
+        words = line.split(" saves ")[0].split()
+        changed = config.parse(["--config_name", "x", "--torch_compile", "false", "--bf16", "false", *words])
+        for name in ("block_size", "per_device_train_batch_size"):
+            if f"--{name}" not in words:
+                setattr(changed, name, getattr(options, name))
+        saved.append(predict(meta_model, options, 4).total - predict(meta_model, changed, 4).total)
+    assert saved == sorted(saved, reverse=True)
+    assert saved[-1] > 0
+
+
+def run_out_of_memory() -> None:
+    """Let every rank meet the end of its memory in a forward, as CUDA's allocator says it."""
+    from model.objective import NextToken
+
+    time.sleep = threading.Event().wait  # type: ignore[assignment]  # all of it, which tests/launch.py would shorten
+
+    def forward(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    NextToken.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def test_out_of_memory(tiny: list[object], tmp_path: Path) -> None:
+    """It is said once for all ranks, without a traceback, with three options."""
+
+    def like_torchrun(ranks: Ranks) -> None:
+        ranks[0].join()
+        ranks[1].kill()
+
+    options = [*tiny, "--output_dir", tmp_path, "--per_device_train_batch_size", 8]
+    outcome = train(2, options, before=run_out_of_memory, meanwhile=like_torchrun)
+    assert outcome.exit_codes == [1, -signal.SIGKILL], outcome.output
+    said = outcome.output[outcome.output.index("train.py: out of memory") :]
+    assert outcome.output.count("out of memory: ") == 1
+    assert "Traceback" not in outcome.output
+    assert "predicted for DDP: " in said
+    assert len(re.findall(r"^--.* saves [\d.]+ MiB$", said, re.MULTILINE)) == 3
+
+
+def test_a_model_that_does_not_run_without_values(meta_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on without the prediction."""
+    monkeypatch.setattr(type(meta_model), "forward", lambda *args, **kwargs: 1 / 0)
+    text = outlook(meta_model, Options(block_size=8, torch_compile=False), 1, None)
+    assert "its memory cannot be told" in text
