@@ -8,9 +8,11 @@ without a GPU, the prediction alone.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -87,17 +89,22 @@ def main() -> None:
     print(f"{where}, torch {torch.__version__}\n")
     print("| model | ranks | micro-batch | | predicted GiB | measured | ratio | highest |\n" + "|---" * 8 + "|")
     for case in cases:
-        there = ["", ""]
-        with ProcessPoolExecutor(max_workers=1, mp_context=PROCESSES) as process:
-            measuring = process.submit(measure, case) if ON_GPU else None
+        with measuring(case) as result:
             predicted = foresee(case)  # meanwhile
-            if measuring:
-                try:
-                    there = [f"{measuring.result():.1f}", f"{predicted.total / GIB / measuring.result():.3f}"]
-                except Exception as error:
-                    there = [f"failed: {first_line(error)}", ""]
+            try:
+                measured = result.result() if ON_GPU else 0.0
+                there = [f"{measured:.1f}", f"{predicted.total / GIB / measured:.3f}"] if ON_GPU else ["", ""]
+            except Exception as error:
+                there = [f"failed: {first_line(error)}", ""]
         cells = [case.model, case.ranks, case.rows, case, f"{predicted.total / GIB:.1f}", *there, predicted.moment]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+@contextlib.contextmanager
+def measuring(case: Case) -> Iterator[Future[float]]:
+    """A process that measures a case, where there is a GPU."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=PROCESSES) as process:
+        yield process.submit(measure, case) if ON_GPU else Future()
 
 
 def foresee(case: Case) -> Memory:

@@ -72,6 +72,8 @@ class Rank(NamedTuple):
 
 def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     """Rank 0 of `ranks`, without values yet. Among several, the others do not exist."""
+    if ON_GPU:
+        torch.cuda.set_device(0)
     if ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     else:

@@ -140,16 +140,15 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     gradients = FP32 * numel(parameters, shards)
     gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
 
-    # Activations. The backward of a layer forms several gradients of its widest kind: into and out of the activation
-    # function, and beside them what is computed again.
+    # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
+    # activation function, and what is computed again. Compiled, they take the place of what was kept.
     kept = kept or count(model, options)
     waiting_activations = kept.outside + (kept.inputs if options.gradient_checkpointing else kept.layers)
     one_layer = kept.largest_layer if options.gradient_checkpointing else 0
-    working = 4 * kept.largest_tensor
-    # Unless they are kept: a layer's gathered parameters, those of the next, and these once more before each has its
-    # own place. A layer's gradients as the backward forms them, and in fp32 as they are reduced.
-    gathering = 3 * width * layer * options.reshard_after_forward
-    layer_exchange = (gathering + (width + FP32) * layer) * sharded
+    working = (2 if options.torch_compile else 4) * kept.largest_tensor
+    # A layer's gathered parameters and those of the next, unless all are kept; its gradients as the backward forms
+    # them; and those of the layer before in fp32, as they are reduced.
+    layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + FP32) * layer) * sharded
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, rows_of(options) * options.block_size, head)

@@ -1,7 +1,10 @@
 """Compiled layers: the same curve, and not compiled again and again. On the CPU, where it takes a minute or two."""
 
+import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import config
+import ddp
 import metrics
 from config import Options
 from model.objective import NextToken
-from tests.launch import train_ok
+from tests.launch import train, train_ok
 
 
 @pytest.mark.slow
@@ -41,6 +45,33 @@ def test_lengths_are_compiled_twice(model_dir: Path) -> None:
         tokens_BT = torch.randint(0, 384, (4, length))
         objective(tokens_BT, tokens_BT).backward()
     assert counters["stats"]["unique_graphs"] <= 2 * 2  # of a layer, and of the loss
+
+
+def many_small_buckets() -> None:
+    """Let DDP's buckets end within each layer, and say in the end how many graphs were compiled."""
+    wrap, leave = ddp.wrap, os._exit
+
+    def wrap_with_small_buckets(*args: Any) -> Any:
+        wrapped: Any = wrap(*args)
+        wrapped.bucket_bytes_cap = 1
+        return wrapped
+
+    def say_and_leave(exit_code: int) -> None:
+        print("graphs:", counters["aot_autograd"]["total"], flush=True)
+        leave(exit_code)
+
+    ddp.wrap = wrap_with_small_buckets  # type: ignore[assignment]
+    os._exit = say_and_leave  # type: ignore[assignment]
+
+
+@pytest.mark.slow
+def test_buckets_do_not_cut_layers(tiny: list[object], tmp_path: Path) -> None:
+    """Under DDP, too, a layer is one graph: what passes between pieces of it would be kept for the backward."""
+    options = [*tiny, "--torch_compile", "true", "--max_steps", 1, "--validation_split_percentage", 0]
+    options += ["--packing", "concat"]  # one length
+    outcome = train(2, [*options, "--output_dir", tmp_path], before=many_small_buckets)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert re.findall(r"graphs: (\d+)", outcome.output) == ["2", "2"]  # a layer, and the loss
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

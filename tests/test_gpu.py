@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import metrics
+from compare.memory import CASES, GIB, foresee, measuring
 from model.attention import NAME, attend_within_documents
 from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
 from model.objective import fastest_softmax
@@ -168,3 +169,11 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
     loss, gradient = loss_and_gradient(model, [packed], bf16=True)
     assert loss == pytest.approx(expected_loss, rel=2e-3)
     assert 1e-4 < relative_l2(gradient, expected) < 2e-2
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14])
+def test_memory_is_as_foreseen(number: int) -> None:
+    """Within a tenth of what the GPU allocates; `python -m compare.memory` has more of these."""
+    with measuring(CASES[number]) as measured:
+        foreseen = foresee(CASES[number])
+        assert foreseen.total / GIB == pytest.approx(measured.result(), rel=0.1)

@@ -382,6 +382,22 @@ BUGS = [
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
         source="huggingface/transformers#45902",
     ),
+    Bug(
+        "exchanged in every micro-step",
+        "set_gradient_sync is called before each micro-step and always says yes. An average of averages over ranks is "
+        "still the right gradient, so that no test of numbers sees it.",
+        "None in any curve: the step is slower, by an exchange of all gradients for each further micro-step.",
+        one("train.py", "index == plan.accumulation - 1", "True"),
+        "tests/test_memory.py::test_a_stage[DDP]",
+    ),
+    Bug(
+        "one unit for the whole model",
+        "Only the root is sharded, without its layers: fully_shard takes what no inner call has taken, all of it.",
+        "None in any curve: every parameter is gathered before the first layer runs, nothing overlaps, and each rank "
+        "needs memory for the whole model.",
+        one("fsdp/wrap.py", "    for layer in decoder_layers:\n", "    for layer in decoder_layers[:0]:\n"),
+        "tests/test_memory.py::test_a_stage[FSDP (ZeRO-3)]",
+    ),
     # --- The update -------------------------------------------------------------------------------------------------
     Bug(
         "bf16 masters",
