@@ -1,10 +1,10 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `replicas`, `shard_optimizer`, `global_batch_size`, `train_mixture`, `packing`,
-`text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
-`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`,
-`trace_steps` and `prompt`.
+`strategy`, `reshard_after_forward`, `replicas`, `cpu_offload`, `sync_each_batch`, `shard_optimizer`,
+`offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`, `text_column`,
+`data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
+`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps` and `prompt`.
 """
 
 import dataclasses
@@ -68,6 +68,14 @@ NOT_NEGATIVE = (
     "eval_steps",
     "save_steps",
 )
+
+
+# What lr_scheduler_kwargs may hold; beside it, learning_rate is the highest rate and warmup_steps the warmup.
+SCHEDULE_PARAMETERS = {
+    "WarmupLR": ("warmup_type", "warmup_min_lr"),
+    "WarmupDecayLR": ("warmup_type", "warmup_min_lr", "total_num_steps"),
+    "WarmupCosineLR": ("warmup_type", "warmup_min_ratio", "cos_min_ratio", "total_num_steps"),
+}
 
 
 class OptionError(ValueError):
@@ -165,8 +173,14 @@ class Options:
 
     # The optimizer and its schedule
     learning_rate: float = HfArg(default=5e-5, help="Highest learning rate, reached after the warmup.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = HfArg(
-        default="linear", help="How the rate falls after the warmup: to 0 for linear and cosine."
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = HfArg(
+        default="linear",
+        help="How the rate falls after the warmup: to 0 for linear and cosine. Those named Warmup are DeepSpeed's.",
+    )
+    lr_scheduler_kwargs: str | None = HfArg(
+        default=None,
+        help="JSON, for a schedule of DeepSpeed: warmup_type (log or linear), warmup_min_lr; total_num_steps for "
+        "WarmupDecayLR and WarmupCosineLR; for the latter warmup_min_ratio and cos_min_ratio, not warmup_min_lr.",
     )
     warmup_steps: float = HfArg(default=0.0, help="Steps of linear warmup; below 1, a share of all steps.")
     weight_decay: float = HfArg(default=0.0, help="Decay of matrices; norms and biases never decay.")
@@ -190,6 +204,16 @@ class Options:
     replicas: int = HfArg(
         default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."
     )
+    sync_each_batch: bool = HfArg(
+        default=False,
+        help="fsdp: exchange gradients in each micro-step, so that a rank keeps its shard of them alone. Costs a "
+        "reduce-scatter a micro-step. Without, it is one a step, and each rank holds them whole until then, in fp32.",
+    )
+    cpu_offload: bool = HfArg(
+        default=False,
+        help="fsdp: parameters, gradients and moments lie in host memory, where AdamW runs, too; a GPU holds what it "
+        "computes. Costs a copy of each layer to the GPU for each use of it, and one of its gradients back.",
+    )
     shard_optimizer: bool = HfArg(
         default=False, help="ddp: each rank updates its part of the parameters, and keeps only that part's moments."
     )
@@ -203,6 +227,16 @@ class Options:
     gradient_checkpointing: bool = HfArg(
         default=False, help="Keep only each layer's input for the backward and compute the rest again."
     )
+    offload_activations: bool = HfArg(
+        default=False,
+        help="With gradient_checkpointing: keep those inputs in page-locked host memory. Costs a copy of each to the "
+        "host and one back, on the stream that computes.",
+    )
+    activation_memory_budget: float | None = HfArg(
+        default=None,
+        help="With torch_compile: the share of a layer's activations, 0 to 1, that is kept for its backward; the "
+        "cheapest to compute again are not. Costs what they cost: nothing at 1, a second forward at 0.",
+    )
     ddp_backend: Literal["nccl", "gloo"] | None = HfArg(
         default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."
     )
@@ -211,6 +245,11 @@ class Options:
         default=False, help="Only algorithms that give the same bits each time; slower on a GPU."
     )
     seed: int = HfArg(default=42, help="Seed of initialisation, data order and dropout.")
+
+    deepspeed: str | None = HfArg(
+        default=None,
+        help="A DeepSpeed file, read natively (compare/deepspeed.py): what it asks for, in the place of options here.",
+    )
 
     # What it writes, and when
     output_dir: str = HfArg(default="output", help="Directory of checkpoints, metrics and the final model.")
@@ -245,10 +284,11 @@ class _Parser(HfArgumentParser):
         raise OptionError(f"{message}\n`python train.py --help` lists every option")
 
 
-def parse(argv: list[str], **defaults: Any) -> Options:
+def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Options:
     """Read options from `argv`: `--name value` pairs, after an optional run.json or run.yaml.
 
-    An option on the command line wins over the file, and both win over `EMBEDDED_RECIPE` and other `defaults`.
+    An option on the command line wins over the file, and both win over `EMBEDDED_RECIPE` and other `defaults`. What a
+    DeepSpeed file says is read and printed here, too; who trains on it gives the `world_size`.
     Raises OptionError for an unknown option, a value of the wrong type or an unreadable file.
     """
     parser = _Parser(Options, prog="train.py", allow_abbrev=False)
@@ -267,6 +307,12 @@ def parse(argv: list[str], **defaults: Any) -> Options:
         close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(Options)], n=1)
         hint = f"did you mean --{close[0]}?" if close else "`python train.py --help` lists every option"
         raise OptionError(f"{unknown[0]}: unknown option; {hint}")
+    if options.deepspeed:
+        import compare.deepspeed  # only here: it knows another trainer, and this one does without
+
+        table = compare.deepspeed.read(options, {name.removeprefix("no_") for name in given}, world_size)
+        if os.environ.get("RANK", "0") == "0":
+            print(table, flush=True)
     return options
 
 
@@ -299,6 +345,8 @@ def check(options: Options, world_size: int) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
+    if options.lr_scheduler_kwargs is not None:
+        _check_schedule(options, options.lr_scheduler_kwargs)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
         raise OptionError(f"num_train_epochs {options.num_train_epochs}: give more than 0, or max_steps")
     if options.model_name_or_path and options.config_name:
@@ -313,6 +361,14 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.shard_optimizer and options.strategy != "ddp":
         raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
+    if options.cpu_offload and options.strategy != "fsdp":
+        raise OptionError(
+            "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp, or leave it out"
+        )
+    if options.sync_each_batch and options.strategy != "fsdp":
+        raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
+    if options.offload_activations and not options.gradient_checkpointing:
+        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; give both")
     if options.objective == "dpo" and options.packing:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
     if not options.dpo_beta > 0:
@@ -334,8 +390,36 @@ def check(options: Options, world_size: int) -> None:
         options.torch_compile = False
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"torch_compile: off, because {missing} is not here; it trains, at half the speed", file=sys.stderr)
+    if options.activation_memory_budget is not None:
+        _check_memory_budget(options)
     if options.global_batch_size:
         derive_accumulation(options, world_size)
+
+
+def _check_schedule(options: Options, text: str) -> None:
+    known = SCHEDULE_PARAMETERS.get(options.lr_scheduler_type, ())
+    try:
+        parameters = json.loads(text)
+        right = set(parameters) <= set(known) and parameters.pop("warmup_type", "log") in ("log", "linear")
+        right = right and all(0 <= value < math.inf for value in parameters.values())
+    except (ValueError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise OptionError(
+            f"lr_scheduler_kwargs {text}: --lr_scheduler_type {options.lr_scheduler_type} takes "
+            f"{'a JSON mapping of ' + ', '.join(known) if known else 'none'}\n"
+            "warmup_type is log or linear, the others are numbers from 0"
+        )
+
+
+def _check_memory_budget(options: Options) -> None:
+    name = f"activation_memory_budget {options.activation_memory_budget}"
+    if not 0 <= options.activation_memory_budget <= 1:  # type: ignore[operator]
+        raise OptionError(f"{name}: give a share from 0 to 1")
+    if not options.torch_compile:
+        raise OptionError(f"{name}: the compiler chooses what is kept; give --torch_compile, or leave it out")
+    if options.gradient_checkpointing:
+        raise OptionError(f"{name}: with gradient_checkpointing, only a layer's input is kept anyway; give one of them")
 
 
 def check_data(options: Options) -> None:

@@ -53,6 +53,7 @@ from transformers import PreTrainedModel
 
 from config import Options, Plan
 from data.rows import Data
+from model.memory import stage_name
 from model.weights import Weights
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets of these products; the first name that matches counts.
@@ -345,12 +346,7 @@ def start_block(
     micro_batch = options.per_device_train_batch_size
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
-        "strategy": options.strategy
-        + (
-            ""
-            if options.strategy == "ddp"
-            else f", reshard after forward {'on' if options.reshard_after_forward else 'off'}"
-        ),
+        "strategy": f"{stage_name(options)}: {sharded(options, ranks)}",
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
@@ -366,6 +362,22 @@ def start_block(
         "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
     }
     return "\n".join(f"{key:<13} {value}" for key, value in lines.items())
+
+
+def sharded(options: Options, ranks: int) -> str:
+    """What each rank has a part of, and what it has whole."""
+    if options.strategy == "ddp":
+        moments = f"moments sharded over {ranks} ranks; " if options.shard_optimizer else ""
+        return f"{moments}each rank holds parameters{'' if moments else ', moments'} and gradients"
+    more = []
+    if not options.reshard_after_forward:
+        more.append("parameters whole from forward to backward")
+    if options.gradient_accumulation_steps > 1 and not options.sync_each_batch:
+        more.append("gradients whole between micro-steps")
+    if options.cpu_offload:
+        more.append("shards and optimizer in host memory")
+    shards = f"parameters, gradients and moments sharded over {ranks // options.replicas} ranks"
+    return ", ".join([shards, *more])
 
 
 def row_tokens(data: Data, block_size: int) -> int:

@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     # === What is asked for. Mistakes end here, before any process group exists; those of a checkpoint where it is read.
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, or intended
-    options = config.parse(argv)
     rank, world_size, local_rank = rank_from_environment()
+    options = config.parse(argv, world_size)
     config.check(options, world_size)
     if options.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
@@ -106,10 +106,12 @@ def main(argv: list[str]) -> None:
         options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint, files
     )
     if options.torch_compile:
-        compile_layers(model)
+        compile_layers(model, options.activation_memory_budget)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    wrapped: nn.Module = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
+    wrapped: nn.Module = strategy.wrap(
+        objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload
+    )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     fill(model, weights)
     optimizer = build_optimizer(model, options)
@@ -168,7 +170,7 @@ def main(argv: list[str]) -> None:
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
             # Gradients add up on each rank; only the last backward exchanges them, while it still computes.
-            strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)
+            strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**on_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
             # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets.

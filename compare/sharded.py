@@ -60,7 +60,7 @@ class Rank(NamedTuple):
         """What train.py does in a step, on the same micro-batch each time."""
         accumulation = self.options.gradient_accumulation_steps
         for index in range(accumulation):
-            self.strategy.set_gradient_sync(self.wrapped, index == accumulation - 1)
+            self.strategy.set_gradient_sync(self.wrapped, self.options.sync_each_batch or index == accumulation - 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
                 loss = self.wrapped(tokens_BT, tokens_BT)
             (loss / tokens_BT.numel()).backward()
@@ -82,12 +82,12 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     model = build_model(options, Qwen3Config(**shape))
     objective = NextToken(model, options.torch_compile)
     if options.torch_compile:
-        compile_layers(model)
+        compile_layers(model, options.activation_memory_budget)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     mesh = init_device_mesh(
         device.type, config.mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor")
     )
-    wrapped = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward)
+    wrapped = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, as_it_is)
     optimizer = build_optimizer(model, options)

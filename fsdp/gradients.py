@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor
 def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
     """Whether the next backward exchanges gradients. Without, they add up on each rank and cost no communication.
 
-    What adds up is the full gradient, in fp32: accumulation needs memory for all of it on each rank.
+    What adds up without is the full gradient, in fp32: it needs memory for all of it on each rank. Exchanged gradients
+    add up in the shards.
     """
     assert isinstance(wrapped, FSDPModule)
     wrapped.set_requires_gradient_sync(enabled)

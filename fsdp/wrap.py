@@ -5,12 +5,17 @@ import dataclasses
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 
 def wrap(
-    objective: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool, reshard_after_forward: bool
+    objective: nn.Module,
+    mesh: DeviceMesh,
+    device: torch.device,
+    bf16: bool,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
@@ -22,19 +27,32 @@ def wrap(
 
     Ranks along `mesh["shard"]` are next to each other, and gather and reduce among themselves (fast links, one host);
     with several replicas, the reduced shards are then averaged along `mesh["replicate"]`.
+
+    With `cpu_offload`, the shards and their gradients are in host memory, and so are the optimizer that is built over
+    them and its state: what is gathered is copied to `device` first, and what was reduced is copied back.
     """
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
+    home, offload = device, OffloadPolicy()
+    if cpu_offload:
+        # From and to page-locked memory, a copy needs no detour, and is not waited for.
+        home, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     model: PreTrainedModel = objective.model
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision)
+        fully_shard(
+            layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
+        )
     # The root is left whole between forward and backward: its backward is the first to start. What it is given, beside
     # tokens, belongs to the loss: it stays fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
-    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
     objective.register_forward_hook(_reshard_if_no_backward)
-    objective.to_empty(device=device)
+    objective.to_empty(device=home)
+    for module in objective.modules():  # buffers are used where they lie
+        module._buffers = {
+            name: None if buffer is None else buffer.to(device) for name, buffer in module._buffers.items()
+        }
     model.tie_weights()  # one tensor again, where each use of it got memory of its own
     return objective
 

@@ -126,7 +126,10 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            offload=options.offload_activations and torch.cuda.is_available(),  # those of a CPU are in its memory
+        )
     return model.train()
 
 

@@ -15,14 +15,15 @@ def missing_for_compilation() -> str | None:
     return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, memory_budget: float | None = None) -> None:
     """Let each decoder layer be compiled when it first runs. Must be called before wrapping.
 
     Layers of one kind run the same code, one after another, and so are compiled once for all of them. The whole model
     as one graph is slower, and takes longer to compile. A length that changes from batch to batch is compiled once
-    more, for any length.
+    more, for any length. With a `memory_budget`, no more than that share of a layer's activations is kept for its
+    backward: the compiler solves which of them are the cheapest to compute again (a knapsack).
     """
-    keep_less()
+    keep_less(memory_budget)
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
     # between the pieces is kept: a fifth more activations.
     torch._dynamo.config.optimize_ddp = False
@@ -31,9 +32,11 @@ def compile_layers(model: PreTrainedModel) -> None:
             module.compile()
 
 
-def keep_less() -> None:
+def keep_less(memory_budget: float | None) -> None:
     """Let what is an elementwise function of what is kept anyway not be kept beside it: inputs of most matrix products.
 
-    A fifth of a layer's activations, computed again in passes over memory that the backward needs in any case.
+    A fifth of a layer's activations, computed again in passes over memory that the backward needs in any case. With a
+    `memory_budget`, no more is kept than that share of what would be.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget

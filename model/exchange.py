@@ -36,8 +36,9 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
 
     FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
     fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
-    kept. In the last micro-step, one reduce-scatter of its gradients, in fp32, and, with replicas, one all-reduce of
-    the shard that this gives. Once, the norms of all parameters. Rows are filled up to a multiple of W.
+    kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in fp32, and,
+    with replicas, one all-reduce of the shard that this gives. Once, the norms of all parameters. Rows are filled up to
+    a multiple of W.
     """
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -49,15 +50,16 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
     shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
+    reductions = options.gradient_accumulation_steps if options.sync_each_batch else 1
     layers = layers_of(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     root = [parameter for parameter in parameters if id(parameter) not in in_layers]
     for unit, gathers in [(root, 1), *((layer.parameters(), 1 + options.reshard_after_forward) for layer in layers)]:
         whole = numel(unit, shards) * shards
         kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
-        kinds["reduce_scatter"] += [FP32 * whole]
+        kinds["reduce_scatter"] += [FP32 * whole] * reductions
         if options.replicas > 1:
-            kinds["all_reduce"] += [FP32 * whole // shards]
+            kinds["all_reduce"] += [FP32 * whole // shards] * reductions
     kinds["all_reduce"] += [FP32 * len(parameters)]
     return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 

@@ -133,22 +133,31 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     of_rank = FP32 * numel(model.parameters(), shards)
     learned = numel(parameters)
     moments_divided_by = ranks if options.shard_optimizer else shards
+    offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
     state = 2 * FP32 * numel(parameters, moments_divided_by) + FP32 * len(parameters)  # and the number of steps of each
+    gradients = FP32 * numel(parameters, shards)
     waiting = 0 if options.gradient_accumulation_steps == 1 else FP32 * learned  # from earlier micro-steps
+    if sharded and waiting and options.sync_each_batch:
+        waiting = gradients
     if not sharded and ranks > 1:
         waiting = FP32 * learned
-    gradients = FP32 * numel(parameters, shards)
+    if offloaded:
+        of_rank = state = gradients = 0
+        waiting *= not options.sync_each_batch
     gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
 
     # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
     # activation function, and what is computed again. Compiled, they take the place of what was kept.
     kept = kept or count(model, options)
-    waiting_activations = kept.outside + (kept.inputs if options.gradient_checkpointing else kept.layers)
+    inputs = kept.inputs // len(layers_of(model)) if options.offload_activations else kept.inputs
+    waiting_activations = kept.outside + (inputs if options.gradient_checkpointing else kept.layers)
     one_layer = kept.largest_layer if options.gradient_checkpointing else 0
     working = (2 if options.torch_compile else 4) * kept.largest_tensor
     # A layer's gathered parameters and those of the next, unless all are kept; its gradients as the backward forms
     # them; and those of the layer before in fp32, as they are reduced.
     layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + FP32) * layer) * sharded
+    if offloaded:  # a shard that was copied here to be gathered, and one that was reduced, to be copied back
+        layer_exchange += 2 * FP32 * math.ceil(max(layer, root) / shards)
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, rows_of(options) * options.block_size, head)
@@ -243,7 +252,8 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     assert options.block_size
     cast = options.bf16 and options.strategy == "fsdp"
     try:
-        return _count(model, rows_of(options), options.block_size, options.bf16, cast, options.torch_compile)
+        compiled, budget = options.torch_compile, options.activation_memory_budget
+        return _count(model, rows_of(options), options.block_size, options.bf16, cast, compiled, budget)
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
@@ -252,7 +262,9 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
 
 
 @functools.lru_cache(maxsize=32)
-def _count(model: PreTrainedModel, rows: int, length: int, bf16: bool, cast: bool, compiled: bool) -> Kept:
+def _count(
+    model: PreTrainedModel, rows: int, length: int, bf16: bool, cast: bool, compiled: bool, budget: float | None
+) -> Kept:
     AttentionInterface.register("fused", _fused_attention)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
     model = copy.deepcopy(model)
@@ -270,7 +282,7 @@ def _count(model: PreTrainedModel, rows: int, length: int, bf16: bool, cast: boo
             module.to_empty(device="cpu")
         model.tie_weights()
         if compiled:
-            keep_less()
+            keep_less(budget)
             kinds = {kind: _partitioned(twin, bf16) for kind, twin in twins.items()}
             for layer in layers:
                 layer.forward = functools.partial(kinds[repr(layer)], layer)
@@ -416,6 +428,11 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     if options.strategy == "fsdp":
         changes["--reshard_after_forward true"] = {"reshard_after_forward": True}
         changes["--replicas 1"] = {"replicas": 1}
+        changes["--cpu_offload true"] = {"cpu_offload": True}
+    if options.strategy == "fsdp" and accumulation > 1:
+        changes["--sync_each_batch true"] = {"sync_each_batch": True}
+    if options.gradient_checkpointing:
+        changes["--offload_activations true"] = {"offload_activations": True}
     before = predict(model, options, ranks).total
     saved = {
         text: before - predict(model, dataclasses.replace(options, **change), ranks).total
@@ -432,7 +449,7 @@ def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) ->
         now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         lines.append(f"allocated: {gib(now)} GiB, at most {gib(most)}, of {gib(torch.cuda.mem_get_info()[1])}")
     try:
-        options = config.parse(argv)
+        options = config.parse(argv, ranks)
         config.check(options, ranks)
         model = build_model(options, load_config_and_tokenizer(options)[0])
         lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")
@@ -473,10 +490,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpu_memory", type=float, default=80.0)
     arguments, rest = parser.parse_known_args(argv)
     transformers.utils.logging.set_verbosity_error()
-    options = config.parse(rest, bf16=True, torch_compile=True)  # as on a GPU, where this may not be one
-    compiled_there, options.torch_compile = options.torch_compile, False  # whether it can be here does not matter
+    there = config.parse(rest, arguments.ranks, bf16=True, torch_compile=True)  # as on a GPU; here, there may be none
+    # Whether it can be compiled here does not matter.
+    options = dataclasses.replace(there, torch_compile=False, activation_memory_budget=None)
     config.check(options, arguments.ranks)
-    options.torch_compile = compiled_there
+    options.torch_compile, options.activation_memory_budget = there.torch_compile, there.activation_memory_budget
     model = build_model(options, load_config_and_tokenizer(options)[0])
     compiled = ", layers compiled" if options.torch_compile else ""
     checkpointing = ", gradient checkpointing" if options.gradient_checkpointing else ""

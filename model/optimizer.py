@@ -1,10 +1,11 @@
 """The optimizer and the learning rate of each step."""
 
+import json
 import math
 
 import torch
 
-from config import Options
+from config import SCHEDULE_PARAMETERS, Options
 
 
 def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.AdamW:
@@ -31,9 +32,11 @@ def learning_rate(step: int, total_steps: int, options: Options) -> float:
     It depends on the step alone, so a resumed run has nothing to restore. Linear warmup from 0; then the highest rate
     stays (constant), or falls towards 0 along a line or half a cosine (Loshchilov and Hutter 2017).
     """
-    done = step - 1
     warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * total_steps
     warmup = math.ceil(warmup)
+    if options.lr_scheduler_type in SCHEDULE_PARAMETERS:
+        return _rate_of_deepspeed(step, max(2, warmup), total_steps, options)
+    done = step - 1
     if done < warmup:
         return options.learning_rate * done / warmup
     progress = (done - warmup) / max(1, total_steps - warmup)
@@ -42,5 +45,33 @@ def learning_rate(step: int, total_steps: int, options: Options) -> float:
             return options.learning_rate
         case "linear":
             return options.learning_rate * (1 - progress)
-        case "cosine":
+        case _:  # cosine
             return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _rate_of_deepspeed(step: int, warmup: int, total_steps: int, options: Options) -> float:
+    """The rate that DeepSpeed's class of that name gives in its 0.19: to the digit, with its own counting.
+
+    There, a schedule is asked after each step, and only then begins at 0: it is a step late, and the first two steps
+    have the lowest rate. Its warmup rises along a logarithm unless it is told to be linear. WarmupLR then stays,
+    WarmupDecayLR falls along a line to the lowest rate, WarmupCosineLR along half a cosine to a ratio of the highest.
+    """
+    parameters = json.loads(options.lr_scheduler_kwargs or "{}")
+    total = parameters.get("total_num_steps", total_steps)
+    highest, kind, done = options.learning_rate, options.lr_scheduler_type, step - 2
+    lowest = parameters.get("warmup_min_lr", 0.0)
+    if kind == "WarmupCosineLR":
+        lowest = parameters.get("warmup_min_ratio", 0.0) * highest
+    if done < 0:
+        return 0.0 if kind == "WarmupCosineLR" else lowest
+    if done < warmup:
+        linear = parameters.get("warmup_type") == "linear"
+        risen = done / warmup if linear else math.log(done + 1) / math.log(warmup)
+        return lowest + (highest - lowest) * risen
+    if kind == "WarmupLR":
+        return highest
+    if kind == "WarmupDecayLR":
+        return lowest + (highest - lowest) * max(0.0, (total - done) / max(1, total - warmup))
+    progress = min(1.0, (done - warmup + 1) / max(1, total - warmup))
+    least = parameters.get("cos_min_ratio", 0.0001)
+    return highest * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress)))

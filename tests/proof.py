@@ -76,8 +76,10 @@ CASES = [
     Case("FSDP, not resharded", 4, 2, WHOLE),
     Case("FSDP, hybrid 2 x 2", 4, 4, HYBRID),
     Case("FSDP, hybrid 2 x 2", 4, 1, HYBRID),
+    Case("FSDP, each micro-step exchanged", 2, 2, (*FSDP, "--sync_each_batch")),
+    Case("FSDP, offloaded to the CPU", 2, 4, (*FSDP, "--cpu_offload")),
     Case("DDP, checkpointing", 2, 4, ("--gradient_checkpointing",)),
-    Case("FSDP, checkpointing", 2, 4, (*FSDP, "--gradient_checkpointing")),
+    Case("FSDP, checkpointing", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")),
 ]
 BF16_CASES = [Case("DDP, bf16", 2, 4, BF16), Case("FSDP, bf16", 2, 4, (*FSDP, *BF16))]
 

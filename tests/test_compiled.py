@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
@@ -15,20 +16,28 @@ import config
 import ddp
 import metrics
 from config import Options
+from model.compiled import compile_layers
 from model.objective import NextToken
 from tests.launch import train, train_ok
+from tests.proof import GATES, relative_l2
+
+BUDGET = ["--activation_memory_budget", "0.3"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "extra",
-    [["--gradient_checkpointing"], ["--strategy", "fsdp"], ["--packing", "documents", "--strategy", "fsdp"]],
+    ("extra", "of_the_compiler"),
+    [
+        (["--gradient_checkpointing"], []),
+        (["--strategy", "fsdp"], BUDGET),
+        (["--packing", "documents", "--strategy", "fsdp"], []),
+    ],
     ids=str,
 )
-def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str]) -> None:
+def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str], of_the_compiler: list[str]) -> None:
     options = [*tiny, *extra, "--max_steps", 5]
     train_ok(2, *options, "--output_dir", tmp_path / "plain")
-    train_ok(2, *options, "--output_dir", tmp_path / "compiled", "--torch_compile", "true")
+    train_ok(2, *options, "--output_dir", tmp_path / "compiled", "--torch_compile", "true", *of_the_compiler)
     ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain"))
     for row, expected in zip(ours, theirs, strict=True):
         for key in {"loss", "eval_loss", "grad_norm"} & expected.keys():
@@ -72,6 +81,33 @@ def test_buckets_do_not_cut_layers(tiny: list[object], tmp_path: Path) -> None:
     outcome = train(2, [*options, "--output_dir", tmp_path], before=many_small_buckets)
     assert outcome.exit_codes == [0, 0], outcome.output
     assert re.findall(r"graphs: (\d+)", outcome.output) == ["2", "2"]  # a layer, and the loss
+
+
+@pytest.mark.slow
+def test_memory_budget(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less is kept for the backward, and the gradient is the same."""
+    tokens_BT = torch.randint(0, 384, (4, 64))
+    kept: dict[float | None, int] = {}
+    gradients = {}
+    for budget in (None, 0.5, 0.0):
+        monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
+        torch.compiler.reset()
+        model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+        compile_layers(model, budget)
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = NextToken(model)(tokens_BT, tokens_BT)
+        loss.backward()
+        kept[budget] = sum(saved.values())
+        gradients[budget] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert kept[None] > kept[0.5] > kept[0.0]
+    assert relative_l2(gradients[0.5], gradients[None]) < GATES.gradient
+    assert relative_l2(gradients[0.0], gradients[None]) < GATES.gradient
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,10 +69,17 @@ def record(path: Path) -> None:
         strategy.gather_parameters = gather_parameters  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage(name: str, tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [*((name, {}) for name in STAGES), ("hybrid FSDP, 2 replicas", {"sync_each_batch": True})],
+    ids=[*STAGES, "each micro-step exchanged"],
+)
+def test_a_stage(
+    name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
+) -> None:
     """A step of it, in two micro-steps: bytes that rank 0 has, collectives and their bytes, all to the byte."""
     ranks, values = STAGES[name]
+    values = values | each
     options = Options(block_size=64, gradient_accumulation_steps=2, bf16=False, torch_compile=False, **values)
     assert stage_name(options) == name
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
@@ -95,12 +102,21 @@ def test_a_stage(name: str, tiny: list[object], meta_model: PreTrainedModel, tmp
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_activations(model_dir: Path, meta_model: PreTrainedModel, bf16: bool, compiled: bool) -> None:
-    """What a real forward on the CPU saves, and what is counted without values: the same, to the byte."""
+@pytest.mark.parametrize(
+    ("compiled", "budget"),
+    [(False, None), pytest.param(True, None, marks=pytest.mark.slow), pytest.param(True, 0.5, marks=pytest.mark.slow)],
+)
+def test_activations(
+    model_dir: Path, meta_model: PreTrainedModel, bf16: bool, compiled: bool, budget: float | None
+) -> None:
+    """What a real forward on the CPU saves, and what is counted without values: the same, to the byte.
+
+    Within a budget, what is kept is the solution of a knapsack of estimates: it is the same within a tenth.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_dir).train()
     if compiled:
-        compile_layers(model)
+        torch.compiler.reset()
+        compile_layers(model, budget)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved = {}
 
@@ -116,11 +132,12 @@ def test_activations(model_dir: Path, meta_model: PreTrainedModel, bf16: bool, c
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         model(input_ids=ids_BT, use_cache=False)
-    kept = count(meta_model, Options(per_device_train_batch_size=3, block_size=64, bf16=bf16, torch_compile=compiled))
+    options = Options(per_device_train_batch_size=3, block_size=64, bf16=bf16, torch_compile=compiled)
+    options.activation_memory_budget = budget
+    kept = count(meta_model, options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
-    assert kept.layers + kept.outside - seeds == sum(
-        storage.nbytes() for address, storage in saved.items() if address not in own
-    )
+    actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+    assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if budget else 0)
 
 
 def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

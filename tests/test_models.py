@@ -112,7 +112,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
     weights = find_weights(options, built)
     meta = {tensor.device.type for tensor in built.state_dict().values()}
     mesh = init_device_mesh("cpu", (1, RANKS, 1), mesh_dim_names=("replicate", "shard", "tensor"))
-    wrapped = twin.wrap(NextToken(built), mesh, CPU, False, True)
+    wrapped = twin.wrap(NextToken(built), mesh, CPU, False, True, False)
     fill(built, weights)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     head, embedding = built.get_output_embeddings().weight, built.get_input_embeddings().weight
@@ -555,7 +555,7 @@ def export_within(limit: int, path: Path, output_dir: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (before + limit, before + limit))
     built = build_model(options, config)
     weights = find_weights(options, built)
-    fsdp.wrap(NextToken(built), mesh, CPU, False, True)
+    fsdp.wrap(NextToken(built), mesh, CPU, False, True, False)
     fill(built, weights)
     output_dir.mkdir(exist_ok=True)
     model.export.LARGEST_FILE = "30MB"

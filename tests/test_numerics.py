@@ -49,11 +49,11 @@ def all_masked(steps: set[int]) -> None:
     data.batches.collate = collate
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
     """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted."""
-    options = [*tiny, *SHAPE, "--strategy", strategy, "--save_steps", 1]
+    options = [*tiny, *SHAPE, "--strategy", *strategy.split(), "--save_steps", 1]
     outcome = train(2, [*options, "--output_dir", tmp_path, "--max_steps", 4], before=partial(fault, {3}))
     assert outcome.exit_codes == [0, 0], outcome.output
     before, faulty, after = (json.loads((tmp_path / f"checkpoint-{step}/state.json").read_text()) for step in (2, 3, 4))

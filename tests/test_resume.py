@@ -91,7 +91,10 @@ def save_again(elsewhere: Path) -> None:
     checkpoint.load = load_and_save
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "ddp"), (4, "ddp"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(1, "ddp"), (4, "ddp"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp"), (2, "fsdp --cpu_offload")],
+)
 def test_other_ranks_and_strategies(
     tiny: list[object],
     ddp_on_two: Path,
@@ -105,7 +108,7 @@ def test_other_ranks_and_strategies(
     options = [*tiny, *STEADY, "--output_dir", resumed, "--resume_from_checkpoint", "auto", "--save_steps", 15]
     outcome = train(
         world_size,
-        [*options, "--strategy", strategy, "--max_steps", 15],
+        [*options, "--strategy", *strategy.split(), "--max_steps", 15],
         before=partial(save_again, tmp_path / "again"),
     )
     assert outcome.exit_codes == [0] * world_size, outcome.output

@@ -22,6 +22,7 @@ from config import Options
 from data.batches import collate
 from model.build import load_config_and_tokenizer
 from model.loss import IGNORED, flops_per_token, next_tokens, token_loss_sum
+from model.memory import stage_name
 from model.optimizer import build_optimizer, learning_rate
 from tests import world
 from tests.launch import train_ok
@@ -138,6 +139,40 @@ def test_epochs_win_over_the_recipe() -> None:
 def test_every_option_has_a_help() -> None:
     assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
     assert set(config.EMBEDDED_RECIPE) <= {field.name for field in dataclasses.fields(Options)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "DDP: each rank holds parameters, moments and gradients"),
+        (
+            ["--shard_optimizer"],
+            "DDP, optimizer sharded (ZeRO-1): moments sharded over 4 ranks; each rank holds parameters and gradients",
+        ),
+        (
+            ["--strategy", "fsdp", "--reshard_after_forward", "false"],
+            "FSDP, parameters kept after forward (ZeRO-2): parameters, gradients and moments sharded over 4 ranks, "
+            "parameters whole from forward to backward",
+        ),
+        (["--strategy", "fsdp"], "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks"),
+        (
+            ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--cpu_offload"],
+            "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks, gradients whole between "
+            "micro-steps, shards and optimizer in host memory",
+        ),
+        (
+            ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--sync_each_batch"],
+            "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks",
+        ),
+        (
+            ["--strategy", "fsdp", "--replicas", "2"],
+            "hybrid FSDP, 2 replicas: parameters, gradients and moments sharded over 2 ranks",
+        ),
+    ],
+)
+def test_stage_of_the_start_block(argv: list[str], expected: str) -> None:
+    options = config.parse(argv)
+    assert f"{stage_name(options)}: {metrics.sharded(options, ranks=4)}" == expected
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])

@@ -242,7 +242,7 @@ BUGS = [
         "reference model is a sum of some hundred nats, of which bf16 keeps three digits; the loss is made of "
         "differences.",
         "Preference tuning seems to work. Its first loss is not ln 2.",
-        one("fsdp/wrap.py", "mp_policy=root_precision)", "mp_policy=precision)"),
+        one("fsdp/wrap.py", "mp_policy=root_precision", "mp_policy=precision"),
         "tests/test_preference.py::test_bf16",
     ),
     # --- The gradient -----------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ BUGS = [
         (
             Change(
                 "train.py",
-                "strategy.set_gradient_sync(wrapped, index == plan.accumulation - 1)",
+                "strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)",
                 "strategy.set_gradient_sync(wrapped, False)",
             ),
             Change(
@@ -437,6 +437,15 @@ BUGS = [
         curve_test("single-1x4"),
         Curve(1, value="learning_rate"),
         source="Lightning-AI/pytorch-lightning#1476",
+    ),
+    Bug(
+        "a logarithmic warmup taken for a line",
+        "WarmupLR in a DeepSpeed file rises along a logarithm, unless the file says linear. Who ports the file writes "
+        "the warmup that everybody else means.",
+        "The rate is far too low for most of the warmup: two runs that are the same on paper part.",
+        one("model/optimizer.py", 'parameters.get("warmup_type") == "linear"', 'kind == "WarmupLR"'),
+        "tests/test_deepspeed.py::test_schedules[WarmupLR]",
+        Curve(1, ("--lr_scheduler_type", "WarmupLR", "--warmup_steps", 30), value="learning_rate"),
     ),
     Bug(
         "skipped by one rank alone",

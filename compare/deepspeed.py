@@ -1,0 +1,559 @@
+"""A DeepSpeed file, read natively: what each key of its JSON becomes among the options of this trainer.
+
+    python -m compare.deepspeed FILE --ranks N [options of train.py]
+
+prints the table that `train.py --deepspeed FILE` prints when it starts. DeepSpeed itself is not needed. What the file
+says goes; where it says "auto" or nothing, our own options do; an option that is given and says something else is an
+error. Meanings and defaults are those of DeepSpeed 0.19. A key that cannot be followed without giving other numbers is
+refused; one that only moves work or memory has no effect, and its line says why. No key goes unmentioned.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import config
+from config import SCHEDULE_PARAMETERS, OptionError, Options
+
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+BATCH_OPTIONS = ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+ZERO = "zero_optimization"
+ADAM = "optimizer.params"
+RATES = "scheduler.params"
+ACTIVATIONS = "activation_checkpointing"
+
+# Keys whose number or switch is one of our options, and what it must at least be.
+DIRECT = {
+    f"{ADAM}.lr": ("learning_rate", float),
+    f"{ADAM}.weight_decay": ("weight_decay", float),
+    f"{ADAM}.eps": ("adam_epsilon", float),
+    "gradient_clipping": ("max_grad_norm", float),
+    "steps_per_print": ("logging_steps", int),
+    "bf16.enabled": ("bf16", bool),
+    "bfloat16.enabled": ("bf16", bool),
+}
+
+# Keys with an option of ours, which decides where they are "auto".
+OURS = {
+    **{key: option for key, (option, _) in DIRECT.items()},
+    **dict(zip(BATCH, BATCH_OPTIONS, strict=True)),
+    "scheduler.type": "lr_scheduler_type",
+    f"{RATES}.warmup_max_lr": "learning_rate",
+    f"{RATES}.warmup_num_steps": "warmup_steps",
+    f"{ZERO}.stage": "strategy",
+    f"{ZERO}.offload_optimizer.device": "cpu_offload",
+    f"{ZERO}.offload_param.device": "cpu_offload",
+}
+
+LAYERS = "the exchange is a layer (fsdp) or a bucket of DDP's own size"
+MEMORY = "where memory lies is FSDP's own affair"
+NVME = "for NVMe only"
+ALWAYS_FP32 = "gradients are summed, reduced and kept in fp32"
+# What only moves work or memory, and why it has no effect; a section's name stands for all of its keys.
+NO_EFFECT = {
+    f"{ADAM}.torch_adam": "the fused AdamW of torch, the same arithmetic",
+    f"{ADAM}.adam_w_mode": "AdamW",
+    f"{ADAM}.bias_correction": "as in AdamW",
+    f"{ADAM}.fused": "always fused",
+    f"{ADAM}.foreach": "always fused",
+    f"{ADAM}.fp32_optimizer_states": "moments are always fp32",
+    "optimizer.legacy_fusion": "always fused",
+    f"{ZERO}.contiguous_gradients": MEMORY,
+    f"{ZERO}.reduce_scatter": "fsdp always reduces to the shards, ddp to all",
+    f"{ZERO}.reduce_bucket_size": LAYERS,
+    f"{ZERO}.allgather_bucket_size": LAYERS,
+    f"{ZERO}.allgather_partitions": LAYERS,
+    f"{ZERO}.use_multi_rank_bucket_allreduce": LAYERS,
+    f"{ZERO}.overlap_comm": "the exchange always overlaps with the backward",
+    f"{ZERO}.compute_grad_norm": "always computed",
+    f"{ZERO}.round_robin_gradients": MEMORY,
+    f"{ZERO}.parameter_alignment": MEMORY,
+    f"{ZERO}.sub_group_size": "one fused optimizer step over all shards",
+    f"{ZERO}.ignore_unused_parameters": "every parameter of the models here is used",
+    f"{ZERO}.load_from_fp32_weights": "masters are always loaded as fp32",
+    f"{ZERO}.elastic_checkpoint": "any checkpoint resumes on any number of ranks",
+    f"{ZERO}.pipeline_loading_checkpoint": "each rank reads its own slices",
+    f"{ZERO}.legacy_stage1": "there is one stage 1",
+    f"{ZERO}.zero_hpz_partition_size": "--replicas N keeps exchanges inside a host, with all that is sharded",
+    f"{ZERO}.memory_efficient_linear": MEMORY,
+    f"{ZERO}.override_module_apply": "nothing is overridden",
+    f"{ZERO}.log_trace_cache_warnings": "there is no such trace",
+    f"{ZERO}.enable_sanity_checks": "there are no such checks",
+    f"{ZERO}.save_muon_momentum_buffer_in_memory": "there is no Muon",
+    f"{ZERO}.leaf_module": "a decoder layer is one unit",
+    f"{ZERO}.cpu_offload_use_pin_memory": "always page-locked, on a GPU",
+    f"{ZERO}.mics_hierarchical_params_gather": "an all-gather among the ranks of a replica",
+    **{
+        f"{ZERO}.{prefix}{name}": why
+        for prefix in ("", "stage3_")
+        for name, why in {
+            "prefetch_bucket_size": "FSDP gathers one layer ahead",
+            "param_persistence_threshold": "FSDP shards every parameter",
+            "model_persistence_threshold": "FSDP shards every parameter",
+            "max_live_parameters": "FSDP holds a layer or two, and the root",
+            "max_reuse_distance": "--reshard_after_forward false is the choice that there is",
+            "module_granularity_threshold": "a decoder layer is one unit",
+            "use_all_reduce_for_fetch_params": LAYERS,
+            "allgather_sequential": LAYERS,
+            "gather_16bit_weights_on_model_save": "the finished model is always whole, in --save_dtype",
+            "gather_fp16_weights_on_model_save": "the finished model is always whole, in --save_dtype",
+        }.items()
+    },
+    **{
+        f"{ZERO}.{section}.{name}": why
+        for section in ("offload_optimizer", "offload_param")
+        for name, why in {
+            "pin_memory": "always page-locked, on a GPU",
+            "ratio": "all of it is offloaded, or none",
+            "nvme_path": NVME,
+            "buffer_count": NVME,
+            "buffer_size": NVME,
+            "max_in_cpu": NVME,
+            "pipeline_read": NVME,
+            "pipeline_write": NVME,
+            "pipeline": NVME,
+            "fast_init": NVME,
+            "super_offload": "one fused AdamW on the CPU",
+            "cpuadam_cores_perc": "OMP_NUM_THREADS says it",
+        }.items()
+    },
+    "fp16": "fp16 is off",
+    "amp": "off",
+    "bf16": "masters and reduction are fp32, and a gradient that is not finite changes nothing",
+    "bfloat16": "masters and reduction are fp32, and a gradient that is not finite changes nothing",
+    "torch_autocast": "--bf16 is torch.autocast",
+    "data_types": ALWAYS_FP32,
+    "communication_data_type": ALWAYS_FP32,
+    "seq_parallel_communication_data_type": ALWAYS_FP32,
+    "prescale_gradients": "the loss is divided by all targets before the backward",
+    "gradient_predivide_factor": "the loss is divided by all targets before the backward",
+    "sparse_gradients": "gradients are dense",
+    "disable_allgather": LAYERS,
+    "zero_allow_untested_optimizer": "AdamW",
+    "zero_force_ds_cpu_optimizer": "the fused AdamW of torch",
+    "managed_gradient_accumulation": "the loop counts",
+    "wall_clock_breakdown": "metrics.jsonl always has tokens_per_second, data_wait_seconds and save_seconds",
+    "memory_breakdown": "metrics.jsonl always has peak_memory_gib",
+    "dump_state": "the start block",
+    "log_level": "there is one",
+    "flops_profiler": "metrics.jsonl always has mfu",
+    "timers": "metrics.jsonl has the times",
+    "comms_logger": "it logs, and changes nothing",
+    "monitor_config": "metrics.jsonl",
+    "tensorboard": "events are in output_dir/tensorboard",
+    "wandb": "metrics.jsonl has the same numbers",
+    "comet": "metrics.jsonl has the same numbers",
+    "csv_monitor": "metrics.jsonl has the same numbers",
+    "checkpoint": "checkpoints are of this trainer",
+    "nebula": "checkpoints are of this trainer",
+    "datastates_ckpt": "--async_save",
+    "aio": NVME,
+    "pipeline": "for pipeline modules only",
+    "hybrid_engine": "for generation inside of a step only",
+    "compile": "--torch_compile",
+    "dataloader_drop_last": "an epoch has whole global batches only",
+    "vocabulary_size": "the model's",
+    "disable_python_gc": "Python's collector runs",
+    "use_data_before_expert_parallelism": "there is no expert parallelism",
+    "elasticity": "off",
+    "autotuning": "off",
+    "data_efficiency": "off",
+    "curriculum_learning": "off",
+    "progressive_layer_drop": "off",
+    "eigenvalue": "off",
+    "sparse_attention": "off",
+    "compression_training": "off",
+    "quantize_training": "off",
+    "weight_quantization": "off",
+    "tensor_parallel": "off",
+    "expert_parallel": "off",
+    "sequence_parallel_size": "off",
+    "graph_harvesting": "off",
+    f"{ACTIVATIONS}.partition_activations": "--gradient_checkpointing decides",
+    f"{ACTIVATIONS}.cpu_checkpointing": "--gradient_checkpointing and --offload_activations decide",
+    f"{ACTIVATIONS}.contiguous_memory_optimization": MEMORY,
+    f"{ACTIVATIONS}.synchronize_checkpoint_boundary": "nothing waits",
+    f"{ACTIVATIONS}.profile": "--torch_compile and checkpointing are not timed apart",
+}
+
+UNKNOWN = "not a key that is known here, and without effect"
+OTHER_BATCHES = "it changes what a step learns from; remove it"
+OTHER_MODEL = "it changes what is trained; remove it"
+# What would give other numbers, or another model, when it is on; and what to do.
+REFUSED = {
+    "amp.enabled": "apex is not here; write bf16 instead",
+    f"{ADAM}.amsgrad": "AdamW is without it; remove it",
+    f"{ADAM}.max_grad_norm": "DeepSpeed refuses it, too; write gradient_clipping",
+    "elasticity.enabled": "it would choose the batch; remove it: --global_batch_size keeps it on any number of ranks",
+    "autotuning.enabled": "it is a search, not a training; remove it",
+    "data_efficiency.enabled": OTHER_BATCHES,
+    "curriculum_learning.enabled": OTHER_BATCHES,
+    "progressive_layer_drop.enabled": OTHER_MODEL,
+    "eigenvalue.enabled": OTHER_MODEL,
+    "quantize_training.enabled": OTHER_MODEL,
+    "sparse_attention.mode": OTHER_MODEL,
+    "sequence_parallel_size": "sequences are not split over ranks here; remove it",
+    "tensor_parallel.autotp_size": "it is not followed here; remove it",
+    "expert_parallel.enabled": "it is not followed here; remove it",
+    f"{ZERO}.zero_quantized_weights": "weights travel in bf16 or fp32; remove it",
+    f"{ZERO}.zero_quantized_nontrainable_weights": "weights are kept in fp32; remove it",
+    f"{ZERO}.zero_quantized_gradients": "gradients travel in fp32; remove it",
+    f"{ZERO}.zeropp_loco_param": "gradients travel in fp32; remove it",
+    f"{ZERO}.zenflow": "updates that come late are other updates; remove it",
+    **{
+        f"{section}.{name}": "masters, gradients and moments are fp32 here; remove it"
+        for section in ("bf16", "bfloat16", "fp16")
+        for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
+    },
+    "gradient_allreduce_op": "gradients are those of the mean over all targets; remove it",
+    "fp16.enabled": 'fp16 needs loss scaling, which is not here; bf16 has the range of fp32: write "bf16": {"enabled": '
+    "true}",
+}
+
+
+@dataclass
+class File:
+    """A file's values by dotted key, what each became so far, and the options that it is read into."""
+
+    name: str
+    values: dict[str, Any]
+    options: Options
+    given: set[str]  # names of options that the user gave
+    became: dict[str, str] = dataclasses.field(default_factory=dict)
+    derived: dict[str, str] = dataclasses.field(default_factory=dict)  # the same of keys that the file has not
+
+    def says(self, key: str) -> Any:
+        """The value of a key; None where the file leaves it to our own options."""
+        value = self.values.get(key)
+        return None if value == "auto" else value
+
+    def number(self, key: str, kind: type = float, least: float = 0) -> Any:
+        """The same as a float, or as a whole number, which may stand as 2e8. Raises OptionError for anything else."""
+        value = self.says(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise self.error(key, f'give a number of at least {least}, or "auto"')
+        if kind is int and value != int(value):
+            raise self.error(key, 'give a whole number, or "auto"')
+        return kind(value)
+
+    def switch(self, key: str) -> bool | None:
+        """The same as true or false."""
+        value = self.says(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, 'give true, false or "auto"')
+        return value
+
+    def error(self, key: str, why: str) -> OptionError:
+        """What is wrong with a key, and the remedy."""
+        return OptionError(f"deepspeed {self.name}: {key} {json.dumps(self.values.get(key))}: {why}")
+
+    def want(self, key: str, option: str, value: Any) -> None:
+        """Let an option have a value, because of a key. Raises OptionError if the user gave it another one."""
+        now = getattr(self.options, option)
+        if option in self.given and now != value:
+            raise OptionError(
+                f"{option} {_shown(now)}: {key} {json.dumps(self.values.get(key))} of {self.name} means {option} "
+                f'{_shown(value)}\nleave the option out, or change the file; "auto" there lets the option decide'
+            )
+        setattr(self.options, option, value)
+        self.explain(key, f"{option} {_shown(value)}")
+
+    def explain(self, key: str, text: str) -> None:
+        """Say what a key became; further texts of one key join the first."""
+        texts = self.became if key in self.values else self.derived
+        joint = " " if text.startswith("=") else ", "
+        texts[key] = f"{texts[key]}{joint}{text}" if key in texts else text
+
+
+def read(options: Options, given: set[str], world_size: int | None) -> str:
+    """Put what the file `options.deepspeed` says into `options`, of which the user gave those `given`.
+
+    Returns the table of its keys: what each became. Without a `world_size`, for who only prepares data, the arithmetic
+    of the batch is left out. Raises OptionError for what contradicts itself or an option, and for what is not here.
+    """
+    assert options.deepspeed
+    file = File(options.deepspeed, _flatten(_load(options.deepspeed)), options, given)
+    _refuse(file)
+    _batch(file, world_size)
+    _optimizer(file)
+    _scheduler(file)
+    for key, (option, kind) in DIRECT.items():
+        value = file.switch(key) if kind is bool else file.number(key, kind)
+        if value is not None and key not in file.became:
+            file.want(key, option, value)
+    _autocast(file)
+    _zero(file, world_size)
+    _activations(file)
+    if file.switch("tensorboard.enabled"):
+        file.want("tensorboard.enabled", "report_to", "tensorboard")
+    return _table(file)
+
+
+def _load(name: str) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if repeated := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{min(repeated)} stands in it twice")
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(name).read_text(), object_pairs_hook=without_repeats)
+        if not isinstance(values, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise OptionError(f"deepspeed {name}: {cause}; give a JSON file as DeepSpeed reads it") from error
+    return values
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings, in their order."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _refuse(file: File) -> None:
+    """Raises OptionError for what would be other numbers, or another model, than we can give."""
+    for key, value in file.values.items():
+        why = REFUSED.get(key)
+        if key.startswith(("compression_training.", "weight_quantization.")) and key.endswith("enabled"):
+            why = OTHER_MODEL
+        if why is None or value in ("auto", "none", "mean"):
+            continue
+        is_size = key.endswith("_size")  # 1 is the size of nothing
+        if value > is_size if isinstance(value, int | float) else value:
+            raise file.error(key, why)
+
+
+def _batch(file: File, world_size: int | None) -> None:
+    """train_batch_size = micro-batch x accumulation x ranks: what is missing follows from the others."""
+    options = file.options
+    known = {option for option in BATCH_OPTIONS if option in file.given}
+    for key, option in zip(BATCH, BATCH_OPTIONS, strict=True):
+        if (value := file.number(key, int, least=1)) is not None:
+            file.want(key, option, value)
+            known.add(option)
+    if world_size is None:
+        return
+    rows, micro_batch, accumulation = (getattr(options, name) if name in known else None for name in BATCH_OPTIONS)
+    if rows is None:
+        micro_batch = micro_batch or options.per_device_train_batch_size
+        accumulation = accumulation or options.gradient_accumulation_steps
+        rows = micro_batch * accumulation * world_size
+    elif micro_batch is None:
+        accumulation = accumulation or 1
+        micro_batch = rows / (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = rows / (micro_batch * world_size)
+    theirs = (
+        f"train_micro_batch_size_per_gpu {micro_batch:.4g} x gradient_accumulation_steps {accumulation:.4g} x "
+        f"{world_size} ranks"
+    )
+    whole = micro_batch == int(micro_batch) and accumulation == int(accumulation)
+    if not whole or rows != micro_batch * accumulation * world_size:
+        result = f"is not {theirs} = {micro_batch * accumulation * world_size:.6g}" if whole else f"= {theirs}"
+        raise OptionError(
+            f"deepspeed {file.name}: train_batch_size {rows} {result}{'' if whole else ': not whole'}\n"
+            'change one of them or the number of ranks, or write "auto" for one that shall follow from the others'
+        )
+    options.per_device_train_batch_size, options.gradient_accumulation_steps = int(micro_batch), int(accumulation)
+    for key, option, value in zip(BATCH, BATCH_OPTIONS, (rows, micro_batch, accumulation), strict=True):
+        if key not in file.became:
+            file.explain(key, f"{option} {int(value)}")
+    file.explain(BATCH[0], f"= {micro_batch:.0f} rows x {accumulation:.0f} micro-steps x {world_size} ranks")
+
+
+def _optimizer(file: File) -> None:
+    """AdamW; and Adam, which is AdamW in DeepSpeed unless it is told otherwise."""
+    kind = file.says("optimizer.type")
+    if file.values.get(f"{ADAM}.betas") == "auto":
+        file.explain(
+            f"{ADAM}.betas", f"our own adam_beta1 {file.options.adam_beta1}, adam_beta2 {file.options.adam_beta2}"
+        )
+    if kind is None:
+        return
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise file.error("optimizer.type", "the optimizer here is AdamW; write that, or remove the section")
+    file.explain("optimizer.type", "AdamW; norms and biases never decay")
+    betas = file.says(f"{ADAM}.betas")
+    if betas is not None:
+        if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float | int) for beta in betas):
+            raise file.error(f"{ADAM}.betas", 'give two numbers, or "auto"')
+        file.want(f"{ADAM}.betas", "adam_beta1", betas[0])
+        file.want(f"{ADAM}.betas", "adam_beta2", betas[1])
+    if file.switch(f"{ADAM}.bias_correction") is False:
+        raise file.error(f"{ADAM}.bias_correction", "AdamW corrects the bias; remove it")
+    decay = file.number(f"{ADAM}.weight_decay")
+    decay = file.options.weight_decay if decay is None else decay
+    if str(kind).lower() == "adam" and file.switch(f"{ADAM}.adam_w_mode") is False and decay:
+        raise file.error(
+            f"{ADAM}.adam_w_mode",
+            f"Adam would add weight_decay {decay} to the gradient, which is not AdamW\n"
+            "write weight_decay 0, with which both are the same, or adam_w_mode true",
+        )
+
+
+def _scheduler(file: File) -> None:
+    """The warmup schedules, by DeepSpeed's own arithmetic: model/optimizer.py."""
+    kind = file.says("scheduler.type")
+    if kind is None:
+        return
+    if kind not in SCHEDULE_PARAMETERS:
+        raise file.error("scheduler.type", f"give {', '.join(SCHEDULE_PARAMETERS)}, or remove the section")
+    file.want("scheduler.type", "lr_scheduler_type", kind)
+    steps = f"{RATES}.warmup_num_steps"
+    if steps not in file.values or file.says(steps) is not None:
+        file.want(steps, "warmup_steps", file.number(steps, int, least=1) or 1000)
+    # Where the schedule has a highest rate, that wins over the optimizer's.
+    highest = f"{RATES}.warmup_max_lr"
+    if kind != "WarmupCosineLR" and (
+        file.says(highest) is not None or (kind == "WarmupDecayLR" and highest not in file.values)
+    ):
+        rate = file.number(highest)
+        file.want(highest, "learning_rate", 0.001 if rate is None else rate)
+        if f"{ADAM}.lr" in file.values:
+            file.explain(
+                f"{ADAM}.lr", f"the schedule's own highest rate wins: learning_rate {file.options.learning_rate}"
+            )
+    parameters: dict[str, Any] = {}
+    for name in SCHEDULE_PARAMETERS[kind]:
+        key = f"{RATES}.{name}"
+        value = file.says(key) if name == "warmup_type" else file.number(key)
+        if value is not None:
+            parameters[name] = value
+            file.explain(key, "in lr_scheduler_kwargs")
+        elif key in file.values:
+            file.explain(key, "the steps of this run" if name == "total_num_steps" else "DeepSpeed's default")
+    if parameters:
+        file.want("scheduler.type", "lr_scheduler_kwargs", json.dumps(parameters))
+
+
+def _autocast(file: File) -> None:
+    """torch.autocast is how bf16 is computed here in any case."""
+    if file.switch("torch_autocast.enabled"):
+        if file.says("torch_autocast.dtype") not in ("bfloat16", "bf16", "torch.bfloat16"):
+            raise file.error("torch_autocast.dtype", "only bf16 is here; write bfloat16")
+        file.want("torch_autocast.enabled", "bf16", True)
+
+
+def _zero(file: File, world_size: int | None) -> None:
+    """The stages of ZeRO, offload to the CPU, and MiCS, which is hybrid sharding."""
+    key = f"{ZERO}.stage"
+    for old, new in (
+        ("", "stage"),
+        (".cpu_offload", "offload_optimizer.device"),
+        (".cpu_offload_param", "offload_param.device"),
+    ):
+        if isinstance(value := file.values.get(f"{ZERO}{old}"), bool):  # an old form
+            file.values[f"{ZERO}.{new}"] = int(value) if new == "stage" else "cpu" if value else "none"
+            file.explain(f"{ZERO}{old}", f"as {new} {json.dumps(file.values[f'{ZERO}.{new}'])}")
+    stage = file.number(key, int)
+    if stage is not None and stage > 3:
+        raise file.error(key, "the stages are 0 to 3")
+    offloaded = _offload(file, {"ddp": 0, "fsdp": 3}[file.options.strategy] if stage is None else stage)
+    if stage == 1 and offloaded:
+        file.explain(key, "as stage 2, because FSDP is what offloads")
+        stage = 2
+    if stage is not None:
+        file.want(key, "strategy", "fsdp" if stage >= 2 else "ddp")
+    if stage in (0, 1):
+        file.want(key, "shard_optimizer", stage == 1)
+    if stage in (2, 3):
+        file.want(key, "reshard_after_forward", stage == 3)
+        if "sync_each_batch" not in file.given:  # the stage says no more than that only shards are kept
+            file.want(key, "sync_each_batch", True)
+    shards = file.number(f"{ZERO}.mics_shard_size", int, least=-1)
+    if shards is not None and shards > 0 and world_size is not None:
+        if world_size % shards:
+            raise file.error(f"{ZERO}.mics_shard_size", f"{world_size} ranks are no multiple of it; give a divisor")
+        file.want(f"{ZERO}.mics_shard_size", "replicas", world_size // shards)
+
+
+def _offload(file: File, stage: int) -> bool:
+    """Whether anything is offloaded; then it is all: parameters, gradients and moments."""
+    devices = {}
+    for section, first in (("offload_optimizer", 1), ("offload_param", 3)):
+        key = f"{ZERO}.{section}.device"
+        device = file.says(key)
+        if device == "nvme":
+            raise file.error(key, "there is no offload to disks here\nwrite cpu, or shard over more ranks")
+        if device not in (None, "none", "cpu"):
+            raise file.error(key, "give cpu or none")
+        if device == "cpu" and stage < first:
+            file.explain(key, f"no effect: it begins with stage {first}")
+        elif device is not None:
+            devices[key] = device == "cpu"
+    for key in devices:
+        file.want(key, "cpu_offload", any(devices.values()))
+    return any(devices.values())
+
+
+def _activations(file: File) -> None:
+    """Checkpointing of each layer, if a key asks for any of it."""
+    for name, more in (("cpu_checkpointing", True), ("partition_activations", False), ("number_checkpoints", False)):
+        key = f"{ACTIVATIONS}.{name}"
+        if file.number(key, int) if name == "number_checkpoints" else file.switch(key):
+            file.want(key, "gradient_checkpointing", True)
+            if more:
+                file.want(key, "offload_activations", True)
+            else:
+                file.explain(key, "of every layer, by the rank that computes it")
+
+
+def _table(file: File) -> str:
+    """A line for each key: its value, and what it became. Ends with what is not known."""
+    lines = [(key, json.dumps(value), _meaning(file, key, value)) for key, value in file.values.items()]
+    lines += [(key, "-", text) for key, text in file.derived.items()]
+    widths = [max([len(line[column]) for line in lines] + [1]) for column in (0, 1)]
+    text = [f"deepspeed {file.name}, key by key:"]
+    text += [f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {meaning}" for key, value, meaning in lines]
+    text += [f"unknown key {key}: {meaning}" for key, _, meaning in lines if meaning.startswith(UNKNOWN)]
+    return "\n".join(text)
+
+
+def _meaning(file: File, key: str, value: Any) -> str:
+    if key in file.became:
+        return file.became[key]
+    if value in ("auto", None) and key in OURS:
+        return f"our own {OURS[key]} {_shown(getattr(file.options, OURS[key]))}"
+    parents = [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]
+    for name in [key, *parents]:
+        if name in NO_EFFECT:
+            return f"no effect: {NO_EFFECT[name]}"
+    if key in REFUSED:
+        return "no effect: off"
+    close = difflib.get_close_matches(key, {*BATCH, *OURS, *NO_EFFECT, *REFUSED}, n=1, cutoff=0.8)
+    return UNKNOWN + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def main(argv: list[str]) -> None:
+    """Print the table of a file."""
+    parser = argparse.ArgumentParser(prog="python -m compare.deepspeed", description="What a DeepSpeed file becomes.")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it will run on")
+    arguments, options_of_train = parser.parse_known_args(argv)
+    options = config.parse(["--deepspeed", arguments.file, *options_of_train], arguments.ranks)  # which prints it
+    config.check(options, arguments.ranks)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except OptionError as error:
+        print(f"compare.deepspeed: error: {error}", file=sys.stderr)
+        sys.exit(2)

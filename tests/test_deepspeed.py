@@ -1,0 +1,448 @@
+"""DeepSpeed files, read natively: what keys become, what is refused, and the curve that DeepSpeed itself gives."""
+
+import importlib
+import json
+import os
+import re
+import runpy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import config
+import data.ledger
+import metrics
+from compare.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED
+from config import OptionError, Options
+from data.prepare import prepare
+from model.build import load_config_and_tokenizer
+from model.optimizer import learning_rate
+from tests.launch import train, train_ok
+from tests.proof import GATES, relative_l2
+
+# The shapes that public files have.
+STAGE_2_OFFLOADED = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-3, "warmup_num_steps": 5},
+    },
+    "gradient_clipping": 0.4,
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "allgather_partitions": True,
+        "allgather_bucket_size": 2e8,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 2e8,
+        "contiguous_gradients": True,
+    },
+    "steps_per_print": 1,
+    "wall_clock_breakdown": False,
+}
+STAGE_3_OFFLOADED = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 8,
+    "bf16": {"enabled": True},
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "weight_decay": 0.01, "adam_w_mode": True}},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "sub_group_size": 1e9,
+        "stage3_prefetch_bucket_size": 5e7,
+        "stage3_param_persistence_threshold": 1e5,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True},
+}
+ALL_AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "total_num_steps": "auto",
+        },
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+}
+
+
+def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) -> Options:
+    """The options that a file of this content makes of `argv`, checked."""
+    (directory / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    words = ["--deepspeed", str(directory / "ds.json"), "--model_name_or_path", "x", *map(str, argv)]
+    options = config.parse(words, ranks)
+    config.check(options, ranks or 1)
+    return options
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "expected"),
+    [
+        (
+            STAGE_2_OFFLOADED,
+            ["--per_device_train_batch_size", 4, "--learning_rate", "0.003"],
+            {
+                "strategy": "fsdp",
+                "reshard_after_forward": False,
+                "cpu_offload": True,
+                "sync_each_batch": True,
+                "global_batch_size": 16,
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 3e-3,
+                "adam_beta2": 0.95,
+                "weight_decay": 0.1,
+                "lr_scheduler_type": "WarmupLR",
+                "warmup_steps": 5,
+                "max_grad_norm": 0.4,
+                "logging_steps": 1,
+                "bf16": False,
+            },
+        ),
+        (
+            STAGE_3_OFFLOADED,
+            ["--sync_each_batch", "false"],
+            {
+                "strategy": "fsdp",
+                "reshard_after_forward": True,
+                "cpu_offload": True,
+                "sync_each_batch": False,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 8,
+                "global_batch_size": None,
+                "learning_rate": 1e-5,
+                "lr_scheduler_type": "linear",
+                "gradient_checkpointing": True,
+                "offload_activations": True,
+                "bf16": True,
+            },
+        ),
+        (
+            ALL_AUTO,
+            ["--learning_rate", 7e-4, "--gradient_accumulation_steps", 2, "--warmup_steps", 3, "--max_grad_norm", 0.5],
+            {
+                "strategy": "fsdp",
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 7e-4,
+                "warmup_steps": 3,
+                "lr_scheduler_type": "WarmupDecayLR",
+                "lr_scheduler_kwargs": None,
+                "max_grad_norm": 0.5,
+                "cpu_offload": False,
+            },
+        ),
+        ({"zero_optimization": {"stage": 1}}, [], {"strategy": "ddp", "shard_optimizer": True}),
+        ({"zero_optimization": {"stage": 0}}, [], {"strategy": "ddp", "shard_optimizer": False}),
+        ({"zero_optimization": True}, [], {"strategy": "ddp", "shard_optimizer": True}),
+        ({}, ["--strategy", "fsdp"], {"strategy": "fsdp", "cpu_offload": False}),
+        (
+            {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+            [],
+            {"strategy": "fsdp", "reshard_after_forward": False, "cpu_offload": True},
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, [], {"cpu_offload": False}),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, [], {"replicas": 2}),
+        ({"train_batch_size": 32}, [], {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}),
+        (
+            {"train_batch_size": 32, "gradient_accumulation_steps": "auto"},
+            ["--per_device_train_batch_size", 2],
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        ),
+        (
+            {"train_batch_size": 6.4e1, "gradient_accumulation_steps": 2},
+            [],
+            {"per_device_train_batch_size": 8, "global_batch_size": 64},
+        ),
+        ({"scheduler": {"type": "WarmupDecayLR"}}, [], {"learning_rate": 0.001, "warmup_steps": 1000}),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.1, "warmup_num_steps": 9}}},
+            ["--learning_rate", 1],
+            {"learning_rate": 1.0, "warmup_steps": 9, "lr_scheduler_kwargs": '{"cos_min_ratio": 0.1}'},
+        ),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, [], {"bf16": True}),
+        ({"tensorboard": {"enabled": True, "output_path": "logs"}}, [], {"report_to": "tensorboard"}),
+    ],
+)
+def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp_path: Path) -> None:
+    options = read(tmp_path, content, *argv)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "expected"),
+    [
+        (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "16 is not train_micro_batch_size_per_gpu 4 x "),
+        (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "gradient_accumulation_steps 2 x 4 ranks = 32"),
+        ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "30 = train_micro_batch_size_per_gpu 4 x "),
+        ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "steps 1.875 x 4 ranks: not whole"),
+        ({"train_batch_size": 16}, ["--global_batch_size", 32], "global_batch_size 32: train_batch_size 16 of "),
+        (ALL_AUTO, ["--strategy", "ddp"], "strategy ddp: zero_optimization.stage 3 of "),
+        (STAGE_2_OFFLOADED, ["--learning_rate", 1], "learning_rate 1.0: scheduler.params.warmup_max_lr 0.003 of "),
+        (STAGE_2_OFFLOADED, ["--reshard_after_forward"], "stage 2 of "),
+        (STAGE_2_OFFLOADED, ["--cpu_offload", "false"], 'offload_optimizer.device "cpu" of '),
+        ({"bf16": {"enabled": False}}, ["--bf16"], "bf16 true: bf16.enabled false of "),
+        ({"fp16": {"enabled": True}}, [], "fp16.enabled true: fp16 needs loss scaling"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}},
+            [],
+            'offload_param.device "nvme": there is no offload to disks here\nwrite cpu, or shard over more ranks',
+        ),
+        ({"zero_optimization": {"stage": 4}}, [], "the stages are 0 to 3"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "weights travel in bf16 or fp32"),
+        ({"optimizer": {"type": "Lamb"}}, [], 'optimizer.type "Lamb": the optimizer here is AdamW'),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0.1}}},
+            [],
+            "Adam would add weight_decay 0.1 to the gradient, which is not AdamW",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["--weight_decay", 1], "not AdamW"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, [], "betas 0.9: give two numbers"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": give a number of at least 0'),
+        ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": give WarmupLR, WarmupDecayLR'),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
+        ({"compression_training": {"weight_quantization": {"enabled": True}}}, [], "it changes what is trained"),
+        ({"elasticity": {"enabled": True}}, [], "it would choose the batch"),
+        ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: give a whole number"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are no multiple of it"),
+        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "train_batch_size stands in it twice"),
+        ("{", [], "give a JSON file as DeepSpeed reads it"),
+        ("[]", [], "it is no mapping"),
+    ],
+)
+def test_refused(content: Any, argv: list[object], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as error:
+        read(tmp_path, content, *argv)
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
+    read(tmp_path, {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0}}})
+
+
+def test_who_prepares_data_needs_no_ranks(tmp_path: Path) -> None:
+    """`python -m data.prepare` takes the options of the run, on a host without its ranks."""
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 1000, "train_micro_batch_size_per_gpu": 3}')
+    assert config.parse(["--deepspeed", str(tmp_path / "ds.json")]).per_device_train_batch_size == 3
+
+
+@pytest.mark.filterwarnings("ignore:'compare.deepspeed' found in sys.modules:RuntimeWarning")
+def test_every_key_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command that trains nothing: a line for each key, in the order of the file; unknown ones once more."""
+    content = STAGE_2_OFFLOADED | {"gradient_cliping": 1.0, "wall_clock_breakdown": True, "frobnicate": {"x": 1}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "4"])
+    runpy.run_module("compare.deepspeed", run_name="__main__")
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == f"deepspeed {file}, key by key:"
+    told = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert list(dict.fromkeys(key.split(".")[0] for key in told)) == list(content)
+    assert len(told) == len(re.findall(r'": (?!\{)', json.dumps(content)))
+    assert told["train_batch_size"].endswith("global_batch_size 16 = 4 rows x 1 micro-steps x 4 ranks")
+    assert told["zero_optimization.overlap_comm"].startswith("true         no effect: the exchange always overlaps")
+    assert told["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl always has tokens_per_second")
+    assert lines[-2:] == [
+        "unknown key gradient_cliping: not a key that is known here, and without effect; did you mean "
+        "gradient_clipping?",
+        "unknown key frobnicate.x: not a key that is known here, and without effect",
+    ]
+
+    monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("compare.deepspeed", run_name="__main__")
+    wrong = capsys.readouterr()
+    assert wrong.err.startswith(f"compare.deepspeed: error: deepspeed {file}: train_batch_size 16 is not ")
+    assert not wrong.out
+
+
+def test_options_of_ours_exist() -> None:
+    assert {option for option, _ in DIRECT.values()} | set(OURS.values()) <= Options.__dataclass_fields__.keys()
+    assert not (DIRECT.keys() | OURS.keys()) & NO_EFFECT.keys()
+    assert not DIRECT.keys() & REFUSED.keys()
+
+
+# Kind, steps of warmup, parameters, and the rates of the first 12 steps that DeepSpeed 0.19.8 gave for 0.5.
+SCHEDULES: list[tuple[Any, int, dict[str, Any], list[float]]] = [
+    (
+        "WarmupLR",
+        4,
+        {"warmup_min_lr": 0.1},
+        [0.1, 0.1, 0.3, 0.416993, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
+    ),
+    (
+        "WarmupDecayLR",
+        4,
+        {"warmup_min_lr": 0.1, "warmup_type": "linear", "total_num_steps": 10},
+        [0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.433333, 0.366667, 0.3, 0.233333, 0.166667, 0.1],
+    ),
+    (
+        "WarmupCosineLR",
+        4,
+        {"warmup_min_ratio": 0.2, "cos_min_ratio": 0.1, "total_num_steps": 10},
+        [0.0, 0.1, 0.3, 0.416993, 0.5, 0.469856, 0.3875, 0.275, 0.1625, 0.080144, 0.05, 0.05],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "warmup", "parameters", "rates"), SCHEDULES, ids=[kind for kind, *_ in SCHEDULES])
+def test_schedules(kind: Any, warmup: int, parameters: dict[str, Any], rates: list[float]) -> None:
+    options = Options(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=0.5)
+    options.lr_scheduler_kwargs = json.dumps(parameters)
+    assert [learning_rate(step, 12, options) for step in range(1, 13)] == pytest.approx(rates, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", config.SCHEDULE_PARAMETERS)
+@pytest.mark.parametrize("warmup_type", ["log", "linear"])
+@pytest.mark.parametrize("total", [3, 9, 20])
+def test_schedules_are_those_of_deepspeed(kind: Any, warmup_type: str, total: int) -> None:
+    """Its own classes, where it is installed."""
+    schedules = pytest.importorskip("deepspeed.runtime.lr_schedules")
+    parameters: dict[str, Any] = {"warmup_type": warmup_type, "total_num_steps": total}
+    parameters |= {"warmup_min_ratio": 0.1} if kind == "WarmupCosineLR" else {"warmup_min_lr": 0.1}
+    if kind == "WarmupLR":
+        del parameters["total_num_steps"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    highest = {} if kind == "WarmupCosineLR" else {"warmup_max_lr": 0.5}
+    schedule = getattr(schedules, kind)(optimizer, warmup_num_steps=5, **parameters, **highest)
+    options = Options(lr_scheduler_type=kind, warmup_steps=5, learning_rate=0.5)
+    options.lr_scheduler_kwargs = json.dumps(parameters)
+    for step in range(1, 20):
+        assert learning_rate(step, 30, options) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+STEPS, RANKS, BLOCK = 20, 2, 32
+
+
+def options_beside(tiny: list[object], *names: str) -> list[object]:
+    """Those of tests/world.py without what a file says."""
+    pairs = list(zip(tiny[::2], tiny[1::2], strict=True))
+    return [word for name, value in pairs if str(name)[2:] not in names for word in (name, value)]
+
+
+BY_FILE = ("global_batch_size", "per_device_train_batch_size", "learning_rate", "weight_decay", "warmup_steps")
+
+
+def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
+    """16 = 4 x 1 x 4 ranks, from the file alone: the curve of one process with the options that its table names."""
+    (tmp_path / "ds.json").write_text(json.dumps(STAGE_2_OFFLOADED))
+    options = [*options_beside(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
+    printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", tmp_path / "file")
+    assert printed.count("key by key") == printed.count("strategy fsdp, reshard_after_forward false") == 1
+    assert "strategy      FSDP, parameters kept after forward (ZeRO-2)" in printed
+    same = ["--lr_scheduler_type", "WarmupLR", "--warmup_steps", "5", "--adam_beta2", "0.95", "--max_steps", "8"]
+    train_ok(1, *tiny, *same, "--per_device_train_batch_size", 16, "--output_dir", tmp_path / "options")
+    ours, theirs = (
+        [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("file", "options")
+    )
+    assert ours == pytest.approx(theirs, abs=GATES.loss)
+    assert ours[-1] < ours[0]
+
+
+def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int]]], output_dir: Path) -> None:
+    """In the place of train.py, on each of its ranks: the same file, blocks and initial weights under DeepSpeed itself.
+
+    Writes the loss of each step, a mean over all ranks and micro-steps, and the parameters after the last.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = importlib.import_module("deepspeed")  # optional
+    deepspeed.init_distributed("gloo")
+    rank = dist.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2]},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=str(file))
+    micro_batch, losses = engine.train_micro_batch_size_per_gpu(), []
+    for step in blocks:
+        mine = torch.tensor(step[rank :: dist.get_world_size()])
+        total = torch.zeros(())
+        for tokens_BT in torch.split(mine, micro_batch):
+            loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() * micro_batch / mine.shape[0]
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        if rank == 0:
+            (output_dir / "losses.json").write_text(json.dumps(losses))
+            named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            save_file(named, output_dir / "model.safetensors")
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_same_curve_as_deepspeed(tiny: list[object], model_dir: Path, tmp_path: Path, stage: int) -> None:
+    """One file, both trainers, the same blocks and weights: 20 losses within 1e-4; where DeepSpeed is installed."""
+    pytest.importorskip("deepspeed")
+    content = STAGE_2_OFFLOADED | {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
+    content["optimizer"] = json.loads(json.dumps(STAGE_2_OFFLOADED["optimizer"]))
+    content["optimizer"]["params"]["torch_adam"] = True  # type: ignore[index]  # its own one would be compiled first
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    options = [*options_beside(tiny, *BY_FILE, "max_grad_norm", "logging_steps", "packing", "block_size")]
+    options += ["--packing", "concat", "--block_size", BLOCK, "--max_steps", STEPS]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    train_ok(RANKS, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", ours, "--ledger")
+    parsed = config.parse(list(map(str, options)))
+    rows = prepare(parsed, load_config_and_tokenizer(parsed)[1]).train
+    blocks = [[rows[number].tokens.tolist() for number, *_ in step] for step in data.ledger.read(ours).values()]
+    theirs.mkdir()
+    outcome = train(RANKS, [], before=partial(train_with_deepspeed, tmp_path / "ds.json", model_dir, blocks, theirs))
+    assert outcome.exit_codes == [0] * RANKS, outcome.output
+    expected = json.loads((theirs / "losses.json").read_text())
+    losses = [row["loss"] for row in metrics.read_rows(ours / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == len(expected) == STEPS
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.3
+    trained, reference = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert relative_l2(trained, {name: reference[name] for name in trained}) < 1e-4
+    deviation = max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True))
+    print(f"stage {stage}: losses within {deviation:.1e}")
