@@ -93,6 +93,7 @@ def test_memory_budget(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
         torch.compiler.reset()
         model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+        objective = NextToken(model)
         compile_layers(model, budget)
         saved: dict[int, int] = {}
 
@@ -101,7 +102,7 @@ def test_memory_budget(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = NextToken(model)(tokens_BT, tokens_BT)
+            loss = objective(tokens_BT, tokens_BT)
         loss.backward()
         kept[budget] = sum(saved.values())
         gradients[budget] = {name: parameter.grad for name, parameter in model.named_parameters()}

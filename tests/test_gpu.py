@@ -3,19 +3,22 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import metrics
+import model.objective
 from compare.memory import CASES, GIB, foresee, measuring
 from model.attention import NAME, attend_within_documents
 from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
 from model.objective import fastest_softmax
-from tests.launch import train_ok
+from tests import world
+from tests.launch import train, train_ok
 from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
 from tests.test_resume import equal_to_the_bit
@@ -41,6 +44,11 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         (2, ["--ddp_backend", "gloo", "--shard_optimizer"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--sync_each_batch"]),
+        (1, ["--strategy", "fsdp", "--cpu_offload"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--cpu_offload"]),
+        (1, ["--gradient_checkpointing", "--offload_activations"]),
+        (1, ["--activation_memory_budget", "0.3"]),
     ],
     ids=str,
 )
@@ -93,15 +101,73 @@ def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: l
     assert last < first / 2
 
 
-def test_checkpointing_repeats_the_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
-    """In compiled layers too: the second forward drops the same places."""
+@pytest.mark.parametrize("more", [[], ["--offload_activations"]], ids=str)
+def test_checkpointing_repeats_the_dropout(
+    tiny: list[object], model_with_dropout: Path, tmp_path: Path, more: list[str]
+) -> None:
+    """In compiled layers too: the second forward drops the same places; also if its inputs were in host memory."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--bf16", "false", "--max_steps", 4]
     train_ok(1, *options, "--output_dir", tmp_path / "off")
-    train_ok(1, *options, "--output_dir", tmp_path / "on", "--gradient_checkpointing")
+    train_ok(1, *options, "--output_dir", tmp_path / "on", "--gradient_checkpointing", *more)
     ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("on", "off"))
     for row, expected in zip(ours, theirs, strict=True):
         for key in {"loss", "grad_norm"} & expected.keys():
             assert row[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+def test_memory_that_offload_saves(tmp_path: Path) -> None:
+    """12 layers of 8 million parameters: their weights, gradients and moments leave the GPU, then their inputs, too."""
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+    config.save_pretrained(tmp_path / "shape")
+    options: list[object] = ["--config_name", tmp_path / "shape", "--block_size", 2048, "--max_steps", 2]
+    options += ["--validation_split_percentage", 0, "--per_device_train_batch_size", 8, "--dataloader_num_workers", 0]
+    options += ["--data_cache_dir", tmp_path / "cache", "--strategy", "fsdp", "--gradient_checkpointing"]
+    options += ["--save_steps", 0, "--logging_steps", 1, "--tokenizer_name", tmp_path / "tokens"]
+    world.make_model(tmp_path / "tokens")
+    options += ["--train_file", world.make_train_file(tmp_path / "text.jsonl")]
+    peaks = []
+    for name, more in {
+        "kept": [],
+        "offloaded": ["--cpu_offload"],
+        "inputs": ["--cpu_offload", "--offload_activations"],
+    }.items():
+        train_ok(1, *options, *more, "--output_dir", tmp_path / name)
+        peaks.append(metrics.read_rows(tmp_path / name / "metrics.jsonl")[-1]["peak_memory_gib"])
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "kept" / "model.safetensors").values())
+    layer_input = 8 * 2048 * 1024 * 2
+    assert peaks[0] - peaks[1] > 11 * parameters / 2**30  # masters and moments are 12 bytes a parameter
+    assert peaks[1] - peaks[2] > 0.6 * 12 * layer_input / 2**30
+
+
+def nan_in_step_2() -> None:
+    """Patch a rank: the first micro-batch of its second step has no number for a loss."""
+    original, calls = model.objective.NextToken.forward, iter(range(10_000))
+
+    def forward(self: model.objective.NextToken, *inputs: Any, **named: Any) -> Tensor:
+        loss = original(self, *inputs, **named)
+        return loss * float("nan") if self.training and next(calls) == 4 else loss
+
+    model.objective.NextToken.forward = forward  # type: ignore[method-assign]
+
+
+def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
+    """The flag reaches AdamW on the CPU: a step without a usable gradient changes nothing."""
+    options = [*tiny, "--output_dir", tmp_path, "--max_steps", 3, "--save_steps", 1, "--strategy", "fsdp"]
+    outcome = train(1, [*options, "--cpu_offload", "--validation_split_percentage", 0], before=nan_in_step_2)
+    assert outcome.exit_codes == [0], outcome.output
+    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1]
+    first, second, third = (read_tensors(tmp_path / f"checkpoint-{step}" / "model") for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in second)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
