@@ -29,6 +29,7 @@ def place(model_dir: Path, train_file: Path, tmp_path: Path) -> Path:
     """A directory that holds what the commands name."""
     shutil.copytree(model_dir, tmp_path / "DIR")
     shutil.copy(train_file, tmp_path / "text.jsonl")
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
     (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
     return tmp_path
 
@@ -144,6 +145,13 @@ def test_prepare(place: Path) -> None:
     prepared = list((place / "cache").glob("rows-*/about.json"))
     subprocess.run(words_of("python train.py --model_name_or_path DIR", place), cwd=place, check=True)
     assert list((place / "cache").glob("rows-*/about.json")) == prepared
+
+
+def test_table_of_a_deepspeed_file(place: Path) -> None:
+    (command,) = (command for command in COMMANDS if "compare.deepspeed" in command)
+    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True)
+    assert "global_batch_size 8 = 2 rows x 1 micro-steps x 4 ranks" in run.stdout
 
 
 def test_ledger(place: Path) -> None:
