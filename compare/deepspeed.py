@@ -138,7 +138,7 @@ NO_EFFECT = {
     "zero_allow_untested_optimizer": "AdamW",
     "zero_force_ds_cpu_optimizer": "the fused AdamW of torch",
     "managed_gradient_accumulation": "the loop counts",
-    "wall_clock_breakdown": "metrics.jsonl always has tokens_per_second, data_wait_seconds and save_seconds",
+    "wall_clock_breakdown": "metrics.jsonl has the times of a step, and --trace_steps N what happens within it",
     "memory_breakdown": "metrics.jsonl always has peak_memory_gib",
     "dump_state": "the start block",
     "log_level": "there is one",

@@ -35,6 +35,16 @@ MODELS = {**SHAPES, "8B": QWEN3_8B, "32B": QWEN3_32B}
 FSDP: dict[str, Any] = {"strategy": "fsdp"}
 CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
 
+# Options that a case is called by.
+NAMED = (
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "sync_each_batch",
+    "cpu_offload",
+    "offload_activations",
+    "activation_memory_budget",
+)
+
 
 class Case(NamedTuple):
     """A model, the number of ranks, rows of a micro-batch, and other options."""
@@ -50,9 +60,7 @@ class Case(NamedTuple):
         return Options(per_device_train_batch_size=self.rows, **{**defaults, **self.others})
 
     def __str__(self) -> str:
-        others: list[str] = [
-            name for name in ("gradient_checkpointing", "gradient_accumulation_steps") if name in self.others
-        ]
+        others: list[str] = [name for name in NAMED if name in self.others]
         others += [] if self.options.torch_compile else ["not compiled"]
         return ", ".join([stage_name(self.options), *others]).replace("_", " ")
 
@@ -77,6 +85,10 @@ CASES = [
     Case("8B", 64, 2, {**CHECKPOINTED, "replicas": 8}),
     Case("32B", 64, 1, CHECKPOINTED),
     Case("32B", 64, 1, {**CHECKPOINTED, "replicas": 8}),
+    Case("8B", 64, 1, {**CHECKPOINTED, "gradient_accumulation_steps": 2, "sync_each_batch": True}),
+    Case("8B", 64, 4, {**CHECKPOINTED, "cpu_offload": True}),
+    Case("8B", 64, 4, {**CHECKPOINTED, "cpu_offload": True, "offload_activations": True}),
+    Case("0.6B", 1, 4, {"activation_memory_budget": 0.5}),
 ]
 
 

@@ -280,7 +280,7 @@ def test_every_key_is_named(
     assert len(told) == len(re.findall(r'": (?!\{)', json.dumps(content)))
     assert told["train_batch_size"].endswith("global_batch_size 16 = 4 rows x 1 micro-steps x 4 ranks")
     assert told["zero_optimization.overlap_comm"].startswith("true         no effect: the exchange always overlaps")
-    assert told["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl always has tokens_per_second")
+    assert told["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl has the times of a step")
     assert lines[-2:] == [
         "unknown key gradient_cliping: not a key that is known here, and without effect; did you mean "
         "gradient_clipping?",
