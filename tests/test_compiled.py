@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
@@ -62,7 +63,7 @@ def many_small_buckets() -> None:
 
     def wrap_with_small_buckets(*args: Any) -> Any:
         wrapped: Any = wrap(*args)
-        wrapped.bucket_bytes_cap = 1
+        wrapped.bucket_bytes_cap = dist._DEFAULT_FIRST_BUCKET_BYTES = 1
         return wrapped
 
     def say_and_leave(exit_code: int) -> None:
