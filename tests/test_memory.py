@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -19,14 +21,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import config
 import ddp
 import fsdp
+from compare import scaling
 from config import Options
 from model import memory
 from model.build import build_model
 from model.compiled import compile_layers
-from model.exchange import exchanged
+from model.exchange import Collectives, exchanged
 from model.memory import advice, count, moments, outlook, predict, stage_name, stages
 from model.objective import passing_through
-from tests.launch import Ranks, train
+from tests.launch import ROOT, Ranks, train
 
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "DDP": (2, {}),
@@ -219,3 +222,34 @@ def test_a_model_that_does_not_run_without_values(meta_model: PreTrainedModel, m
     monkeypatch.setattr(type(meta_model), "forward", lambda *args, **kwargs: 1 / 0)
     text = outlook(meta_model, Options(block_size=8, torch_compile=False), 1, None)
     assert "its memory cannot be told" in text
+
+
+def test_scaling(meta_model: PreTrainedModel) -> None:
+    """By hand: a ring within a host, through two hosts, and one of eight that each have an eighth of a host's link."""
+    machine = scaling.Machine(flops=1e12, within_host=300.0, between_hosts=160.0, latency=0.0, overlap=0.5)
+    options = Options(block_size=64, strategy="fsdp", torch_compile=False)
+    hybrid = Options(block_size=64, strategy="fsdp", replicas=8, torch_compile=False)
+    gathered = Collectives(calls=3, size=800)
+    assert scaling.traffic("all_gather", gathered, options, 8) == 700
+    assert scaling.traffic("all_reduce", gathered, options, 8) == 1400
+    assert scaling.traffic("broadcast", gathered, options, 8) == 800
+    assert scaling.traffic("all_gather", gathered, hybrid, 64) == 700
+    places = (("all_gather", options, 8), ("all_gather", options, 16), ("all_gather", hybrid, 64))
+    assert [scaling.link(*place, machine) for place in places] == [300, 160, 300]
+    assert scaling.link("all_reduce", hybrid, 64, machine) == 20
+    *_, matrix, exchange, step, speed = scaling.row(meta_model, options, 8, 1e12, machine).strip("| ").split(" | ")
+    collectives = exchanged(meta_model, options, 8)
+    sent = 7 / 8 * sum(one.size * (1 + (kind == "all_reduce")) for kind, one in collectives.items())
+    assert float(matrix) == 1
+    assert float(exchange) == pytest.approx(sent / 300, rel=1e-5)
+    assert float(step) == pytest.approx(float(exchange))  # half of it might overlap, but a second is all there is
+    assert float(speed.replace(",", "")) == pytest.approx(8 * 8 * 64 / float(step), abs=0.5)
+
+
+@pytest.mark.slow
+def test_the_commands_run() -> None:
+    """Those of docs/scaling.md that need neither a model nor a GPU."""
+    for line in re.findall(r"^(python -m compare.*)$", (ROOT / "docs" / "scaling.md").read_text(), re.MULTILINE):
+        run = subprocess.run([sys.executable, *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "| FSDP (ZeRO-3)" in run.stdout

@@ -1,0 +1,145 @@
+"""What a step costs on 1 to 1,024 ranks: memory, bytes and predicted seconds, for Qwen3 shapes. Needs no GPU.
+
+    python -m compare.scaling [--models 0.6B,8B,32B] [--ranks 1,8,64,256,1024] [--flops 5.5e14]
+                              [--within_host 3e11] [--between_hosts 2e11] [--latency 5e-6] [--overlap 0.9]
+
+Memory is that of model/memory.py, which compare/memory.py measures; bytes are those of model/exchange.py, which a test
+counts. Seconds are a model, and not measured:
+
+    matrix      FLOPs of a rank's tokens (model/loss.py; one more forward with gradient checkpointing) / `flops`, which
+                is what a GPU reaches in a whole step and not its peak; the default is what Qwen3-8B reached on one H200
+    exchange    bytes on a rank's link / its bytes per second. Of a tensor of S bytes in a group of g ranks, each sends
+                S (g - 1) / g to gather or reduce-scatter it, twice that to all-reduce it, and S to broadcast it (ring
+                algorithms: Patarasuk and Yuan 2009). A group inside a host of 8 has `within_host` for each rank. A
+                ring through several hosts has the slower of that and `between_hosts`, for a whole host; groups of
+                one rank per host, which average the shards of replicas, have an eighth of it each. To this comes
+                `latency` for each hop of each collective: g - 1 of a ring, and along a tree, as an all-reduce and a
+                broadcast may be sent, 2 log2 g and log2 g (Thakur et al. 2005)
+    step        matrix + exchange - what overlaps: `overlap` of the exchange, and no more than the matrix time
+
+Other times are not in it: kernels that are no matrix product beyond what `flops` has of them, hosts that wait for the
+slowest, and evaluations and checkpoints.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel, Qwen3Config
+
+from compare.memory import LENGTH, MODELS
+from config import Options
+from model.build import build_model
+from model.exchange import Collectives, exchanged
+from model.loss import flops_per_token
+from model.memory import GIB, predict, stage_name
+
+HOST = 8  # ranks
+ROWS = {"0.6B": 8, "1.7B": 4, "8B": 2, "32B": 1}  # of a micro-batch
+CHECKPOINTED = ("8B", "32B")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """FLOP/s of a GPU, bytes per second of a rank's link within a host and of a host's to others, seconds of a hop."""
+
+    flops: float
+    within_host: float
+    between_hosts: float
+    latency: float
+    overlap: float  # the share of the exchange that computing can hide
+
+
+def main() -> None:
+    """Print a table for each model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", default="0.6B,8B,32B")
+    parser.add_argument("--ranks", default="1,8,64,256,1024")
+    rates = {"flops": 5.5e14, "within_host": 3e11, "between_hosts": 2e11, "latency": 5e-6, "overlap": 0.9}
+    for name, default in rates.items():
+        parser.add_argument(f"--{name}", type=float, default=default)
+    arguments = vars(parser.parse_args())
+    machine = Machine(**{name: arguments[name] for name in rates})
+    print(", ".join(f"{name} {arguments[name]:g}" for name in rates) + f"; rows of {LENGTH} tokens, bf16, compiled")
+    for name in arguments["models"].split(","):
+        checkpointing = name in CHECKPOINTED
+        options = Options(
+            per_device_train_batch_size=ROWS[name],
+            block_size=LENGTH,
+            bf16=True,
+            torch_compile=True,
+            gradient_checkpointing=checkpointing,
+        )
+        model = build_model(options, Qwen3Config(**MODELS[name]))
+        flops = (flops_per_token(model, LENGTH) or 0.0) * ROWS[name] * LENGTH * (4 / 3 if checkpointing else 1)
+        print(f"\n{name}, micro-batch {ROWS[name]}{', gradient checkpointing' if checkpointing else ''}\n")
+        print("| | ranks | GiB a rank | GB exchanged | on a rank's link | matrix s | exchange s | step s | tokens/s |")
+        print("|---" * 9 + "|")
+        for ranks in map(int, arguments["ranks"].split(",")):
+            for stage in compared(options, ranks):
+                print(row(model, stage, ranks, flops, machine))
+
+
+def compared(options: Options, ranks: int) -> Iterator[Options]:
+    """DDP, FSDP over all ranks, and FSDP within each host."""
+    yield dataclasses.replace(options, strategy="ddp")
+    yield dataclasses.replace(options, strategy="fsdp")
+    if ranks > HOST and ranks % HOST == 0:
+        yield dataclasses.replace(options, strategy="fsdp", replicas=ranks // HOST)
+
+
+def row(model: PreTrainedModel, options: Options, ranks: int, flops: float, machine: Machine) -> str:
+    """A line of the table; tokens per second are those of all ranks."""
+    collectives = exchanged(model, options, ranks)
+    sent = {kind: traffic(kind, one, options, ranks) for kind, one in collectives.items()}
+    matrix = flops / machine.flops
+    exchange = sum(size / link(kind, options, ranks, machine) for kind, size in sent.items())
+    exchange += sum(one.calls * hops(kind, options, ranks) for kind, one in collectives.items()) * machine.latency
+    step = matrix + exchange - min(machine.overlap * exchange, matrix)
+    tokens = options.per_device_train_batch_size * (options.block_size or 0) * ranks
+    cells = [
+        stage_name(options),
+        f"{ranks:,}",
+        f"{predict(model, options, ranks).total / GIB:.1f}",
+        f"{sum(one.size for one in collectives.values()) / 1e9:.2f}",
+        f"{sum(sent.values()) / 1e9:.2f}",
+        f"{matrix:.3f}",
+        f"{exchange:.3f}",
+        f"{step:.3f}",
+        f"{tokens / step:,.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def group_size(kind: str, options: Options, ranks: int) -> int:
+    """Ranks that take part in such a collective, by far the most bytes of which are parameters or gradients."""
+    if options.strategy == "ddp" or options.replicas == 1:
+        return ranks
+    return options.replicas if kind == "all_reduce" else ranks // options.replicas
+
+
+def traffic(kind: str, collectives: Collectives, options: Options, ranks: int) -> float:
+    """Bytes that a rank sends."""
+    group = group_size(kind, options, ranks)
+    others = (group - 1) / group
+    return collectives.size * {"all_reduce": 2 * others, "broadcast": min(1, group - 1)}.get(kind, others)
+
+
+def hops(kind: str, options: Options, ranks: int) -> float:
+    """Links that the bytes of one collective cross one after another."""
+    group = group_size(kind, options, ranks)
+    return {"all_reduce": 2 * math.log2(group), "broadcast": math.log2(group)}.get(kind, group - 1)
+
+
+def link(kind: str, options: Options, ranks: int, machine: Machine) -> float:
+    """Bytes per second that a rank sends with."""
+    if kind == "all_reduce" and options.strategy == "fsdp" and options.replicas > 1:
+        return min(machine.within_host, machine.between_hosts / min(HOST, ranks // options.replicas))
+    if group_size(kind, options, ranks) <= HOST:
+        return machine.within_host
+    return min(machine.within_host, machine.between_hosts)
+
+
+if __name__ == "__main__":
+    main()
