@@ -110,7 +110,7 @@ def _run_files(output_dir: Path) -> list[Path]:
     """What a run leaves behind; not the lock, and nothing that a user may have put there."""
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     exported = ("config.json", "generation_config.json", *tokenizer, *WEIGHTS)
-    patterns = (*LEFT_OVER, "metrics.jsonl", "ledger", "tensorboard", *exported)
+    patterns = (*LEFT_OVER, "metrics.jsonl", "ledger", "tensorboard", "trace", *exported)
     return [*_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]
 
 

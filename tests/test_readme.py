@@ -154,6 +154,16 @@ def test_table_of_a_deepspeed_file(place: Path) -> None:
     assert "global_batch_size 8 = 2 rows x 1 micro-steps x 4 ranks" in run.stdout
 
 
+def test_memory(place: Path) -> None:
+    """Whether it fits: a table over stages."""
+    (command,) = (command for command in COMMANDS if "model.memory" in command)
+    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
+    words += ["--torch_compile", "false"]  # it takes seconds less
+    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "| FSDP (ZeRO-3) |" in run.stdout
+
+
 def test_ledger(place: Path) -> None:
     """The check of a run with --ledger, as the README has it."""
     (command,) = (command for command in COMMANDS if "data.ledger" in command)
