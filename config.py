@@ -405,10 +405,10 @@ def _check_schedule(options: Options, text: str) -> None:
     except (ValueError, TypeError, AttributeError):
         right = False
     if not right:
+        takes = f"a JSON mapping of {', '.join(known)}\nwarmup_type is log or linear, the others are numbers from 0"
         raise OptionError(
             f"lr_scheduler_kwargs {text}: --lr_scheduler_type {options.lr_scheduler_type} takes "
-            f"{'a JSON mapping of ' + ', '.join(known) if known else 'none'}\n"
-            "warmup_type is log or linear, the others are numbers from 0"
+            f"{takes if known else 'none; leave it out'}"
         )
 
 
