@@ -4,7 +4,8 @@ Names and meanings are those of transformers' `TrainingArguments` and of `run_cl
 `strategy`, `reshard_after_forward`, `replicas`, `cpu_offload`, `sync_each_batch`, `shard_optimizer`,
 `offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`, `text_column`,
 `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
-`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps` and `prompt`.
+`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
+`scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ POSITIVE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "global_batch_size",
+    "reference_batch_size",
     "replicas",
     "save_total_limit",
     "logging_steps",
@@ -173,6 +175,12 @@ class Options:
 
     # The optimizer and its schedule
     learning_rate: float = HfArg(default=5e-5, help="Highest learning rate, reached after the warmup.")
+    scale_learning_rate: Literal["none", "sqrt", "linear"] = HfArg(
+        default="none", help="Multiply learning_rate by global batch / reference_batch_size, or by the root of that."
+    )
+    reference_batch_size: int | None = HfArg(
+        default=None, help="Rows in the global batch that learning_rate is meant for, with scale_learning_rate."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = HfArg(
         default="linear",
         help="How the rate falls after the warmup: to 0 for linear and cosine. Those named Warmup are DeepSpeed's.",
@@ -333,7 +341,7 @@ def _read_run_file(name: str) -> list[str]:
 
 
 def check(options: Options, world_size: int) -> None:
-    """Refuse what cannot work, and derive `gradient_accumulation_steps` from `global_batch_size`.
+    """Refuse what cannot work, derive `gradient_accumulation_steps` from `global_batch_size`, scale `learning_rate`.
 
     Costs nothing and needs no process group. Raises OptionError.
     """
@@ -394,6 +402,12 @@ def check(options: Options, world_size: int) -> None:
         _check_memory_budget(options)
     if options.global_batch_size:
         derive_accumulation(options, world_size)
+    if (options.scale_learning_rate == "none") != (options.reference_batch_size is None):
+        raise OptionError(
+            f"scale_learning_rate {options.scale_learning_rate}, reference_batch_size {options.reference_batch_size}: "
+            "give both or neither"
+        )
+    options.learning_rate *= rate_factor(options, world_size)
 
 
 def _check_schedule(options: Options, text: str) -> None:
@@ -481,6 +495,17 @@ def derive_accumulation(options: Options, world_size: int) -> None:
             "change global_batch_size, per_device_train_batch_size or the number of ranks"
         )
     options.gradient_accumulation_steps = accumulation
+
+
+def rate_factor(options: Options, world_size: int) -> float:
+    """What the learning rate is multiplied by, where the global batch is not the one that it is meant for.
+
+    In proportion to the batch (Goyal et al. 2017), or to its root, as the noise of a gradient falls (Malladi et al.
+    2022, for Adam). Without `scale_learning_rate`, 1.
+    """
+    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+    ratio = rows / (options.reference_batch_size or rows)
+    return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[options.scale_learning_rate]
 
 
 def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:

@@ -51,7 +51,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from config import Options, Plan
+from config import Options, Plan, rate_factor
 from data.rows import Data
 from model.memory import stage_name
 from model.weights import Weights
@@ -184,6 +184,8 @@ class Recorder:
 
     def close(self) -> None:
         """Leave the bar as it stands."""
+        if self.trace and not self.trace.done:
+            self.say(f"trace_steps {self.trace.steps}: the run has ended before they were done; nothing was written")
         self.bar.close()
         if self.board is not None:
             self.board.close()
@@ -216,6 +218,7 @@ class Trace:
         self.steps = steps
         self.folder = output_dir / "trace"
         self.report = ""
+        self.done = False
         self.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=self.WARMUP, active=steps, repeat=1),
             on_trace_ready=self._write,
@@ -234,6 +237,7 @@ class Trace:
         return report
 
     def _write(self, profiler: torch.profiler.profile) -> None:
+        self.done = True
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"steps-{self.first}-{self.first + self.steps - 1}.json"
         profiler.export_chrome_trace(str(path))
@@ -357,6 +361,7 @@ def start_block(
         else "next token",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
+        "learning rate": learning_rate_line(options, ranks),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
         "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
@@ -378,6 +383,16 @@ def sharded(options: Options, ranks: int) -> str:
         more.append("shards and optimizer in host memory")
     shards = f"parameters, gradients and moments sharded over {ranks // options.replicas} ranks"
     return ", ".join([shards, *more])
+
+
+def learning_rate_line(options: Options, ranks: int) -> str:
+    """The highest rate, and how it follows from the one that was given."""
+    if options.scale_learning_rate == "none":
+        return f"{options.learning_rate:g}, whatever the global batch"
+    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks
+    given = options.learning_rate / rate_factor(options, ranks)
+    ratio = f"{rows} / {options.reference_batch_size} rows"
+    return f"{options.learning_rate:g} = {given:g} x {'sqrt' if options.scale_learning_rate == 'sqrt' else ''}({ratio})"
 
 
 def row_tokens(data: Data, block_size: int) -> int:

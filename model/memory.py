@@ -11,9 +11,11 @@ N is the number of parameters, W the number of ranks that share shards, V the vo
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import logging
 import math
 import sys
@@ -52,9 +54,7 @@ class Memory:
     optimizer: int  # AdamW's two moments, fp32: of all parameters, or of this rank's rows
     activations: int  # what layers keep for their backward, and what the backward of one works with
     logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and what goes in
-    exchange: (
-        int  # full parameters that FSDP has gathered, and gradients on their way; a copy of a rank's part (ZeRO-1)
-    )
+    exchange: int  # parameters that FSDP has gathered, and gradients on their way; ZeRO-1: a copy of a rank's part
 
     @property
     def total(self) -> int:
@@ -144,6 +144,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     if offloaded:
         of_rank = state = gradients = 0
         waiting *= not options.sync_each_batch
+    # Of FSDP's whole gradients, the root's are the last to go.
+    in_the_end = gradients + (FP32 * root if sharded and waiting > gradients else 0)
     gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
 
     # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
@@ -181,13 +183,13 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
         ),
         moment(
             "as the backward ends",
-            max(gradients, waiting),
+            in_the_end,
             kept.outside + kept.largest_layer + working,
             head_gradient if tied or sharded else 0,
             width * root * sharded + layer_exchange,
         ),
-        moment("in the embedding's gradient", max(gradients, waiting), 0, head_gradient * tied * (not sharded), last),
-        moment("in the optimizer", max(gradients, waiting * (not sharded)), 0, 0, after),
+        moment("in the embedding's gradient", in_the_end, 0, head_gradient * tied * (not sharded), last),
+        moment("in the optimizer", gradients, 0, 0, after),
     ]
 
 
@@ -421,7 +423,8 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     }
     if micro_batch > 1:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
-        changes[" ".join(f"--{name} {value}" for name, value in half.items())] = half
+        given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
+        changes[" ".join(f"--{name} {half[name]}" for name in given)] = half
     if options.strategy == "ddp" and ranks > 1:
         changes["--strategy fsdp"] = {"strategy": "fsdp", "shard_optimizer": False}
         changes["--shard_optimizer"] = {"shard_optimizer": True}
@@ -449,7 +452,8 @@ def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) ->
         now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         lines.append(f"allocated: {gib(now)} GiB, at most {gib(most)}, of {gib(torch.cuda.mem_get_info()[1])}")
     try:
-        options = config.parse(argv, ranks)
+        with contextlib.redirect_stdout(io.StringIO()):  # what a DeepSpeed file becomes was printed at the start
+            options = config.parse(argv, ranks)
         config.check(options, ranks)
         model = build_model(options, load_config_and_tokenizer(options)[0])
         lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")

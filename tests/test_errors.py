@@ -68,6 +68,8 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--streaming", "--max_steps", "3"], "streaming true: give --train_file or --dataset_name"),
         (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
+        (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: give both"),
+        (["--reference_batch_size", "8"], "scale_learning_rate none, reference_batch_size 8: give both or neither"),
         (["missing.json"], "missing.json: cannot be read as a file of options"),
         (["options.ini"], "options.ini: not an option and not a .json or .yaml file"),
     ],

@@ -49,8 +49,9 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--strategy", strategy, "--gradient_checkpointing"]
     options += ["--global_batch_size", 40, "--max_steps", 30, "--save_steps", 15, "--dataloader_num_workers", 1]
+    options += ["--scale_learning_rate", "sqrt", "--reference_batch_size", 10]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    train_ok(2, *options, "--output_dir", unbroken)
+    assert "learning rate 0.006 = 0.003 x sqrt(40 / 10 rows)" in train_ok(2, *options, "--output_dir", unbroken)
     assert metrics.read_rows(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
     cut_off_at(15, unbroken, resumed)
     train_ok(2, *options, "--output_dir", resumed, "--resume_from_checkpoint", "auto")

@@ -184,6 +184,17 @@ def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int)
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 9)
 
 
+@pytest.mark.parametrize(("kind", "world_size", "factor"), [("sqrt", 4, 2), ("linear", 4, 4), ("linear", 1, 1)])
+def test_the_learning_rate_follows_the_batch(kind: str, world_size: int, factor: float) -> None:
+    argv = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
+    options = config.parse([*argv, "--scale_learning_rate", kind, "--reference_batch_size", "16"])
+    config.check(options, world_size)
+    assert options.learning_rate == pytest.approx(factor * 1e-3)
+    unscaled = config.parse(argv)
+    config.check(unscaled, world_size)
+    assert unscaled.learning_rate == 1e-3
+
+
 def test_config_without_tokenizer_gets_the_embedded_one(model_dir: Path, tmp_path: Path) -> None:
     AutoConfig.from_pretrained(model_dir, vocab_size=5000).save_pretrained(tmp_path / "shape")
     options = Options(config_name=str(tmp_path / "shape"), data_cache_dir=str(tmp_path / "cache"))
