@@ -18,7 +18,7 @@ IGNORED = -100
 # The most logits in memory at a time. A GPU wants large matrix products; a CPU wants to find them in its cache.
 CHUNK_LOGITS = {"cuda": 640 * 2**20, "cpu": 2**21}
 
-InPlaceSoftmax = Callable[[Tensor, Tensor], Tensor]
+InPlace = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def head_and_loss_sum(
-    hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_BT: Tensor, softmax_: InPlaceSoftmax
+    hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_BT: Tensor, cross_entropy_: InPlace
 ) -> Tensor:
     """The same sum, from what a linear vocabulary head is given, and never with all logits in memory.
 
     They would be the largest tensor of a step by far. A chunk of tokens at a time goes through the head, and its
     gradients are formed while its logits are there; they are all that is kept, for one backward. Matrix products are in
-    the dtype of torch.autocast where that is on, all else is in fp32. `softmax_` is the function of that name below,
-    or one that does the same.
+    the dtype of torch.autocast where that is on, all else is in fp32. `cross_entropy_` is the function of that name
+    below; or, where each rank has other rows of the weight, one that also knows of the others.
     """
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -51,10 +51,10 @@ def head_and_loss_sum(
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             apply: Callable[..., Tensor] = _HeadAndLoss.apply
-            return apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, softmax_)
+            return apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, cross_entropy_)
         weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
         losses = [
-            _cross_entropy_sum(functional.linear(hidden_CD.to(dtype), weight_VD, bias_V), targets_C)
+            _target_sum(cross_entropy_, functional.linear(hidden_CD.to(dtype), weight_VD, bias_V), targets_C)
             for hidden_CD, targets_C in zip(torch.split(hidden_ND, size), torch.split(targets_N, size), strict=True)
         ]
         return torch.stack(losses).sum()
@@ -72,7 +72,7 @@ class _HeadAndLoss(torch.autograd.Function):
         targets_N: Tensor,
         dtype: torch.dtype,
         size: int,
-        softmax_: InPlaceSoftmax,
+        cross_entropy_: InPlace,
     ) -> Tensor:
         d_hidden_ND = torch.empty_like(hidden_ND)
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
@@ -82,20 +82,17 @@ class _HeadAndLoss(torch.autograd.Function):
         for hidden_CD, d_hidden_CD, targets_C in zip(
             torch.split(hidden_ND, size), torch.split(d_hidden_ND, size), torch.split(targets_N, size), strict=True
         ):
-            hidden_CD, learned_C, targets_C1 = hidden_CD.to(dtype), targets_C != IGNORED, targets_C.clamp(0)[:, None]
+            hidden_CD = hidden_CD.to(dtype)
             d_logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
-            log_p_C1 = softmax_(d_logits_CV, targets_C1)
-            losses.append((log_p_C1[:, 0] * learned_C).sum())
-            # The gradient of the cross entropy by the logits: probabilities, and at the target one less.
-            d_logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(dtype))
+            losses.append(_target_sum(cross_entropy_, d_logits_CV, targets_C))
             d_hidden_CD.copy_(d_logits_CV @ weight_VD)
             if d_weight_VD is not None:
                 _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD)
             if d_bias_V is not None:
-                d_bias_V += learned_C.to(dtype) @ d_logits_CV
+                d_bias_V += (targets_C != IGNORED).to(dtype) @ d_logits_CV
             del d_logits_CV  # or the next chunk's would be there beside it
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
-        return -torch.stack(losses).sum()
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,6 +109,21 @@ def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
     log_p_C1 = log_p_CV.gather(1, targets_C1)
     logits_CV.copy_(log_p_CV.exp_())
     return log_p_C1
+
+
+def cross_entropy_(logits_CV: Tensor, targets_C1: Tensor, softmax_: InPlace = softmax_) -> Tensor:
+    """The cross entropies of `targets_C1`, in nats: fp32 [C, 1]. Puts their gradient by the logits in place of these.
+
+    `softmax_` is the function of that name, or one that does the same.
+    """
+    log_p_C1 = softmax_(logits_CV, targets_C1)
+    logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CV.dtype))  # probabilities, and at the target one less
+    return -log_p_C1
+
+
+def _target_sum(cross_entropy_: InPlace, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The sum of the cross entropies of what is a target."""
+    return (cross_entropy_(logits_CV, targets_C.clamp(0)[:, None])[:, 0] * (targets_C != IGNORED)).sum()
 
 
 def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ Shapes: B rows of a micro-batch, T tokens of a row, D width of the model.
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.loss import InPlaceSoftmax, head_and_loss_sum, log_probabilities, softmax_, token_loss_sum
+from model.loss import InPlace, cross_entropy_, head_and_loss_sum, log_probabilities, softmax_, token_loss_sum
 
 
 class NextToken(nn.Module):
@@ -25,7 +27,7 @@ class NextToken(nn.Module):
         super().__init__()
         self.model = model
         self.ends_with_head = ends_with_head(model)
-        self.softmax_ = fastest_softmax() if compiled else softmax_
+        self.cross_entropy_ = partial(cross_entropy_, softmax_=fastest_softmax() if compiled else softmax_)
 
     def forward(
         self,
@@ -45,7 +47,9 @@ class NextToken(nn.Module):
         head = self.model.get_output_embeddings()
         with passing_through(head):
             hidden_BTD = self.model(**inputs, use_cache=False).logits
-        return head_and_loss_sum(hidden_BTD, head.weight, head.bias, labels, self.softmax_)
+        # Of a head that is divided among ranks (fsdp/tensor_parallel.py), this rank's rows.
+        weight_VD, bias_V = (p.to_local() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+        return head_and_loss_sum(hidden_BTD, weight_VD, bias_V, labels, self.cross_entropy_)
 
 
 class Preference(nn.Module):
@@ -73,7 +77,7 @@ class Preference(nn.Module):
         return -functional.logsigmoid(chosen - rejected).sum()
 
 
-def fastest_softmax() -> InPlaceSoftmax:
+def fastest_softmax() -> InPlace:
     """The kernel for a GPU, where there is one; what torch.compile makes of the plain softmax elsewhere."""
     if not torch.cuda.is_available():
         return torch.compile(softmax_)

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import metrics
 import model.objective
 from compare.memory import CASES, GIB, foresee, measuring
 from model.attention import NAME, attend_within_documents
-from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
+from model.loss import IGNORED, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from model.objective import fastest_softmax
 from tests import world
 from tests.launch import train, train_ok
@@ -183,15 +184,15 @@ def test_head_and_loss(compiled: bool) -> None:
         return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, [hidden_BTD, weight_VD]), strict=True))
 
     expected = gradients(token_loss_sum(hidden_BTD[:2] @ weight_VD.T, labels_BT[:2]))
-    softmax = fastest_softmax() if compiled else softmax_
+    in_place = partial(cross_entropy_, softmax_=fastest_softmax() if compiled else softmax_)
     with torch.autocast("cuda", torch.bfloat16):
-        loss = head_and_loss_sum(hidden_BTD[:2], weight_VD, None, labels_BT[:2], softmax)
+        loss = head_and_loss_sum(hidden_BTD[:2], weight_VD, None, labels_BT[:2], in_place)
     assert 1e-4 < relative_l2(gradients(loss), expected) < 2e-2
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16):
-        gradients(head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, softmax))
+        gradients(head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, in_place))
     all_logits_in_fp32 = labels_BT.numel() * len(weight_VD) * 4
     assert torch.cuda.max_memory_allocated() - before < all_logits_in_fp32 * (0.25 if compiled else 0.75)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
 
 import model.loss
-from model.loss import IGNORED, head_and_loss_sum, softmax_, token_loss_sum
+from model.loss import IGNORED, cross_entropy_, head_and_loss_sum, token_loss_sum
 from model.objective import NextToken
 from tests.proof import relative_l2
 
@@ -74,14 +74,14 @@ def test_same_as_through_all_logits(labels_BT: Tensor, head: str, bf16: bool) ->
 def test_without_a_target(labels_BT: Tensor) -> None:
     """Positions that are no target give no loss and no gradient, whatever is there."""
     hidden_BTD, weight_VD = torch.randn(3, 11, 8, requires_grad=True), torch.randn(96, 8, requires_grad=True)
-    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, torch.full_like(labels_BT, IGNORED), softmax_)
+    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, torch.full_like(labels_BT, IGNORED), cross_entropy_)
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, [hidden_BTD, weight_VD]))
 
 
 def test_gradients_serve_once(labels_BT: Tensor) -> None:
     hidden_BTD, weight_VD = torch.randn(3, 11, 8, requires_grad=True), torch.randn(96, 8, requires_grad=True)
-    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, softmax_)
+    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, labels_BT, cross_entropy_)
     torch.autograd.grad(loss, hidden_BTD, retain_graph=True)
     with pytest.raises(AttributeError):
         torch.autograd.grad(loss, hidden_BTD)

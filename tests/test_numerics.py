@@ -26,9 +26,9 @@ def nan_on_rank_1(steps: set[int]) -> None:
     """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
     original, calls = model.objective.head_and_loss_sum, iter(range(10_000))
 
-    def loss(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, softmax_: Any) -> Tensor:
+    def loss(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
         call = next(calls)
-        value = original(hidden_BTD, weight_VD, bias_V, labels_BT, softmax_)
+        value = original(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_)
         poisoned = os.environ["RANK"] == "1" and call % 2 == 1 and call // 2 + 1 in steps
         return value * float("nan") if poisoned else value
 
