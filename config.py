@@ -1,7 +1,7 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `replicas`, `cpu_offload`, `sync_each_batch`, `shard_optimizer`,
+`strategy`, `reshard_after_forward`, `replicas`, `tensor_parallel`, `cpu_offload`, `sync_each_batch`, `shard_optimizer`,
 `offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`, `text_column`,
 `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
 `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
@@ -52,6 +52,7 @@ POSITIVE = (
     "global_batch_size",
     "reference_batch_size",
     "replicas",
+    "tensor_parallel",
     "save_total_limit",
     "logging_steps",
     "ddp_timeout",
@@ -212,6 +213,9 @@ class Options:
     replicas: int = HfArg(
         default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."
     )
+    tensor_parallel: int = HfArg(
+        default=1, help="fsdp: ranks next to each other that divide each layer, and read the same rows."
+    )
     sync_each_batch: bool = HfArg(
         default=False,
         help="fsdp: exchange gradients in each micro-step, so that a rank keeps its shard of them alone. Costs a "
@@ -362,10 +366,17 @@ def check(options: Options, world_size: int) -> None:
     model = options.model_name_or_path or options.config_name
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
         raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
+    if options.tensor_parallel > 1 and (options.strategy != "fsdp" or world_size % options.tensor_parallel):
+        raise OptionError(
+            f"tensor_parallel {options.tensor_parallel}: needs --strategy fsdp, and {world_size} ranks are "
+            f"{world_size / options.tensor_parallel:.3g} groups of {options.tensor_parallel}\ngive a divisor of the "
+            "number of ranks"
+        )
+    world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
         raise OptionError(
-            f"replicas {options.replicas}: needs --strategy fsdp, and {world_size} ranks are "
-            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of the number of ranks"
+            f"replicas {options.replicas}: needs --strategy fsdp, and {readers(options, world_size)} are "
+            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of their number"
         )
     if options.shard_optimizer and options.strategy != "ddp":
         raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
@@ -478,18 +489,28 @@ def mixture(value: str) -> dict[str, float]:
 def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
     """The ranks as a grid: replicas of the model x ranks that shard each of them x ranks that divide each layer."""
     replicas = world_size if options.strategy == "ddp" else options.replicas
-    return replicas, world_size // replicas, 1
+    return replicas, world_size // replicas // options.tensor_parallel, options.tensor_parallel
+
+
+def readers(options: Options, number: int) -> str:
+    """Those who read rows of their own, in words: ranks, or groups of ranks that divide each layer among them."""
+    if options.tensor_parallel == 1:
+        return f"{number} ranks"
+    return f"{number} group{'' if number == 1 else 's'} of {options.tensor_parallel} ranks"
 
 
 def derive_accumulation(options: Options, world_size: int) -> None:
-    """Set the accumulation that gives `global_batch_size` rows; an OptionError shows an impossible division."""
+    """Set the accumulation that gives `global_batch_size` rows; an OptionError shows an impossible division.
+
+    `world_size` is the number of those that read rows of their own: see `readers`.
+    """
     assert options.global_batch_size
     micro_batch = options.per_device_train_batch_size
     accumulation, rest = divmod(options.global_batch_size, micro_batch * world_size)
     if rest or not accumulation:
         raise OptionError(
             f"global_batch_size {options.global_batch_size}: not a multiple of per_device_train_batch_size "
-            f"{micro_batch} x {world_size} ranks = {micro_batch * world_size} rows; "
+            f"{micro_batch} x {readers(options, world_size)} = {micro_batch * world_size} rows; "
             f"{options.global_batch_size} / {micro_batch * world_size} = "
             f"{options.global_batch_size / (micro_batch * world_size):.3g} micro-steps\n"
             "change global_batch_size, per_device_train_batch_size or the number of ranks"
@@ -532,6 +553,7 @@ class Plan:
 def plan(options: Options, rows: int, world_size: int) -> Plan:
     """The plan for `rows` training rows. Raises OptionError if they do not fill one global batch."""
     assert options.block_size
+    world_size //= options.tensor_parallel
     accumulation = options.gradient_accumulation_steps
     global_batch_size = options.per_device_train_batch_size * accumulation * world_size
     if options.streaming:
@@ -540,8 +562,9 @@ def plan(options: Options, rows: int, world_size: int) -> Plan:
     if steps_per_epoch == 0:
         raise OptionError(
             f"global batch of {global_batch_size} rows = per_device_train_batch_size "
-            f"{options.per_device_train_batch_size} x {accumulation} micro-steps x {world_size} ranks: the training "
-            f"split has only {rows} rows of block_size {options.block_size}\ngive more text, or a smaller batch"
+            f"{options.per_device_train_batch_size} x {accumulation} micro-steps x {readers(options, world_size)}: the "
+            f"training split has only {rows} rows of block_size {options.block_size}\n"
+            "give more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)

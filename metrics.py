@@ -51,7 +51,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from config import Options, Plan, rate_factor
+from config import Options, Plan, rate_factor, readers
 from data.rows import Data
 from model.memory import stage_name
 from model.weights import Weights
@@ -359,7 +359,8 @@ def start_block(
         "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
         if options.objective == "dpo"
         else "next token",
-        "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x {ranks} ranks = "
+        "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x "
+        f"{readers(options, ranks // options.tensor_parallel)} = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
         "learning rate": learning_rate_line(options, ranks),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
@@ -379,6 +380,8 @@ def sharded(options: Options, ranks: int) -> str:
         more.append("parameters whole from forward to backward")
     if options.gradient_accumulation_steps > 1 and not options.sync_each_batch:
         more.append("gradients whole between micro-steps")
+    if options.tensor_parallel > 1:
+        more.append(f"each layer divided among {options.tensor_parallel} of them")
     if options.cpu_offload:
         more.append("shards and optimizer in host memory")
     shards = f"parameters, gradients and moments sharded over {ranks // options.replicas} ranks"

@@ -142,7 +142,9 @@ def main(argv: list[str]) -> None:
         recorder.say(show(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
-    ledger = Ledger(output_dir, rank, plan, data.train, progress.step) if options.ledger else None
+    ledger = None
+    if options.ledger and rank % options.tensor_parallel == 0:
+        ledger = Ledger(output_dir, rank, plan, data.train, progress.step)
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
         with recorder.pause("evaluate"):
@@ -173,7 +175,8 @@ def main(argv: list[str]) -> None:
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**on_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
-            # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets.
+            # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets. Both count a
+            # row as often as ranks have read it (--tensor_parallel), which cancels out.
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
@@ -191,7 +194,7 @@ def main(argv: list[str]) -> None:
         optimizer.step()
         strategy.gather_parameters(optimizer)  # the parts that other ranks have updated, with a sharded optimizer
         wrapped.zero_grad()
-        recorder.step(tokens)
+        recorder.step(tokens // options.tensor_parallel)  # as often, ranks have read and counted the same row
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
@@ -204,7 +207,7 @@ def main(argv: list[str]) -> None:
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
             progress.skipped_steps = int(skipped.item())
-            progress.cursor = cursor_of(step_batches)
+            progress.cursor = cursor_of(step_batches, options)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress)
         if stop:
@@ -263,20 +266,23 @@ def training_batches(
     """This rank's micro-batches without end, from those of the step after `steps_done`.
 
     Steps take whole global batches from the sampler's permutation of an epoch: it holds every row once and depends on
-    seed and epoch alone. Rank r of N takes rows r, r + N, r + 2N, ... of it, so that the global batch of a step is the
-    same rows however many ranks there are. What is left of an epoch after its last whole global batch is not used.
+    seed and epoch alone. Reader r of N takes rows r, r + N, r + 2N, ... of it, so that the global batch of a step is
+    the same rows however many there are. What is left of an epoch after its last whole global batch is not used.
     Of a mixture, an epoch holds the share of each source instead of every row once: data/rows.py. A stream has no
     epochs, and goes on at `cursor`: data/stream.py.
     """
     if isinstance(rows, Stream):
-        share = rows.share(dist.get_rank(), dist.get_world_size(), plan.global_batch_size, cursor)
+        share = rows.share(*share_of_rows(options), plan.global_batch_size, cursor)
         workers = min(1, options.dataloader_num_workers)  # a second one would read all of the text again
         try:
             yield from load(share, None, options, workers)
         except OptionError as error:  # a loader's process puts its traceback before what there is to say
             raise OptionError(str(error).rpartition("OptionError: ")[2].strip()) from error
         return
-    sampler: DistributedSampler[int] = DistributedSampler(rows, shuffle=True, seed=options.seed, drop_last=True)
+    reader, readers = share_of_rows(options)
+    sampler: DistributedSampler[int] = DistributedSampler(
+        rows, num_replicas=readers, rank=reader, shuffle=True, seed=options.seed, drop_last=True
+    )
 
     def indices() -> Iterator[list[int]]:
         epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)
@@ -290,6 +296,11 @@ def training_batches(
     # One loader for all epochs: its workers are forked once, before there is a thread that saves, whose locks they
     # would inherit.
     yield from load(rows, indices(), options, options.dataloader_num_workers)
+
+
+def share_of_rows(options: Options) -> tuple[int, int]:
+    """Which share of the rows this rank reads, and of how many: each rank its own, or each tensor-parallel group."""
+    return dist.get_rank() // options.tensor_parallel, dist.get_world_size() // options.tensor_parallel
 
 
 def load(
@@ -323,7 +334,7 @@ def evaluate(wrapped: nn.Module, rows: Rows | Mixture, options: Options, device:
         totals[1] += batch["targets"]
     dist.all_reduce(totals)
     loss, targets = totals.tolist()
-    return loss / max(1, targets), int(targets)
+    return loss / max(1, targets), int(targets) // options.tensor_parallel  # as many ranks have read the same row
 
 
 def without_learning(
@@ -331,7 +342,7 @@ def without_learning(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
     wrapped.eval()
-    indices = validation_batches(len(rows), dist.get_rank(), dist.get_world_size(), options.per_device_eval_batch_size)
+    indices = validation_batches(len(rows), *share_of_rows(options), options.per_device_eval_batch_size)
     for batch in load(rows, indices, options, workers=0):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             result = wrapped(**on_device(batch, device))
@@ -359,7 +370,8 @@ def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Op
             for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0):
                 pairs = len(batch["rows"])
                 table[:, batch["rows"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
-            dist.all_reduce(table)  # each column was filled by one rank
+            dist.all_reduce(table)  # each column was filled by one rank, or alike by those of a tensor-parallel group
+            table /= options.tensor_parallel
         return reference
 
     dtype = "bf16" if options.bf16 else "fp32"
@@ -375,14 +387,14 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 
-def cursor_of(batches: list[Batch]) -> Cursor:
+def cursor_of(batches: list[Batch], options: Options) -> Cursor:
     """How far the lanes of a stream have come on all ranks; empty for other rows. Every rank must call."""
     if "cursor" not in batches[0]:
         return []
     cursor = torch.cat([batch["cursor"] for batch in batches])
     shares = [torch.empty_like(cursor) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, cursor)
-    return torch.cat(shares).tolist()
+    return torch.cat(shares[:: options.tensor_parallel]).tolist()
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:

@@ -8,6 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from fsdp.tensor_parallel import divide_layers
+
 
 def wrap(
     objective: nn.Module,
@@ -31,6 +33,8 @@ def wrap(
     With `cpu_offload`, the shards and their gradients are in host memory, and so are the optimizer that is built over
     them and its state: what is gathered is copied to `device` first, and what was reduced is copied back.
     """
+    if mesh["tensor"].size() > 1:
+        divide_layers(objective, mesh["tensor"])
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
     home, offload = device, OffloadPolicy()
     if cpu_offload:

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     if config is None:
         config = Qwen3Config(**EMBEDDED_MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
 
+    if options.tensor_parallel > 1:
+        check_divides(config, options.tensor_parallel)
     text_config = config.get_text_config()
     if options.chat_template:
         try:
@@ -72,6 +75,32 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
             f"{highest}, beyond the model's vocabulary of {text_config.vocab_size}\ngive --tokenizer_name"
         )
     return config, tokenizer
+
+
+def check_divides(config: PretrainedConfig, ranks: int) -> None:
+    """Refuse a model whose layers `ranks` ranks cannot divide as fsdp/tensor_parallel.py does. Raises OptionError."""
+    name, plan = config.model_type, config.base_model_tp_plan or {}
+    remedy = "leave it out: --strategy fsdp shards any model"
+    if not plan:
+        raise OptionError(f"tensor_parallel {ranks}: {name} has no plan of how its layers are divided\n{remedy}")
+    # The embedding is divided in any case.
+    known = {"colwise", "rowwise", "replicated_with_grad_allreduce", "embedding_rowwise"}
+    if unknown := {module: style for module, style in plan.items() if style not in known}:
+        module, style = min(unknown.items())
+        raise OptionError(f"tensor_parallel {ranks}: the plan of {name} has {module} {style}, unknown here\n{remedy}")
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "heads of keys and values": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "entries between the projections of a layer": config.intermediate_size,
+        "tokens in its vocabulary": config.vocab_size,
+    }
+    common = math.gcd(*sizes.values())
+    for what, size in sizes.items():
+        if size % ranks:
+            raise OptionError(
+                f"tensor_parallel {ranks}: {name} has {size:,} {what}, and {size:,} / {ranks} = {size / ranks:,.6g}\n"
+                + (f"give a divisor of {common}, which divides all that must be divided" if common > 1 else remedy)
+            )
 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:

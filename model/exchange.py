@@ -29,6 +29,8 @@ class Collectives(NamedTuple):
 def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str, Collectives]:
     """The collectives of a step, by kind, for `model` on the meta device. Nothing is there that does not happen.
 
+    Those of a divided layer (--tensor_parallel) are not among them.
+
     In any stage: one all-reduce of four integers, the counts of the global batch.
 
     DDP: all gradients, once, in buckets: all-reduce of 4 N bytes. With a sharded optimizer, each rank then broadcasts
@@ -37,8 +39,8 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
     fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
     kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in fp32, and,
-    with replicas, one all-reduce of the shard that this gives. Once, the norms of all parameters. Rows are filled up to
-    a multiple of W.
+    with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are filled
+    up to a multiple of W.
     """
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,7 +62,7 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
         kinds["reduce_scatter"] += [FP32 * whole] * reductions
         if options.replicas > 1:
             kinds["all_reduce"] += [FP32 * whole // shards] * reductions
-    kinds["all_reduce"] += [FP32 * len(parameters)]
+    kinds["all_reduce"] += [FP32]
     return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
 

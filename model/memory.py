@@ -118,9 +118,11 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
 
     Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
     buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
-    micro-step. Raises OptionError for a model whose layers cannot be run without values.
+    micro-step. Raises OptionError for a model whose layers cannot be run without values, or are divided among ranks.
     """
     assert options.block_size
+    if options.tensor_parallel > 1:
+        raise OptionError(f"tensor_parallel {options.tensor_parallel}: what it needs is not predicted")
     sharded = options.strategy == "fsdp"
     width = BF16 if options.bf16 else FP32
     shards = ranks // options.replicas if sharded else 1

@@ -1,5 +1,6 @@
 """Tiny models of each family that transformers knows by another class, with values that no initialisation gives."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ FAMILIES: dict[str, tuple[PretrainedConfig, torch.dtype, str]] = {
 }
 
 
-def make_family(name: str, directory: Path, tokenizer: Path) -> Path:
-    """Its checkpoint as `save_pretrained` writes it, with the files of `tokenizer`, at `directory`/NAME."""
-    config, dtype, largest_file = FAMILIES[name]
+def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Path:
+    """Its checkpoint as `save_pretrained` writes it, with the files of `tokenizer`, at `directory`/NAME.
+
+    `sizes` are in the place of those above.
+    """
+    config, dtype, largest_file = copy.deepcopy(FAMILIES[name])
+    config.update(sizes)
     path = directory / name
     shutil.copytree(tokenizer, path, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tokenizer / "tokenizer_config.json", path)

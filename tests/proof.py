@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -36,6 +37,7 @@ class Case:
     ranks: int
     micro_batch: int
     options: tuple[str, ...] = ()
+    slow: bool = False  # for `make test-all` alone
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Deviation:
 FSDP = ("--strategy", "fsdp")
 WHOLE = (*FSDP, "--reshard_after_forward", "false")
 HYBRID = (*FSDP, "--replicas", "2")
+TENSOR = (*FSDP, "--tensor_parallel", "2")
 BF16 = ("--bf16", "true")
 SHARDED_OPTIMIZER = ("--shard_optimizer",)
 
@@ -78,14 +81,34 @@ CASES = [
     Case("FSDP, hybrid 2 x 2", 4, 1, HYBRID),
     Case("FSDP, each micro-step exchanged", 2, 2, (*FSDP, "--sync_each_batch")),
     Case("FSDP, offloaded to the CPU", 2, 4, (*FSDP, "--cpu_offload")),
+    Case("tensor parallel", 2, 8, TENSOR, slow=True),
+    Case("FSDP x tensor parallel", 4, 8, TENSOR, slow=True),
+    Case("FSDP x tensor parallel", 4, 2, TENSOR, slow=True),
+    Case("hybrid x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
+    Case("FSDP x tensor parallel, checkpointing", 4, 4, (*TENSOR, "--gradient_checkpointing"), slow=True),
     Case("DDP, checkpointing", 2, 4, ("--gradient_checkpointing",)),
     Case("FSDP, checkpointing", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")),
 ]
-BF16_CASES = [Case("DDP, bf16", 2, 4, BF16), Case("FSDP, bf16", 2, 4, (*FSDP, *BF16))]
+BF16_CASES = [
+    Case("DDP, bf16", 2, 4, BF16),
+    Case("FSDP, bf16", 2, 4, (*FSDP, *BF16)),
+    Case("FSDP x tensor parallel, bf16", 4, 8, (*TENSOR, *BF16), slow=True),
+]
 
 GATES = Deviation(gradient=1e-6, loss=1e-5, grad_norm=1e-5, evaluation=1e-6, parameters=1e-5)
 BF16_GRADIENT_GATE = 2e-2
 PLANTED_BUG_GATE = 1e-2  # what a mean of means must exceed
+
+
+def marked(cases: list[Case]) -> list[Any]:
+    """Cases as parameters of a test, by name."""
+    return [
+        pytest.param(
+            case, id=f"{case.name}-{case.ranks}x{case.micro_batch}", marks=[pytest.mark.slow] if case.slow else []
+        )
+        for case in cases
+    ]
+
 
 ADAMW: tuple[object, ...] = ()
 # AdamW with an epsilon far above every gradient and no momentum is SGD: 500 x g / (|g| + 1000) = 0.5 x g.
@@ -145,9 +168,9 @@ def mean_of_means() -> None:
     """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
     loss_sum, collate = model.objective.head_and_loss_sum, data.batches.collate
 
-    def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, softmax_: Any) -> Tensor:
+    def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
         targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
-        return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, softmax_) / targets
+        return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
     def count_micro_batches(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
         return collate(rows, documents_of) | {"targets": torch.tensor(1)}
@@ -181,7 +204,8 @@ def main() -> None:
                 run = curve(case, [*options, *more], directory / f"{index}-{label}")
                 measured = dataclasses.astuple(deviation(run, references[label], first))
                 held = all(value <= gate for value, gate in zip(measured, dataclasses.astuple(GATES), strict=True))
-                shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // case.ranks} | {label}"
+                readers = case.ranks // (2 if "--tensor_parallel" in case.options else 1)
+                shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // readers} | {label}"
                 lines.append(f"| {case.name} | {shape} | {' | '.join(f'{value:.1e}' for value in measured)} |")
                 _say(lines[-1:])
                 assert held, "a gate is broken"
@@ -189,7 +213,7 @@ def main() -> None:
         for case in BF16_CASES:
             value = relative_l2(first_gradient(case, options, directory / case.name), gradient)
             assert value <= BF16_GRADIENT_GATE, "a gate is broken"
-            bf16.append(f"| {case.name}, 2 ranks | {value:.1e} | gate: at most {BF16_GRADIENT_GATE:.0e} |")
+            bf16.append(f"| {case.name}, {case.ranks} ranks | {value:.1e} | gate: at most {BF16_GRADIENT_GATE:.0e} |")
         planted = first_gradient(Case("DDP", 2, 4), options, directory / "planted", before=mean_of_means)
         value = relative_l2(planted, gradient)
         assert value > PLANTED_BUG_GATE, "the proof would not see the bug"

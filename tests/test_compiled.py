@@ -20,7 +20,7 @@ from config import Options
 from model.compiled import compile_layers
 from model.objective import NextToken
 from tests.launch import train, train_ok
-from tests.proof import GATES, relative_l2
+from tests.proof import FSDP, GATES, TENSOR, relative_l2
 
 BUDGET = ["--activation_memory_budget", "0.3"]
 
@@ -30,8 +30,9 @@ BUDGET = ["--activation_memory_budget", "0.3"]
     ("extra", "of_the_compiler"),
     [
         (["--gradient_checkpointing"], []),
-        (["--strategy", "fsdp"], BUDGET),
-        (["--packing", "documents", "--strategy", "fsdp"], []),
+        (FSDP, BUDGET),
+        (["--packing", "documents", *FSDP], []),
+        (TENSOR, []),
     ],
     ids=str,
 )

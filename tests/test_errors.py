@@ -55,6 +55,12 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--lr_scheduler_type", "WarmupLR", "--lr_scheduler_kwargs", '{"total_num_steps": 9}'],
             "--lr_scheduler_type WarmupLR takes a JSON mapping of warmup_type, warmup_min_lr",
         ),
+        (["--tensor_parallel", "2"], "tensor_parallel 2: needs --strategy fsdp"),
+        (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
+        (
+            ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
+            "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
+        ),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
         (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: give more than 0"),

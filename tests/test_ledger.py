@@ -29,6 +29,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
         (2, 4, []),
         (4, 12, ["--dataloader_num_workers", 2]),
         (3, 2, ["--strategy", "fsdp"]),
+        pytest.param(4, 24, ["--strategy", "fsdp", "--tensor_parallel", 2], marks=pytest.mark.slow),
     ],
 )
 def test_the_same_global_batches(

@@ -1,5 +1,6 @@
 """What is foreseen of a rank, its memory and what it exchanges, against what it then has and does."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -169,6 +170,8 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert f"what fits: {smallest}" in outlook(meta_model, options, 8, room + least)
     assert "what fits: no stage; --" in outlook(meta_model, options, 8, room)
     assert len(outlook(meta_model, options, 8, room).splitlines()) == 2
+    divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
+    assert outlook(meta_model, divided, 8, room) == "tensor_parallel 2: what it needs is not predicted"
 
 
 def test_advice(meta_model: PreTrainedModel) -> None:

@@ -32,7 +32,7 @@ from model.objective import NextToken
 from model.weights import Weights, fill, find_weights
 from tests.families import FAMILIES, SIZES, TIED, make_family
 from tests.launch import train, train_ok
-from tests.proof import GATES, relative_l2
+from tests.proof import FSDP, GATES, TENSOR, relative_l2
 
 RANKS = 4
 CPU = torch.device("cpu")
@@ -509,8 +509,10 @@ def make_big(name: str, model_dir: Path, path: Path) -> int:
     return 4 * sum(parameter.numel() for parameter in shapes.parameters())
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture"])
-def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("dense", FSDP), ("mixture", FSDP), pytest.param("dense", TENSOR, marks=pytest.mark.slow)]
+)
+def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str, strategy: tuple[str, ...]) -> None:
     """A rank of four needs host memory for its shard of the fp32 masters and a small constant, and not for the model.
 
     Resident memory counts the mapped pages of files beside what the process allocates. Measured above a shard of 94 MiB
@@ -519,7 +521,7 @@ def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str) 
     """
     path = tmp_path / "DIR"
     size = make_big(name, model_dir, path)
-    options = [*tiny, "--model_name_or_path", path, "--output_dir", tmp_path / "run", "--strategy", "fsdp"]
+    options = [*tiny, "--model_name_or_path", path, "--output_dir", tmp_path / "run", *strategy]
     outcome = train(RANKS, options, before=partial(measure, tmp_path))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     for rank in range(RANKS):

@@ -20,7 +20,7 @@ from data.show import show
 from model.objective import Preference
 from tests import world
 from tests.launch import train, train_ok
-from tests.proof import GATES, Case, first_gradient, relative_l2
+from tests.proof import FSDP, GATES, TENSOR, Case, first_gradient, marked, relative_l2
 from tests.test_chat import assistant, prepare_records, rows_of, user
 from tests.test_resume import STEADY, cut_off_at, equal_to_the_bit, trajectory
 from tests.world import PLAIN, with_markers, without_markers
@@ -306,8 +306,7 @@ def one_process(dpo: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [Case("DDP", 2, 2), Case("FSDP", 2, 4, ("--strategy", "fsdp"))],
-    ids=lambda case: f"{case.name}-{case.ranks}x{case.micro_batch}",
+    marked([Case("DDP", 2, 2), Case("FSDP", 2, 4, FSDP), Case("tensor parallel", 2, 4, TENSOR, slow=True)]),
 )
 def test_same_gradient(dpo: list[object], one_process: dict[str, Tensor], tmp_path: Path, case: Case) -> None:
     """Any ranks, strategy and accumulation: the gradient of a step is that of one process."""

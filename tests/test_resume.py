@@ -44,10 +44,11 @@ def cut_off_at(step: int, run: Path, copy: Path) -> None:
     (copy / "metrics.jsonl").write_text("".join(written) + rows[len(written)][:20])  # the last row only in part
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp --tensor_parallel 2", marks=pytest.mark.slow)])
 def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp_path: Path, strategy: str) -> None:
     """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""
-    options = [*tiny, "--model_name_or_path", model_with_dropout, "--strategy", strategy, "--gradient_checkpointing"]
+    options = [*tiny, "--model_name_or_path", model_with_dropout, "--strategy", *strategy.split()]
+    options += ["--gradient_checkpointing"]
     options += ["--global_batch_size", 40, "--max_steps", 30, "--save_steps", 15, "--dataloader_num_workers", 1]
     options += ["--scale_learning_rate", "sqrt", "--reference_batch_size", 10]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
@@ -94,7 +95,15 @@ def save_again(elsewhere: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
-    [(1, "ddp"), (4, "ddp"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp"), (2, "fsdp --cpu_offload")],
+    [
+        (1, "ddp"),
+        (4, "ddp"),
+        (1, "fsdp"),
+        (2, "fsdp"),
+        (4, "fsdp"),
+        (2, "fsdp --cpu_offload"),
+        (4, "fsdp --tensor_parallel 2"),
+    ],
 )
 def test_other_ranks_and_strategies(
     tiny: list[object],

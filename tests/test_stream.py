@@ -17,6 +17,7 @@ from data.prepare import prepare
 from data.rows import Row
 from data.stream import Cursor, Stream
 from tests.launch import train_ok
+from tests.proof import TENSOR
 from tests.test_data import expected_tokens
 from tests.test_errors import refused
 from tests.test_prepare import write
@@ -149,14 +150,24 @@ def test_a_resume_reads_on_from_there(
     assert starts[0] == tuple(first[1:4]) != (0, 0, 0)
 
 
-def test_training(tiny: list[object], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [(2, 5, ()), (3, 12, ()), (1, 20, ())],
+        pytest.param([(4, 5, TENSOR), (1, 20, ())], marks=pytest.mark.slow),
+    ],
+    ids=["ranks", "tensor parallel"],
+)
+def test_training(
+    tiny: list[object], folder: Path, tmp_path: Path, turns: list[tuple[int, int, tuple[str, ...]]]
+) -> None:
     """One run without a break, and one on two, three and one ranks in turn: the same global batches and losses."""
     options = [*tiny, "--train_file", folder, "--streaming", "--validation_file", folder / "a.jsonl", "--ledger"]
     options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2, "--lr_scheduler_type", "constant"]
     printed = train_ok(1, *options, "--max_steps", 20, "--output_dir", tmp_path / "one")
     assert "streamed" in printed
-    for world_size, steps in ((2, 5), (3, 12), (1, 20)):
-        more = ["--resume_from_checkpoint", "auto", "--max_steps", steps, "--dataloader_num_workers", 2]
+    for world_size, steps, strategy in turns:
+        more = [*strategy, "--resume_from_checkpoint", "auto", "--max_steps", steps, "--dataloader_num_workers", 2]
         train_ok(world_size, *options, *more, "--output_dir", tmp_path / "many")
     assert data.ledger.problems(tmp_path / "one") == data.ledger.problems(tmp_path / "many") == []
     assert data.ledger.differences(tmp_path / "one", tmp_path / "many") == []

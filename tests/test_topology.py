@@ -12,7 +12,18 @@ import metrics
 from data.prepare import prepare
 from tests import proof
 from tests.launch import train_ok
-from tests.proof import BF16_CASES, CASES, GATES, REFERENCE, Case, curve, first_gradient, read_tensors, relative_l2
+from tests.proof import (
+    BF16_CASES,
+    CASES,
+    GATES,
+    REFERENCE,
+    Case,
+    curve,
+    first_gradient,
+    marked,
+    read_tensors,
+    relative_l2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +37,7 @@ def reference(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-def name_of(case: Case) -> str:
-    return f"{case.name}-{case.ranks}x{case.micro_batch}"
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_same_curve(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
     """First gradient, losses, norms and evaluations of 20 steps, and the parameters after them; AdamW and SGD."""
     gradient = relative_l2(first_gradient(case, tiny, tmp_path / "gradient"), torch.load(reference / "gradient.pt"))
@@ -48,7 +55,7 @@ def test_the_reference_learns_and_clips(reference: Path) -> None:
         assert max(row["grad_norm"] for row in rows if "loss" in row) > 0.4
 
 
-@pytest.mark.parametrize("case", BF16_CASES, ids=name_of)
+@pytest.mark.parametrize("case", marked(BF16_CASES))
 def test_bf16_stays_near(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
     """bf16 compute over fp32 masters: gradient and curve stay in a band around fp32's, and checkpoints are fp32."""
     expected = torch.load(reference / "gradient.pt")

@@ -51,6 +51,7 @@ def curve_test(case: str) -> str:
 BACKWARD = "(loss * (world_size / max(1, targets))).backward()"
 NUMERICS = "tests/test_numerics.py::test_changes_nothing"
 RESUME_TO_THE_BIT = "tests/test_resume.py::test_same_ranks_to_the_bit[ddp]"
+DIVIDED = "tests/test_tensor_parallel.py::test_family[qwen3]"
 LOADED_STATE = "tests/test_resume.py::test_other_ranks_and_strategies[1-ddp]"
 
 BUGS = [
@@ -75,8 +76,8 @@ BUGS = [
         "Ranks take overlapping shares: in an epoch some rows come twice and others never, which no curve shows.",
         one(
             "train.py",
-            "shuffle=True, seed=options.seed, drop_last=True)",
-            "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True)",
+            "shuffle=True, seed=options.seed, drop_last=True",
+            "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True",
         ),
         "tests/test_ledger.py::test_the_same_global_batches[2-4-more0]",
         source="mlcommons/training#625",
@@ -309,14 +310,28 @@ BUGS = [
         "clipped by the norm of a shard",
         "clip_grad_norm_ runs on what this rank holds. With sharding that is a part, and each rank finds another norm.",
         "Steps are clipped too little, by the square root of the number of ranks, and each shard by another factor.",
-        one(
-            "fsdp/gradients.py",
-            "full_norm = norm.full_tensor()  # the collective",
-            "full_norm = nn.utils.get_total_norm([p.grad.to_local() for p in parameters])",
-        ),
+        one("fsdp/gradients.py", "    dist.all_reduce(squares)\n", ""),
         curve_test("FSDP-2x8"),
         Curve(4, ("--strategy", "fsdp")),
         source="pytorch/pytorch#72548",
+    ),
+    Bug(
+        "what all have, counted by each",
+        "With tensor parallelism, weights are divided and norms are not: each rank of a group has them whole. Who adds "
+        "up the squares of all ranks has those of the norms as often as there are ranks.",
+        "The gradient norm is a little too large, and the more so the more ranks divide a layer; steps are clipped a "
+        "little too much.",
+        one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / alike", "nn.utils.get_total_norm(same) ** 2"),
+        DIVIDED,
+    ),
+    Bug(
+        "the gradient of a part of the vocabulary",
+        "The vocabulary is divided among ranks, and each makes the gradient by the hidden states that its part of the "
+        "logits gives. Megatron's word for what was forgotten: the all-reduce in the backward.",
+        "The loss is right to the last digit, and falls. Each layer below the head learns from a part of the "
+        "vocabulary, another one on each rank, and replicas drift apart.",
+        one("fsdp/tensor_parallel.py", ".to_local(grad_placements=[Partial()])", ".to_local()"),
+        DIVIDED,
     ),
     Bug(
         "clipped before the exchange",

@@ -1,0 +1,158 @@
+"""Layers divided among ranks: every family of models computes what it does whole, or is refused."""
+
+import copy
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import checkpoint
+import fsdp
+from config import OptionError, Options
+from model.build import build_model, check_divides, load_config_and_tokenizer
+from model.objective import NextToken
+from model.weights import Stored, fill, find_weights
+from tests.families import FAMILIES, make_family
+from tests.launch import train
+from tests.proof import GATES, relative_l2
+from tests.test_models import everything, same, stored
+
+RANKS = 4
+QUICK = ("qwen2", "qwen3", "gemma2")  # with biases and untied; with norms of heads and tied; with capped logits
+DENSE = [name for name in FAMILIES if "moe" not in name]
+
+
+@pytest.fixture(scope="module")
+def findings(
+    request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What 2 x 2 ranks found when they loaded each family that is asked for, took a gradient and exported it."""
+    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names: list[Any] = [item.callspec.params["name"] for item in asked if item.function is test_family]
+    directory = tmp_path_factory.mktemp("divided")
+    # Half of the vocabulary is an odd number: the second rank of a shard has a row less.
+    families = {name: make_family(name, directory, model_dir, vocab_size=390) for name in names}
+    outcome = train(RANKS, [], before=partial(try_all, families, directory))
+    assert outcome.exit_codes == [0] * RANKS, outcome.output
+    found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
+    return found
+
+
+def try_all(families: dict[str, Path], directory: Path) -> None:
+    """In the place of train.py."""
+    dist.init_process_group("gloo")
+    found = {name: try_one(path, directory / f"{name} exported") for name, path in families.items()}
+    if dist.get_rank() == 0:
+        (directory / "findings.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)
+
+
+def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
+    options = Options(model_name_or_path=str(path), tensor_parallel=2, output_dir=str(output_dir))
+    config, tokenizer = load_config_and_tokenizer(options)
+    built = build_model(options, config)
+    weights = find_weights(options, built)
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    wrapped = fsdp.wrap(NextToken(built), mesh, torch.device("cpu"), False, True, False)
+    read = count_reads()
+    fill(built, weights)
+    kept = sum(parameter.to_local().numel() for parameter in built.parameters() if isinstance(parameter, DTensor))
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    different = same(everything(built), everything(reference))
+
+    # 33 positions, which two ranks cannot divide; both ranks of a group have the same rows.
+    reader = dist.get_rank() // 2
+    rows = [torch.arange(99).view(3, 33) * 3 % 390 + row for row in range(2)]
+    loss = wrapped(input_ids=rows[reader], labels=rows[reader])
+    loss.backward()
+    norm = fsdp.clip_grad_norm(wrapped, 0.0)
+    gradient = {name: whole(parameter.grad) for name, parameter in built.named_parameters()}
+    with torch.no_grad():
+        evaluated = wrapped(input_ids=rows[reader], labels=rows[reader])
+    losses = [NextToken(reference)(input_ids=row, labels=row) for row in rows]
+    # FSDP averages over those who read rows of their own.
+    (torch.stack(losses).sum() / 2).backward()  # type: ignore[no-untyped-call]
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    expected_norm = torch.nn.utils.get_total_norm(list(expected.values()))
+
+    options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
+    output_dir.mkdir(exist_ok=True)
+    checkpoint.export(options, built, tokenizer)
+    return {
+        "different": different,
+        "read": read[0] / kept,
+        "kept": kept / sum(parameter.numel() for parameter in reference.parameters()),
+        "tied": built.get_output_embeddings().weight is built.get_input_embeddings().weight,
+        "loss": abs(loss.item() / losses[reader].item() - 1),
+        "evaluated": abs(evaluated.item() / losses[reader].item() - 1),
+        "gradient": relative_l2(gradient, expected),
+        "worst": max(relative_l2({"": gradient[name]}, {"": expected[name]}) for name in expected),
+        "norm": abs(norm.item() / expected_norm.item() - 1),
+        "exported": same(stored(output_dir), stored(path)),
+    }
+
+
+def whole(gradient: Tensor | None) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor()
+
+
+def count_reads() -> list[int]:
+    """From here on, the entries that this rank reads of files, in a list of one number."""
+    entries, read = [0], Stored.read
+
+    def count(self: Stored, *place: Any) -> Tensor:
+        part = read(self, *place)
+        entries[0] += part.numel()
+        return part
+
+    setattr(Stored, "read", count)  # noqa: B010
+    return entries
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
+)
+def test_family(findings: dict[str, Any], name: str) -> None:
+    """Tied and untied, biases, norms of heads, windows, scaled embeddings, a cap on the logits: loss and gradient."""
+    found = findings[name]
+    assert found["different"] == found["exported"] == []
+    assert found["tied"] == FAMILIES[name][0].tie_word_embeddings
+    assert found["loss"] < 1e-6
+    assert found["evaluated"] < 1e-6
+    assert found["norm"] < GATES.grad_norm
+    assert found["gradient"] < GATES.gradient
+    assert found["worst"] < 1e-5, "of the tensor that is furthest from its own"
+    assert found["read"] == 1, "a rank reads what it keeps, and no more"
+    assert found["kept"] < 0.27, "norms are whole in each group"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "expected"),
+    [
+        ("qwen3", 4, "qwen3 has 2 heads of keys and values, and 2 / 4 = 0.5\ngive a divisor of 2"),
+        ("qwen3", 3, "qwen3 has 4 attention heads, and 4 / 3 = 1.33333\ngive a divisor of 2"),
+        ("llama", 2, "llama has 389 tokens in its vocabulary, and 389 / 2 = 194.5\nleave it out"),
+        ("qwen3 moe", 2, "the plan of qwen3_moe has layers.*.mlp.experts moe_tp_experts, unknown here"),
+        ("gpt2", 2, "gpt2 has no plan of how its layers are divided\nleave it out"),
+    ],
+)
+def test_what_cannot_be_divided(name: str, ranks: int, expected: str) -> None:
+    """Before any process group: the arithmetic, or what is not known here."""
+    config = copy.deepcopy(FAMILIES[name][0]) if name in FAMILIES else GPT2Config(n_layer=1)
+    if name == "qwen3":
+        config.vocab_size = 384
+    with pytest.raises(OptionError) as error:
+        check_divides(config, ranks)
+    assert f"tensor_parallel {ranks}: {expected}" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
