@@ -418,7 +418,8 @@ def check(options: Options, world_size: int) -> None:
             f"scale_learning_rate {options.scale_learning_rate}, reference_batch_size {options.reference_batch_size}: "
             "give both or neither"
         )
-    options.learning_rate *= rate_factor(options, world_size)
+    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+    options.learning_rate *= rate_factor(options, rows)
 
 
 def _check_schedule(options: Options, text: str) -> None:
@@ -518,13 +519,12 @@ def derive_accumulation(options: Options, world_size: int) -> None:
     options.gradient_accumulation_steps = accumulation
 
 
-def rate_factor(options: Options, world_size: int) -> float:
-    """What the learning rate is multiplied by, where the global batch is not the one that it is meant for.
+def rate_factor(options: Options, rows: int) -> float:
+    """What the learning rate is multiplied by for a global batch of `rows`, where it is meant for another.
 
     In proportion to the batch (Goyal et al. 2017), or to its root, as the noise of a gradient falls (Malladi et al.
     2022, for Adam). Without `scale_learning_rate`, 1.
     """
-    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
     ratio = rows / (options.reference_batch_size or rows)
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[options.scale_learning_rate]
 

@@ -362,7 +362,7 @@ def start_block(
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x "
         f"{readers(options, ranks // options.tensor_parallel)} = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
-        "learning rate": learning_rate_line(options, ranks),
+        "learning rate": learning_rate_line(options, plan.global_batch_size),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
         "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
@@ -388,12 +388,11 @@ def sharded(options: Options, ranks: int) -> str:
     return ", ".join([shards, *more])
 
 
-def learning_rate_line(options: Options, ranks: int) -> str:
-    """The highest rate, and how it follows from the one that was given."""
+def learning_rate_line(options: Options, rows: int) -> str:
+    """The highest rate, and how it follows from the one that was given, for a global batch of `rows`."""
     if options.scale_learning_rate == "none":
         return f"{options.learning_rate:g}, whatever the global batch"
-    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks
-    given = options.learning_rate / rate_factor(options, ranks)
+    given = options.learning_rate / rate_factor(options, rows)
     ratio = f"{rows} / {options.reference_batch_size} rows"
     return f"{options.learning_rate:g} = {given:g} x {'sqrt' if options.scale_learning_rate == 'sqrt' else ''}({ratio})"
 
