@@ -24,6 +24,7 @@ from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
 from tests.test_resume import equal_to_the_bit
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
@@ -50,6 +51,9 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--cpu_offload"]),
         (1, ["--gradient_checkpointing", "--offload_activations"]),
         (1, ["--activation_memory_budget", "0.3"]),
+        pytest.param(2, ["--strategy", "fsdp", "--tensor_parallel", "2"], marks=two_gpus),
+        pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
+        pytest.param(2, [], marks=two_gpus),
     ],
     ids=str,
 )
