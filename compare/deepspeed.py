@@ -171,7 +171,7 @@ NO_EFFECT = {
     "compression_training": "off",
     "quantize_training": "off",
     "weight_quantization": "off",
-    "tensor_parallel": "off",
+    "tensor_parallel": "the plan that transformers has of the model",
     "expert_parallel": "off",
     "sequence_parallel_size": "off",
     "graph_harvesting": "off",
@@ -199,7 +199,6 @@ REFUSED = {
     "quantize_training.enabled": OTHER_MODEL,
     "sparse_attention.mode": OTHER_MODEL,
     "sequence_parallel_size": "sequences are not split over ranks here; remove it",
-    "tensor_parallel.autotp_size": "it is not followed here; remove it",
     "expert_parallel.enabled": "it is not followed here; remove it",
     f"{ZERO}.zero_quantized_weights": "weights travel in bf16 or fp32; remove it",
     f"{ZERO}.zero_quantized_nontrainable_weights": "weights are kept in fp32; remove it",
@@ -282,6 +281,9 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
     assert options.deepspeed
     file = File(options.deepspeed, _flatten(_load(options.deepspeed)), options, given)
     _refuse(file)
+    if divided := file.number("tensor_parallel.autotp_size", int):
+        file.want("tensor_parallel.autotp_size", "tensor_parallel", divided)
+    world_size = world_size and world_size // options.tensor_parallel  # ranks, or groups of them, that read rows
     _batch(file, world_size)
     _optimizer(file)
     _scheduler(file)

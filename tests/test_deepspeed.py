@@ -179,6 +179,11 @@ def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) ->
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, [], {"cpu_offload": False}),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, [], {"replicas": 2}),
+        (
+            {"train_batch_size": 16, "zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}},
+            [],
+            {"tensor_parallel": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        ),
         ({"train_batch_size": 32}, [], {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}),
         (
             {"train_batch_size": 32, "gradient_accumulation_steps": "auto"},
