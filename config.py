@@ -224,7 +224,8 @@ class Options:
     cpu_offload: bool = HfArg(
         default=False,
         help="fsdp: parameters, gradients and moments lie in host memory, where AdamW runs, too; a GPU holds what it "
-        "computes. Costs a copy of each layer to the GPU for each use of it, and one of its gradients back.",
+        "computes. Costs a copy of each layer to the GPU for each use of it, and one of its gradients back. torchrun "
+        "gives AdamW one CPU thread a rank, unless OMP_NUM_THREADS is set.",
     )
     shard_optimizer: bool = HfArg(
         default=False, help="ddp: each rank updates its part of the parameters, and keeps only that part's moments."

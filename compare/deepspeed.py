@@ -360,7 +360,7 @@ def _batch(file: File, world_size: int | None) -> None:
         accumulation = rows / (micro_batch * world_size)
     theirs = (
         f"train_micro_batch_size_per_gpu {micro_batch:.4g} x gradient_accumulation_steps {accumulation:.4g} x "
-        f"{world_size} ranks"
+        f"{config.readers(file.options, world_size)}"
     )
     whole = micro_batch == int(micro_batch) and accumulation == int(accumulation)
     if not whole or rows != micro_batch * accumulation * world_size:
@@ -373,7 +373,9 @@ def _batch(file: File, world_size: int | None) -> None:
     for key, option, value in zip(BATCH, BATCH_OPTIONS, (rows, micro_batch, accumulation), strict=True):
         if key not in file.became:
             file.explain(key, f"{option} {int(value)}")
-    file.explain(BATCH[0], f"= {micro_batch:.0f} rows x {accumulation:.0f} micro-steps x {world_size} ranks")
+    file.explain(
+        BATCH[0], f"= {micro_batch:.0f} rows x {accumulation:.0f} micro-steps x {config.readers(options, world_size)}"
+    )
 
 
 def _optimizer(file: File) -> None:
