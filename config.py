@@ -375,8 +375,8 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.tensor_parallel > 1 and options.ddp_backend == "gloo" and torch.cuda.is_available():
         raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered within a "
-            "layer\nleave ddp_backend out; each rank then needs a GPU of its own"
+            f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered "
+            "within a layer\nleave ddp_backend out; each rank then needs a GPU of its own"
         )
     world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
