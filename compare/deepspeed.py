@@ -283,7 +283,8 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
     _refuse(file)
     if divided := file.number("tensor_parallel.autotp_size", int):
         file.want("tensor_parallel.autotp_size", "tensor_parallel", divided)
-    world_size = world_size and world_size // options.tensor_parallel  # ranks, or groups of them, that read rows
+    if world_size is not None:  # those that read rows of their own; config.check refuses what is not whole
+        world_size = max(1, world_size // options.tensor_parallel)
     _batch(file, world_size)
     _optimizer(file)
     _scheduler(file)

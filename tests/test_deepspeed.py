@@ -24,7 +24,7 @@ from data.prepare import prepare
 from model.build import load_config_and_tokenizer
 from model.optimizer import learning_rate
 from tests.launch import train, train_ok
-from tests.proof import GATES, relative_l2
+from tests.proof import GATES, TENSOR, relative_l2
 
 # The shapes that public files have.
 STAGE_2_OFFLOADED = {
@@ -185,6 +185,7 @@ def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) ->
             {"tensor_parallel": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         ),
         ({"train_batch_size": 32}, [], {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}),
+        ({"train_batch_size": 32}, [*TENSOR], {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}),
         (
             {"train_batch_size": 32, "gradient_accumulation_steps": "auto"},
             ["--per_device_train_batch_size", 2],
