@@ -378,6 +378,11 @@ def check(options: Options, world_size: int) -> None:
             f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered "
             "within a layer\nleave ddp_backend out; each rank then needs a GPU of its own"
         )
+    if options.tensor_parallel > 1 and options.offload_activations:
+        raise OptionError(
+            f"offload_activations true: with tensor_parallel {options.tensor_parallel}, the inputs that are kept are "
+            "divided among ranks, and stay on the GPU; leave it out"
+        )
     world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
         raise OptionError(

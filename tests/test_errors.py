@@ -58,6 +58,10 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--tensor_parallel", "2"], "tensor_parallel 2: needs --strategy fsdp"),
         (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
         (
+            ["--strategy", "fsdp", "--tensor_parallel", "2", "--gradient_checkpointing", "--offload_activations"],
+            "offload_activations true: with tensor_parallel 2, the inputs that are kept are divided among ranks",
+        ),
+        (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
             "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
         ),
