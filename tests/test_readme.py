@@ -17,6 +17,7 @@ import metrics
 from config import Options
 from data.prepare import prepare
 from tests.launch import ROOT
+from tests.proof import CASES
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -162,6 +163,14 @@ def test_memory(place: Path) -> None:
     run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "| FSDP (ZeRO-3) |" in run.stdout
+
+
+def test_stages() -> None:
+    """The options of each line of the table of stages are those of a topology that the proofs run."""
+    lines = re.findall(r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor)[^|]*) \|([^|]*)\|", README, re.MULTILINE)
+    assert len(lines) == 9
+    proved = {frozenset(case.options) for case in CASES}
+    assert [name for name, options in lines if frozenset(options.strip(" `").split()) not in proved] == []
 
 
 def test_ledger(place: Path) -> None:
