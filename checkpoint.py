@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import OptionError, Options
+from config import OF_A_HOST, OptionError, Options
 from model.export import unique_tensors, write_model
 
 MANIFEST = "manifest.json"
@@ -487,16 +487,19 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     return _broadcast(digest.hexdigest())
 
 
-def require_same_job(options: Options, *job: Any) -> None:
+def require_same_job(options: Options, **facts: Any) -> None:
     """Every rank must call. Raises OptionError on all of them, unless all were given the same job and directory.
 
-    Else ranks would wait for each other in different collectives, or write a checkpoint that no host has whole.
+    The same job: all options but those of a host, and `facts`, by name. Else ranks would wait for each other in
+    different collectives, learn from other rows than they should, or write a checkpoint that no host has whole.
     """
+    job = {name: value for name, value in dataclasses.asdict(options).items() if name not in OF_A_HOST} | facts
     sees_lock = (Path(options.output_dir) / ".lock").exists()
     jobs, sights = zip(*_gather((job, sees_lock)), strict=True)
     if others := [rank for rank, other in enumerate(jobs) if other != jobs[0]]:
+        different = [name for name in job if any(other[name] != jobs[0][name] for other in jobs)]
         raise OptionError(
-            f"ranks {others}: they have other data, another model or other steps than rank 0\n"
+            f"ranks {others}: not the same as on rank 0: {', '.join(different)}\n"
             "give all ranks the same options, files and Python version"
         )
     if blind := [rank for rank, sees in enumerate(sights) if not sees]:

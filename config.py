@@ -73,6 +73,15 @@ NOT_NEGATIVE = (
 )
 
 
+# Options that may differ between hosts: paths, of which the content must be the same, and what concerns one alone.
+OF_A_HOST = {
+    *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
+    *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "torch_compile"),
+    *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "show_examples", "trace_steps", "prompt"),
+}
+
+
 # What lr_scheduler_kwargs may hold; beside it, learning_rate is the highest rate and warmup_steps the warmup.
 SCHEDULE_PARAMETERS = {
     "WarmupLR": ("warmup_type", "warmup_min_lr"),

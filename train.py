@@ -90,6 +90,11 @@ def main(argv: list[str]) -> None:
     dist.init_process_group(
         backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=options.ddp_timeout)
     )
+    model_fingerprint = checkpoint.fingerprint_model(model)
+    # Each rank has read its own files and options: on several hosts, they might differ.
+    checkpoint.require_same_job(
+        options, plan=plan, data=data.fingerprint, model=model_fingerprint, weights=fingerprint_files(weights)
+    )
     # The ranks as a grid, with a process group for each line of it: who holds the same, a part, a slice of a layer.
     mesh = init_device_mesh(
         device.type, config.mesh_shape(options, world_size), mesh_dim_names=("replicate", "shard", "tensor")
@@ -98,13 +103,8 @@ def main(argv: list[str]) -> None:
     # === The model, replicated or sharded, and its optimizer. =======================================================
     if data.packing == "documents":
         attend_within_documents(model, device, options.bf16)
-    model_fingerprint = checkpoint.fingerprint_model(model)
     model_flops = flops_per_token(model, plan.block_size)
     memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
-    files = fingerprint_files(weights)  # each rank reads its own: on several hosts, they might differ
-    checkpoint.require_same_job(
-        options, plan, options.strategy, options.seed, data.fingerprint, model_fingerprint, files
-    )
     if options.torch_compile:
         compile_layers(model, options.activation_memory_budget)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.

@@ -119,15 +119,22 @@ def test_without_torchrun() -> None:
     assert run.stderr == "train.py: error: --zzz: unknown option; `python train.py --help` lists every option\n"
 
 
-def another_seed_on_rank_1() -> None:
+def another_value_on_rank_1(option: str, value: str) -> None:
     if os.environ["RANK"] == "1":
-        sys.argv[sys.argv.index("--seed") + 1] = "7"
+        sys.argv[sys.argv.index(option) + 1] = value
 
 
-def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path) -> None:
-    outcome = train(2, [*tiny, "--output_dir", tmp_path, "--seed", 42], before=another_seed_on_rank_1)
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("--seed", ("42", "7")), ("--tensor_parallel", ("1", "2"))],  # the ranks would never meet with the second
+    ids=str,
+)
+def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path, option: str, values: tuple[str, str]) -> None:
+    argv = [*tiny, "--output_dir", tmp_path, "--strategy", "fsdp", option, values[0]]
+    outcome = train(2, argv, before=partial(another_value_on_rank_1, option, values[1]))
     assert outcome.exit_codes == [2, 2]
-    assert "ranks [1]: they have other data, another model or other steps than rank 0" in outcome.output
+    assert "ranks [1]: not the same as on rank 0: " in outcome.output
+    assert option[2:] in outcome.output
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -144,7 +151,7 @@ def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_p
     argv = [*tiny, "--output_dir", tmp_path / "run"]
     outcome = train(2, argv, before=partial(other_weights_on_rank_1, tmp_path / "other"))
     assert outcome.exit_codes == [2, 2]
-    assert "ranks [1]: they have other data, another model or other steps than rank 0" in outcome.output
+    assert "ranks [1]: not the same as on rank 0: weights\n" in outcome.output
 
 
 def another_directory_on_rank_1() -> None:
