@@ -1,10 +1,10 @@
 """Every option of the trainer: its name, default, help and check.
 
-Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are
-`strategy`, `reshard_after_forward`, `replicas`, `tensor_parallel`, `cpu_offload`, `sync_each_batch`, `shard_optimizer`,
-`offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`, `text_column`,
-`data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`, `max_skipped_steps`,
-`async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
+Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are `strategy`,
+`reshard_after_forward`, `replicas`, `tensor_parallel`, `cpu_offload`, `sync_each_batch`, `reduce_dtype`,
+`shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`,
+`text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
+`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
 `scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
 
@@ -230,6 +230,10 @@ class Options:
         help="fsdp: exchange gradients in each micro-step, so that a rank keeps its shard of them alone. Costs a "
         "reduce-scatter a micro-step. Without, it is one a step, and each rank holds them whole until then, in fp32.",
     )
+    reduce_dtype: Literal["float32", "bfloat16"] = HfArg(
+        default="float32",
+        help="fsdp: of gradients while they are reduced over ranks. bfloat16 halves what travels, and rounds each sum.",
+    )
     cpu_offload: bool = HfArg(
         default=False,
         help="fsdp: parameters, gradients and moments lie in host memory, where AdamW runs, too; a GPU holds what it "
@@ -406,6 +410,8 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.sync_each_batch and options.strategy != "fsdp":
         raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
+    if options.reduce_dtype != "float32" and options.strategy != "fsdp":
+        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; give --strategy fsdp")
     if options.offload_activations and not options.gradient_checkpointing:
         raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; give both")
     if options.objective == "dpo" and options.packing:

@@ -109,8 +109,9 @@ def main(argv: list[str]) -> None:
         compile_layers(model, options.activation_memory_budget)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
+    reduce_dtype = getattr(torch, options.reduce_dtype)
     wrapped: nn.Module = strategy.wrap(
-        objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload
+        objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     fill(model, weights)

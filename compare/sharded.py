@@ -87,7 +87,10 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     mesh = init_device_mesh(
         device.type, config.mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor")
     )
-    wrapped = strategy.wrap(objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload)
+    reduce_dtype = getattr(torch, options.reduce_dtype)
+    wrapped = strategy.wrap(
+        objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
+    )
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, as_it_is)
     optimizer = build_optimizer(model, options)

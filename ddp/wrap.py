@@ -14,14 +14,15 @@ def wrap(
     bf16: bool,
     reshard_after_forward: bool,
     cpu_offload: bool,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     `objective` (model/objective.py) comes without values, on the meta device, and gets memory for all of it on
     `device`, in fp32. Whoever fills it does so alike on every rank (model/weights.py): nothing is broadcast.
-    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16`,
-    `reshard_after_forward` and `cpu_offload` are the concern of the twin: here torch.autocast casts, nothing is sharded
-    or offloaded, and all ranks of `mesh` are replicas. One rank alone has nobody to exchange with: it gets `objective`.
+    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16` and
+    what follows it are the concern of the twin: here torch.autocast casts, nothing is sharded or offloaded, and all
+    ranks of `mesh` are replicas. One rank alone has nobody to exchange with: it gets `objective`.
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)

@@ -18,14 +18,16 @@ def wrap(
     bf16: bool,
     reshard_after_forward: bool,
     cpu_offload: bool,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
 
     `objective` (model/objective.py) comes without values, on the meta device, and gets memory for this rank's part of
     it on `device`, in fp32: 1 / `mesh["shard"]` of every parameter. A decoder layer of its model is one unit: its
-    parameters are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in fp32. With
-    `reshard_after_forward` a layer's full parameters are freed after its forward and gathered again for its backward.
-    Embedding and head belong to the root unit, so that tied weights stay one tensor.
+    parameters are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in
+    `reduce_dtype`, and kept in fp32. With `reshard_after_forward` a layer's full parameters are freed after its forward
+    and gathered again for its backward. Embedding and head belong to the root unit, so that tied weights stay one
+    tensor.
 
     Ranks along `mesh["shard"]` are next to each other, and gather and reduce among themselves (fast links, one host);
     with several replicas, the reduced shards are then averaged along `mesh["replicate"]`.
@@ -40,7 +42,7 @@ def wrap(
     if cpu_offload:
         # From and to page-locked memory, a copy needs no detour, and is not waited for.
         home, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
     model: PreTrainedModel = objective.model
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:

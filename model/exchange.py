@@ -38,9 +38,9 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
 
     FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
     fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
-    kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in fp32, and,
-    with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are filled
-    up to a multiple of W.
+    kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
+    and, with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are
+    filled up to a multiple of W.
     """
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -52,6 +52,7 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
     shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
+    reduced = FP32 if options.reduce_dtype == "float32" else BF16
     reductions = options.gradient_accumulation_steps if options.sync_each_batch else 1
     layers = layers_of(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -59,9 +60,9 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     for unit, gathers in [(root, 1), *((layer.parameters(), 1 + options.reshard_after_forward) for layer in layers)]:
         whole = numel(unit, shards) * shards
         kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
-        kinds["reduce_scatter"] += [FP32 * whole] * reductions
+        kinds["reduce_scatter"] += [reduced * whole] * reductions
         if options.replicas > 1:
-            kinds["all_reduce"] += [FP32 * whole // shards] * reductions
+            kinds["all_reduce"] += [reduced * whole // shards] * reductions
     kinds["all_reduce"] += [FP32]
     return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 

@@ -158,17 +158,18 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     one_layer = kept.largest_layer if options.gradient_checkpointing else 0
     working = (2 if options.torch_compile else 4) * kept.largest_tensor
     # A layer's gathered parameters and those of the next, unless all are kept; its gradients as the backward forms
-    # them; and those of the layer before in fp32, as they are reduced.
-    layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + FP32) * layer) * sharded
+    # them; and those of the layer before, as they are reduced.
+    reduced = FP32 if options.reduce_dtype == "float32" else BF16
+    layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + reduced) * layer) * sharded
     if offloaded:  # a shard that was copied here to be gathered, and one that was reduced, to be copied back
         layer_exchange += 2 * FP32 * math.ceil(max(layer, root) / shards)
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, rows_of(options) * options.block_size, head)
     tied = head is not None and head.weight is model.get_input_embeddings().weight
-    # In the end, the root's gradients as the backward has formed them and in fp32; under DDP, the embedding's beside
-    # the bucket that it goes into.
-    last = (width + FP32) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
+    # In the end, the root's gradients as the backward has formed them and as they are reduced; under DDP, the
+    # embedding's beside the bucket that it goes into.
+    last = (width + reduced) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
     after = FP32 * numel(parameters, ranks) if options.shard_optimizer else 0
 
     def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:

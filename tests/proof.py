@@ -92,6 +92,7 @@ CASES = [
 BF16_CASES = [
     Case("DDP, bf16", 2, 4, BF16),
     Case("FSDP, bf16", 2, 4, (*FSDP, *BF16)),
+    Case("FSDP, reduced in bf16", 2, 4, (*FSDP, "--reduce_dtype", "bfloat16")),
     Case("FSDP x tensor parallel, bf16", 4, 8, (*TENSOR, *BF16), slow=True),
 ]
 

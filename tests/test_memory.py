@@ -75,8 +75,11 @@ def record(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "each"),
-    [*((name, {}) for name in STAGES), ("hybrid FSDP, 2 replicas", {"sync_each_batch": True})],
-    ids=[*STAGES, "each micro-step exchanged"],
+    [
+        *((name, {}) for name in STAGES),
+        ("hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}),
+    ],
+    ids=[*STAGES, "each micro-step exchanged, in bf16"],
 )
 def test_a_stage(
     name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
