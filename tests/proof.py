@@ -74,7 +74,7 @@ CASES = [
     Case("FSDP", 2, 8, FSDP),
     Case("FSDP", 2, 2, FSDP),
     Case("FSDP", 4, 4, FSDP, slow=True),
-    Case("FSDP", 4, 1, FSDP),
+    Case("FSDP", 4, 1, FSDP, slow=True),
     Case("FSDP, not resharded", 2, 4, WHOLE),
     Case("FSDP, not resharded", 4, 2, WHOLE, slow=True),
     Case("FSDP, hybrid 2 x 2", 4, 4, HYBRID, slow=True),
@@ -250,7 +250,7 @@ In bf16, and with a bug planted in the real loop so that one sees what a broken 
 
 {bf16}
 
-`make test` holds the same gates (`tests/test_topology.py`).
+`make test` holds the same gates for a part of these lines, `make test-all` for all (`tests/test_topology.py`).
 """
 
 

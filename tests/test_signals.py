@@ -14,11 +14,18 @@ import metrics
 from tests.launch import ROOT, train_ok
 from tests.test_resume import trajectory
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+
 
 @pytest.mark.parametrize(
-    "launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]], ids=["one", "torchrun"]
+    ("number", "launcher"),
+    [
+        pytest.param(signal.SIGTERM, [], id="SIGTERM"),
+        pytest.param(signal.SIGTERM, TORCHRUN, id="SIGTERM to torchrun"),
+        pytest.param(signal.SIGINT, [], id="SIGINT"),
+        pytest.param(signal.SIGINT, TORCHRUN, id="SIGINT to torchrun", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_and_resume(tiny: list[object], tmp_path: Path, number: signal.Signals, launcher: list[str]) -> None:
     """A signal to the process or to torchrun, which hands it to all of its process group, workers of loaders too.
 
