@@ -6,12 +6,15 @@ All tokens of a split stand in one line, document after document. A piece is a s
 
 from bisect import bisect_left, insort
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
+
+ROWS_OF_A_PART = 2**18  # of concat, at a time: some 12 MiB
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,20 @@ def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
     if packing == "pairs":
         return Packed(pieces, np.arange(0, len(pieces) + 1, 2, dtype=np.int64))
     return _one_each(pieces) if packing == "none" else _best_fit(pieces, block_size)
+
+
+def pack_in_parts(packing: str, lengths: Integers, block_size: int) -> Iterator[Packed]:
+    """The same rows in parts, so that memory does not grow with them where they follow one from another: concat.
+
+    The pieces of a part are where they are in the whole line; its `first_pieces` count from its own first.
+    """
+    if packing != "concat":
+        yield pack(packing, lengths, block_size)
+        return
+    tokens, part = int(lengths.sum()), block_size * ROWS_OF_A_PART
+    for start in range(0, tokens, part):
+        packed = pack(packing, np.array([min(part, tokens - start)]), block_size)
+        yield Packed(packed.pieces + start, packed.first_pieces)
 
 
 def _one_each(pieces: Integers) -> Packed:

@@ -37,7 +37,7 @@ import config
 from config import OptionError, Options
 from data.corpus import CHUNK, START, Position, Raw, Source, cache_directory, chunks, find_sources, read, size_of
 from data.encode import GIVEN, Encoded, Fate, document_lengths, encoder, parsed, readable, recognise
-from data.packing import pack
+from data.packing import pack_in_parts
 from data.rows import Data, Mixture, Rows, Split, total
 from data.stream import Stream
 from metrics import data_lines
@@ -364,19 +364,23 @@ def _write_rows(
     assert options.block_size
     records = all_records[part]
     lengths, fates = records["tokens"], records["fate"]
-    packed = pack(packing, document_lengths(lengths, fates), options.block_size)
     (folder / name).mkdir(exist_ok=True)
-    pieces = packed.pieces
-    pieces += all_records["tokens"][: part.start or 0].sum()
-    pieces.tofile(folder / name / "pieces.bin")
-    packed.first_pieces.tofile(folder / name / "rows.bin")
+    first_token = all_records["tokens"][: part.start or 0].sum()
+    rows, pieces, used = 0, 0, 0
+    with open(folder / name / "pieces.bin", "wb") as pieces_file, open(folder / name / "rows.bin", "wb") as rows_file:
+        np.zeros(1, np.int64).tofile(rows_file)
+        for packed in pack_in_parts(packing, document_lengths(lengths, fates), options.block_size):
+            (packed.pieces + first_token).tofile(pieces_file)
+            (packed.first_pieces[1:] + pieces).tofile(rows_file)
+            rows, pieces = rows + len(packed.first_pieces) - 1, pieces + len(packed.pieces)
+            used += int((packed.pieces[:, 1] - packed.pieces[:, 0]).sum())
     number = np.bincount(fates, minlength=len(Fate)).tolist()
     split = Split(
         shape=shape,
-        rows=len(packed.first_pieces) - 1,
+        rows=rows,
         tokens=int(lengths.sum()),
         learned_tokens=int(records["learned"].sum()),
-        dropped_tokens=int(lengths.sum() - (pieces[:, 1] - pieces[:, 0]).sum()),
+        dropped_tokens=int(lengths.sum()) - used,
         documents=number[Fate.DOCUMENT] + number[Fate.CUT],
         cut_documents=number[Fate.CUT],
         empty_documents=number[Fate.EMPTY],

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+import data.packing
 import metrics
 import model.attention
 from data.batches import collate
-from data.packing import pack
+from data.packing import pack, pack_in_parts
 from data.rows import Row
 from model.objective import NextToken
 from tests.proof import GATES, Case, first_gradient, relative_l2
@@ -51,6 +52,18 @@ def test_no_token_is_lost(packing: str) -> None:
     assert left_out == (used.size % 256 if packing == "concat" else 0)
     if packing != "concat":
         assert len(sizes) == (-(-lengths // 256)).sum()
+
+
+@pytest.mark.parametrize("tokens", [0, 7, 256 * 3, 256 * 7 + 5])
+def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Rows of concat that are made three at a time are those that are made at once."""
+    monkeypatch.setattr(data.packing, "ROWS_OF_A_PART", 3)
+    lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
+    parts = list(pack_in_parts("concat", lengths, 256))
+    whole = pack("concat", lengths, 256)
+    assert [piece for part in parts for piece in part.pieces.tolist()] == whole.pieces.tolist()
+    assert sum(len(part.first_pieces) - 1 for part in parts) == len(whole.first_pieces) - 1 == tokens // 256
+    assert len(parts) == -(-tokens // (256 * 3))
 
 
 def documents_of(lengths: list[int], vocabulary: int) -> list[Tensor]:
