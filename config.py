@@ -380,40 +380,8 @@ def check(options: Options, world_size: int) -> None:
     model = options.model_name_or_path or options.config_name
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
         raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
-    if options.tensor_parallel > 1 and (options.strategy != "fsdp" or world_size % options.tensor_parallel):
-        raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: needs --strategy fsdp, and {world_size} ranks are "
-            f"{world_size / options.tensor_parallel:.3g} groups of {options.tensor_parallel}\ngive a divisor of the "
-            "number of ranks"
-        )
-    if options.tensor_parallel > 1 and options.ddp_backend == "gloo" and torch.cuda.is_available():
-        raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered "
-            "within a layer\nleave ddp_backend out; each rank then needs a GPU of its own"
-        )
-    if options.tensor_parallel > 1 and options.offload_activations:
-        raise OptionError(
-            f"offload_activations true: with tensor_parallel {options.tensor_parallel}, the inputs that are kept are "
-            "divided among ranks, and stay on the GPU; leave it out"
-        )
+    _check_strategy(options, world_size)
     world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
-    if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
-        raise OptionError(
-            f"replicas {options.replicas}: needs --strategy fsdp, and {readers(options, world_size)} are "
-            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of their number"
-        )
-    if options.shard_optimizer and options.strategy != "ddp":
-        raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
-    if options.cpu_offload and options.strategy != "fsdp":
-        raise OptionError(
-            "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp, or leave it out"
-        )
-    if options.sync_each_batch and options.strategy != "fsdp":
-        raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
-    if options.reduce_dtype != "float32" and options.strategy != "fsdp":
-        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; give --strategy fsdp")
-    if options.offload_activations and not options.gradient_checkpointing:
-        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; give both")
     if options.objective == "dpo" and options.packing:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
     if not options.dpo_beta > 0:
@@ -436,7 +404,7 @@ def check(options: Options, world_size: int) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"torch_compile: off, because {missing} is not here; it trains, at half the speed", file=sys.stderr)
     if options.activation_memory_budget is not None:
-        _check_memory_budget(options)
+        _check_memory_budget(options, options.activation_memory_budget)
     if options.global_batch_size:
         derive_accumulation(options, world_size)
     if (options.scale_learning_rate == "none") != (options.reference_batch_size is None):
@@ -446,6 +414,44 @@ def check(options: Options, world_size: int) -> None:
         )
     rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
     options.learning_rate *= rate_factor(options, rows)
+
+
+def _check_strategy(options: Options, world_size: int) -> None:
+    """Refuse what the strategies cannot do, or cannot do together."""
+    if options.tensor_parallel > 1 and (options.strategy != "fsdp" or world_size % options.tensor_parallel):
+        raise OptionError(
+            f"tensor_parallel {options.tensor_parallel}: needs --strategy fsdp, and {world_size} ranks are "
+            f"{world_size / options.tensor_parallel:.3g} groups of {options.tensor_parallel}\ngive a divisor of the "
+            "number of ranks"
+        )
+    if options.tensor_parallel > 1 and options.ddp_backend == "gloo" and torch.cuda.is_available():
+        raise OptionError(
+            f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered "
+            "within a layer\nleave ddp_backend out; each rank then needs a GPU of its own"
+        )
+    if options.tensor_parallel > 1 and options.offload_activations:
+        raise OptionError(
+            f"offload_activations true: with tensor_parallel {options.tensor_parallel}, the inputs that are kept are "
+            "divided among ranks, and stay on the GPU; leave it out"
+        )
+    world_size //= options.tensor_parallel
+    if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
+        raise OptionError(
+            f"replicas {options.replicas}: needs --strategy fsdp, and {readers(options, world_size)} are "
+            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of their number"
+        )
+    if options.shard_optimizer and options.strategy != "ddp":
+        raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
+    if options.cpu_offload and options.strategy != "fsdp":
+        raise OptionError(
+            "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp, or leave it out"
+        )
+    if options.sync_each_batch and options.strategy != "fsdp":
+        raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
+    if options.reduce_dtype != "float32" and options.strategy != "fsdp":
+        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; give --strategy fsdp")
+    if options.offload_activations and not options.gradient_checkpointing:
+        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; give both")
 
 
 def _check_schedule(options: Options, text: str) -> None:
@@ -464,9 +470,9 @@ def _check_schedule(options: Options, text: str) -> None:
         )
 
 
-def _check_memory_budget(options: Options) -> None:
-    name = f"activation_memory_budget {options.activation_memory_budget}"
-    if not 0 <= options.activation_memory_budget <= 1:  # type: ignore[operator]
+def _check_memory_budget(options: Options, budget: float) -> None:
+    name = f"activation_memory_budget {budget}"
+    if not 0 <= budget <= 1:
         raise OptionError(f"{name}: give a share from 0 to 1")
     if not options.torch_compile:
         raise OptionError(f"{name}: the compiler chooses what is kept; give --torch_compile, or leave it out")

@@ -260,7 +260,9 @@ def test_refused(content: Any, argv: list[object], expected: str, tmp_path: Path
 
 
 def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
-    read(tmp_path, {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0}}})
+    parameters = {"adam_w_mode": False, "weight_decay": 0, "lr": 3e-4}
+    options = read(tmp_path, {"optimizer": {"type": "Adam", "params": parameters}})
+    assert (options.learning_rate, options.weight_decay) == (3e-4, 0)
 
 
 def test_who_prepares_data_needs_no_ranks(tmp_path: Path) -> None:
