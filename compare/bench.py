@@ -1,25 +1,29 @@
 """How fast this trainer is, and how fast others are with the same model and blocks, on one machine and in one hour.
 
-    python -m compare.bench [--model 0.6B] [--batch 4] [--variants "ours;HF Trainer"]
+    python -m compare.bench [--model 0.6B] [--batch 4] [--ranks 1] [--variants "ours;HF Trainer"]
 
-Each variant runs in a process of its own: random weights in fp32, computed in bf16 on a GPU, fused AdamW, clipping to
-1, blocks of the embedded corpus; on one GPU, or without one on two CPU ranks with the model of `make train`. Prints,
-for each: the median tokens per second after the first 10 of 30 steps; the share that the model's operations
-(model/loss.py says which) are of the rate of a plain matrix product, measured first; the peak memory; the seconds of
-the first 5 steps, in which layers are compiled; the share of the time after the first 10 in which this trainer waited
-for its data; and the ratio to HF Trainer. What is not installed is named and left out.
+Each variant runs in a process of its own, or in one per rank: random weights in fp32, computed in bf16 on a GPU, fused
+AdamW, clipping to 1, blocks of the embedded corpus; on one GPU or on `--ranks` of them, or without one on two CPU ranks
+with the model of `make train`. Prints, for each: the median tokens per second of all ranks after the first two of six
+windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
+each GPU, or on the CPU, measured first; the peak memory of a rank; the seconds of the first window, in which layers are
+compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to HF
+Trainer. What is not installed is named and left out.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +38,6 @@ from model.build import load_config_and_tokenizer
 from model.loss import flops_per_token
 
 ON_GPU = torch.cuda.is_available()
-RANKS = 1 if ON_GPU else 2
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": QWEN3_600M,
     "1.7B": {**QWEN3_600M, "hidden_size": 2048, "intermediate_size": 6144},
@@ -43,7 +46,10 @@ OURS = {
     "ours": [],
     "ours, sharded": ["--strategy", "fsdp"],
     "ours, not compiled": ["--torch_compile", "false"],
+    "ours, sharded optimizer": ["--shard_optimizer"],
+    "ours, tensor parallel": ["--strategy", "fsdp", "--tensor_parallel", "2"],
 }
+SEVERAL_RANKS = {"ours, sharded optimizer", "ours, tensor parallel"}  # make no sense, or are refused, on one
 
 
 class Result(NamedTuple):
@@ -60,8 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SHAPES, default="0.6B", help="The shape of this Qwen3; on a GPU only.")
     parser.add_argument("--batch", type=int, default=4, help="Blocks of a micro-batch.")
-    parser.add_argument("--variants", default=";".join([*OURS, *PEERS] if ON_GPU else ["ours", "HF Trainer"]))
+    parser.add_argument("--ranks", type=int, default=1 if ON_GPU else 2, help="Processes, one per GPU.")
+    parser.add_argument("--variants", help='Names between semicolons, as in "ours;HF Trainer".')
     arguments = parser.parse_args()
+    names = [*OURS, *PEERS] if ON_GPU else ["ours", "HF Trainer"]
+    if arguments.variants:
+        names = arguments.variants.split(";")
+    elif arguments.ranks == 1:
+        names = [name for name in names if name not in SEVERAL_RANKS]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended too
     with tempfile.TemporaryDirectory() as name:
         argv = ["--per_device_train_batch_size", str(arguments.batch), "--validation_split_percentage", "0"]
@@ -74,53 +86,75 @@ def main() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
         rate, flops = matmul_rate(), flops_per_token(model, options.block_size or 0) or 0.0
-        where = torch.cuda.get_device_name() if ON_GPU else f"{RANKS} CPU ranks"
-        print(f"{where}, torch {torch.__version__}; a matrix product runs at {rate / 1e12:,.2f} TFLOP/s")
+        where = torch.cuda.get_device_name() if ON_GPU else "CPU"
+        print(f"{arguments.ranks} ranks, {where}, torch {torch.__version__}; product: {rate / 1e12:,.2f} TFLOP/s")
         print(f"{model.num_parameters():,} parameters, {arguments.batch} blocks of {options.block_size} tokens")
         results = {}
-        for variant in arguments.variants.split(";"):
+        for variant in names:
             if variant in PEERS and not importlib.util.find_spec("accelerate"):
                 print(f"{variant}: accelerate is not installed")
                 continue
-            result = (peer if variant in PEERS else ours)(variant, [*argv, "--output_dir", f"{name}/{variant}"])
+            measure = peer if variant in PEERS else ours
+            result = measure(variant, arguments.ranks, [*argv, "--output_dir", f"{name}/{variant}"])
             if result:
                 results[variant] = result
                 print(f"{variant}: {result}", flush=True)
             else:
                 print(f"{variant}: failed\n" + Path(f"{name}/{variant}.log").read_text()[-2000:], flush=True)
 
-    print("\n| | tokens/s | of the matrix product | GiB | first 5 steps | waits for data | to HF Trainer |")
+    machine_rate = rate * arguments.ranks if ON_GPU else rate
+    print(f"\n| | tokens/s | of the matrix product | GiB | first {WINDOW} steps | waits for data | to HF Trainer |")
     print("|---" * 7 + "|")
     for variant, (speed, gib, first, waiting) in results.items():
         ratio = f"{speed / results['HF Trainer'].speed:.2f}" if "HF Trainer" in results else ""
-        cells = [f"{speed:,.0f}", f"{speed * flops / rate:.0%}", f"{gib:.1f}", f"{first:.0f} s"]
+        cells = [f"{speed:,.0f}", f"{speed * flops / machine_rate:.0%}", f"{gib:.1f}", f"{first:.0f} s"]
         cells += [f"{waiting:.2%}" if variant in OURS else "", ratio]
         print(f"| {variant} | {' | '.join(cells)} |")
 
 
-def launch(program: list[str]) -> list[str]:
-    """The command that runs a program of this tree on RANKS processes."""
-    if RANKS == 1:
-        return [sys.executable, *program]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), *program]
+@contextlib.contextmanager
+def started(ranks: int, program: list[str], log: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """A program of this tree on that many processes, rank 0 first; what is left of them at the end is killed.
+
+    They, and whatever they start, are one process group. torchrun would give each rank a session of its own: they
+    would outlive it, and train on beside the next variant.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    processes: list[subprocess.Popen[str]] = []
+    with open(log, "w") as errors:
+        try:
+            for rank in range(ranks):
+                here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+                process = subprocess.Popen(
+                    [sys.executable, *program],
+                    cwd=TRAIN.parent,
+                    env={**threads, **os.environ, **world, **here},
+                    stdout=subprocess.PIPE if rank == 0 else errors,
+                    stderr=errors,
+                    text=True,
+                    process_group=processes[0].pid if processes else 0,
+                )
+                processes.append(process)
+            yield processes
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(processes[0].pid, signal.SIGKILL)
+            for process in processes:
+                process.wait()
 
 
-def ours(variant: str, argv: list[str]) -> Result | None:
+def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """train.py, ended when its metrics.jsonl holds enough: a checkpoint of the end is not what is measured."""
     steps = ["--logging_steps", str(WINDOW), "--max_steps", "1000000"]
-    with open(f"{argv[-1]}.log", "w") as log:
-        process = subprocess.Popen(
-            launch([str(TRAIN), *argv, *steps, *OURS[variant]]), stdout=log, stderr=log, start_new_session=True
-        )
     rows: list[dict[str, Any]] = []
-    try:
-        while len(rows) < WINDOWS and process.poll() is None:
+    with started(ranks, [str(TRAIN), *argv, *steps, *OURS[variant]], f"{argv[-1]}.log") as processes:
+        while len(rows) < WINDOWS and all(process.poll() is None for process in processes):
             time.sleep(1)
             rows = read_rows(Path(argv[-1]) / "metrics.jsonl")
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the session that it was started in: ranks and loaders too
-            process.wait()
     if len(rows) < WINDOWS:
         return None
     tokens = rows[0]["tokens_seen"]  # of a window
@@ -129,12 +163,11 @@ def ours(variant: str, argv: list[str]) -> Result | None:
     return Result(speed, rows[-1]["peak_memory_gib"], tokens / rows[0]["tokens_per_second"], waiting)
 
 
-def peer(variant: str, argv: list[str]) -> Result | None:
+def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """Another trainer: compare/peers.py."""
-    command = launch(["-m", "compare.peers", variant, *argv])
-    with open(f"{argv[-1]}.log", "w") as log:
-        done = subprocess.run(command, cwd=TRAIN.parent, stdout=subprocess.PIPE, stderr=log, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"speeds"')]
+    with started(ranks, ["-m", "compare.peers", variant, *argv], f"{argv[-1]}.log") as processes:
+        printed = processes[0].communicate()[0]
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"speeds"')]
     return Result(median(lines[0]["speeds"]), lines[0]["gib"], lines[0]["first"]) if lines else None
 
 

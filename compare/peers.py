@@ -3,7 +3,7 @@
     python -m compare.peers NAME [options of train.py]
 
 Prints, from rank 0, one line of JSON: the tokens per second of each window of steps, the peak memory in GiB and the
-seconds of the first window. `compare.bench` starts it, in a process of its own or under torchrun.
+seconds of the first window. `compare.bench` starts it, in one process or several.
 """
 
 import json
@@ -25,7 +25,7 @@ from data.rows import Row, Rows
 from metrics import peak_memory_gib
 from model.build import load_config_and_tokenizer
 
-WINDOW = 5  # steps between two readings of the clock
+WINDOW = 5 if torch.cuda.is_available() else 50  # steps between two readings of the clock
 WINDOWS = 6
 
 
