@@ -44,7 +44,7 @@ from data.prepare import prepare
 from data.rows import Data, Mixture, Row, Rows
 from data.show import show
 from data.stream import Cursor, Stream
-from model.attention import attend_within_documents
+from model.attention import attend_within_documents, expect_one_document_a_row
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
 from model.loss import flops_per_token
@@ -103,6 +103,8 @@ def main(argv: list[str]) -> None:
     # === The model, replicated or sharded, and its optimizer. =======================================================
     if data.packing == "documents":
         attend_within_documents(model, device, options.bf16)
+    else:
+        expect_one_document_a_row()
     model_flops = flops_per_token(model, plan.block_size)
     memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
     if options.torch_compile:

@@ -27,6 +27,7 @@ from compare.bench import ON_GPU, matmul_rate
 from compare.packing import QWEN3_600M
 from config import Options
 from metrics import peak_memory_gib
+from model.attention import expect_one_document_a_row
 from model.build import build_model
 from model.compiled import compile_layers
 from model.loss import flops_per_token
@@ -81,6 +82,7 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
     model = build_model(options, Qwen3Config(**shape))
     objective = NextToken(model, options.torch_compile)
+    expect_one_document_a_row()
     if options.torch_compile:
         compile_layers(model, options.activation_memory_budget)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]

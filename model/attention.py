@@ -1,4 +1,4 @@
-"""Attention within documents, where several of them share a row.
+"""Attention within documents, where several of them share a row, and what that costs where none do.
 
 Shapes: B rows of a micro-batch, H heads of queries, K heads of keys and values, T tokens of a row, E entries of a head.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 NAME = "within_documents"
 CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
@@ -33,6 +33,15 @@ def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: 
     ):
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
+
+
+def expect_one_document_a_row() -> None:
+    """For this process: no row holds several documents, so that transformers need not look for them.
+
+    In each forward it would compare the positions of a row, and ask the GPU for the answer. To wait for that is to let
+    the GPU run dry, once in each micro-step: the next kernels are only then sent.
+    """
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def _attend(

@@ -175,6 +175,31 @@ def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
     assert any(not torch.equal(second[name], third[name]) for name in second)
 
 
+def wait_for_nothing() -> None:
+    """Patch a rank: from the report of its second step to the end of its fourth, to wait for the GPU is an error."""
+    end_of_step, log, calls = metrics.Recorder.step, metrics.Recorder.log, iter(range(1, 100))
+
+    def step(*arguments: Any) -> None:
+        end_of_step(*arguments)
+        if next(calls) == 4:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def report(self: metrics.Recorder, step: int, *values: Any) -> None:
+        log(self, step, *values)
+        if step == 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    metrics.Recorder.step, metrics.Recorder.log = step, report  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_steps_do_not_wait(tiny: list[object], tmp_path: Path, strategy: str) -> None:
+    """The GPU gets its work ahead of time: between two reports, nothing asks it for a number."""
+    options = [*tiny, "--output_dir", tmp_path, "--strategy", strategy, "--validation_split_percentage", 0]
+    outcome = train(1, [*options, "--logging_steps", 2, "--max_steps", 4, "--save_steps", 0], before=wait_for_nothing)
+    assert outcome.exit_codes == [0], outcome.output
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_head_and_loss(compiled: bool) -> None:
     """In bf16, against fp32 and all logits: gradients in the band, and never all logits in memory."""

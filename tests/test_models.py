@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3MoeConfig, T5Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+    masking_utils,
+)
 
 import checkpoint
 import ddp
@@ -26,6 +35,7 @@ import model.build
 import model.export
 import model.weights
 from config import OptionError, Options
+from model.attention import expect_one_document_a_row
 from model.build import build_model, load_config_and_tokenizer
 from model.export import write_model
 from model.objective import NextToken
@@ -78,6 +88,33 @@ def loaded_whole(directory: Path, **options: Any) -> PreTrainedModel:
 def families(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("families")
     return {name: make_family(name, directory, model_dir) for name in FAMILIES}
+
+
+class NothingIsRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In here, no value of a tensor may be asked for: on a GPU, each answer has to be waited for."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        assert operator is not torch.ops.aten._local_scalar_dense.default
+        return operator(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" not in name])  # experts have to know their tokens
+def test_a_step_does_not_wait_for_the_gpu(
+    families: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = NextToken(loaded_whole(families[name]))
+    tokens_BT = torch.randint(0, SIZES["vocab_size"], (2, 32))
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
+    nothing_is_read = NothingIsRead()  # type: ignore[no-untyped-call]
+    with nothing_is_read, pytest.raises(AssertionError):
+        objective(tokens_BT, tokens_BT)
+    expected = objective(tokens_BT, tokens_BT)
+    expect_one_document_a_row()
+    with nothing_is_read:
+        loss = objective(tokens_BT, tokens_BT)
+        loss.backward()
+        ddp.clip_grad_norm(objective, 1.0)
+    assert torch.equal(loss, expected)
 
 
 @pytest.fixture(scope="module")
