@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import config
 import metrics
 import model.objective
 from compare.memory import CASES, GIB, foresee, measuring
@@ -176,20 +177,20 @@ def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
 
 
 def wait_for_nothing() -> None:
-    """Patch a rank: from the report of its second step to the end of its fourth, to wait for the GPU is an error."""
-    end_of_step, log, calls = metrics.Recorder.step, metrics.Recorder.log, iter(range(1, 100))
+    """Patch a rank: from what follows the report of its second step to the end of its fourth, waiting is an error."""
+    end_of_step, check_skipped, calls = metrics.Recorder.step, config.check_skipped, iter(range(1, 100))
 
     def step(*arguments: Any) -> None:
         end_of_step(*arguments)
         if next(calls) == 4:
             torch.cuda.set_sync_debug_mode("default")
 
-    def report(self: metrics.Recorder, step: int, *values: Any) -> None:
-        log(self, step, *values)
+    def check(options: config.Options, step: int, skipped: int) -> None:
+        check_skipped(options, step, skipped)
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")
 
-    metrics.Recorder.step, metrics.Recorder.log = step, report  # type: ignore[assignment, method-assign]
+    metrics.Recorder.step, config.check_skipped = step, check  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
