@@ -5,7 +5,8 @@
 Generates that much text, and a tenth of it, as .jsonl; prepares both with `python -m data.prepare`, with the embedded
 tokenizer if the options name no other; and prints MB (10^6 bytes) of text per second of wall time and per second that
 all processes computed, the largest resident memory of any of them for both sizes, and how long the same command takes
-when all is prepared: the import of torch and transformers, and opening the memory maps.
+when all is prepared: the import of torch and transformers, and opening the memory maps. Beside it, what `datasets.map`
+takes in one process for the same text and tokenizer, without packing.
 """
 
 import json
@@ -17,6 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from datasets import load_dataset
+
+import config
+from model.build import load_config_and_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +58,16 @@ def prepare(path: Path, options: list[str]) -> Cost:
     return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
 
 
+def map_alone(path: Path, options: list[str]) -> float:
+    """Seconds that this process computes while `datasets.map` tokenises a file in batches."""
+    arguments = config.parse(["--data_cache_dir", f"{path}-cache", *options])
+    _, tokenizer = load_config_and_tokenizer(arguments)
+    rows = load_dataset("json", data_files=str(path), cache_dir=f"{path}-datasets", split="train")
+    started = time.process_time()
+    rows.map(lambda batch: {"input_ids": tokenizer(batch["text"])["input_ids"]}, batched=True, remove_columns="text")
+    return time.process_time() - started
+
+
 def main(megabytes: float, options: list[str]) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
@@ -63,10 +79,12 @@ def main(megabytes: float, options: list[str]) -> None:
             nothing.write_text(json.dumps({"text": "word " * 5000}) + "\n")
             prepare(nothing, [*options, "--data_cache_dir", f"{path}-cache"])  # trains the embedded tokenizer
             costs.append((path.stat().st_size / 1e6, prepare(path, options), prepare(path, options)))
+        mapped = map_alone(path, options)
     (_, first, _), (size, all_of_it, again) = costs
     wall, cpu = all_of_it.wall - again.wall, all_of_it.cpu - again.cpu
     print(f"text                {size:,.0f} MB")
     print(f"preparation         {wall:.1f} s, {size / wall:.1f} MB/s; {size / cpu:.2f} MB per second and core")
+    print(f"datasets.map        {size / mapped:.2f} MB per second and core")
     print(f"largest process     {all_of_it.memory:.0f} MiB; for a tenth of the text {first.memory:.0f} MiB")
     print(f"start when prepared {again.wall:.1f} s")
 
