@@ -2,7 +2,7 @@
 
     output_dir/checkpoint-STEP/
         model/shard-*.safetensors      parameters, fp32; each rank wrote its part
-        optimizer/shard-*.safetensors  AdamW's two moments of each parameter
+        optimizer/shard-*.safetensors  AdamW's two moments of each parameter; Muon's one
         state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
         manifest.json                  size and SHA-256 of every other file, written last
 
@@ -56,6 +56,7 @@ class Progress:
     data_fingerprint: str
     model_fingerprint: str
     cursor: list[list[int]] = dataclasses.field(default_factory=list)  # of a stream: the last rows (data/stream.py)
+    optim: str = "adamw_torch_fused"  # whose moments they are
 
 
 # --- The output directory -------------------------------------------------------------------------------------------
@@ -261,20 +262,23 @@ def _share_of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """AdamW's state by parameter name: the moments, in the shape and sharding of the parameter, and its step count.
+    """The state by parameter name: the moments, in the shape and sharding of the parameter, and AdamW's step count.
 
-    Creates a state of zeros where there is none yet, as AdamW's own first step would, for `load` to fill.
+    Creates a state of zeros where there is none yet, as the optimizer's own first step would, for `load` to fill.
     """
-    moments, steps = {}, {}
-    for name, parameter in _named_parameters(optimizer).items():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        moments[f"exp_avg.{name}"] = state["exp_avg"]
-        moments[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
-        steps[name] = state["step"]
+    moments: dict[str, Tensor] = {}
+    steps: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        kinds = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")  # of Muon, of AdamW
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                state.update({kind: torch.zeros_like(parameter) for kind in kinds})
+                if "momentum" not in group:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments |= {f"{kind}.{name}": state[kind] for kind in kinds}
+            if "step" in state:
+                steps[name] = state["step"]
     return moments, dict(zip(steps, torch.stack(list(steps.values())).tolist(), strict=True))
 
 
@@ -365,7 +369,7 @@ def load(
 ) -> Progress:
     """Restore parameters, optimizer state and, on the same number of ranks, each rank's RNG. Every rank must call.
 
-    Raises OptionError if the run would not be the same one: another model, other data, seed or global batch size.
+    Raises OptionError if the run would not be the same one: another model, data, seed, global batch size or optimizer.
     On another number of ranks each RNG is seeded anew from seed, step and rank.
     """
     state = json.loads((path / "state.json").read_text())
@@ -375,6 +379,7 @@ def load(
         ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
         ("seed", f"give --seed {progress.seed}"),
         ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
+        ("optim", f"give --optim {progress.optim}"),
     ):
         was, now = getattr(progress, name), getattr(expected, name)
         if was != now:

@@ -184,6 +184,11 @@ class Options:
     )
 
     # The optimizer and its schedule
+    optim: Literal["adamw_torch_fused", "muon"] = HfArg(
+        default="adamw_torch_fused",
+        help="muon: the matrices of the decoder layers by Muon, one moment each, scaled so that a learning_rate and "
+        "weight_decay for AdamW fit; all else by AdamW.",
+    )
     learning_rate: float = HfArg(default=5e-5, help="Highest learning rate, reached after the warmup.")
     scale_learning_rate: Literal["none", "sqrt", "linear"] = HfArg(
         default="none", help="Multiply learning_rate by global batch / reference_batch_size, or by the root of that."
@@ -433,6 +438,12 @@ def _check_strategy(options: Options, world_size: int) -> None:
         raise OptionError(
             f"offload_activations true: with tensor_parallel {options.tensor_parallel}, the inputs that are kept are "
             "divided among ranks, and stay on the GPU; leave it out"
+        )
+    if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
+        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"
+        raise OptionError(
+            f"optim muon: not with {name}: it needs each matrix whole, on a GPU\n"
+            "leave that out, or give --optim adamw_torch_fused"
         )
     world_size //= options.tensor_parallel
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):

@@ -75,6 +75,7 @@ COLLECTIVES = {
     "c10d::allgather_": "all_gather",
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::alltoall_base_": "all_to_all",
 }
 
 
@@ -362,6 +363,7 @@ def start_block(
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x "
         f"{readers(options, ranks // options.tensor_parallel)} = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
+        "optimizer": optimizer_line(optimizer),
         "learning rate": learning_rate_line(options, plan.global_batch_size),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
@@ -386,6 +388,15 @@ def sharded(options: Options, ranks: int) -> str:
         more.append("shards and optimizer in host memory")
     shards = f"parameters, gradients and moments sharded over {ranks // options.replicas} ranks"
     return ", ".join([shards, *more])
+
+
+def optimizer_line(optimizer: torch.optim.Optimizer) -> str:
+    """Which parameters are updated how."""
+    muon = [group for group in optimizer.param_groups if "momentum" in group]
+    if not muon:
+        return "AdamW"
+    elements = sum(parameter.numel() for group in muon for parameter in group["params"])
+    return f"Muon for {elements:,} parameters in matrices of the decoder layers, AdamW for all others"
 
 
 def learning_rate_line(options: Options, rows: int) -> str:

@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
         seed=options.seed,
         data_fingerprint=data.fingerprint,
         model_fingerprint=model_fingerprint,
+        optim=options.optim,
     )
     resumed_from = checkpoint.choose(options)
     if resumed_from:

@@ -390,7 +390,8 @@ def _optimizer(file: File) -> None:
         return
     if str(kind).lower() not in ("adam", "adamw"):
         raise file.error("optimizer.type", "the optimizer here is AdamW; write that, or remove the section")
-    file.explain("optimizer.type", "AdamW; norms and biases never decay")
+    file.want("optimizer.type", "optim", "adamw_torch_fused")
+    file.explain("optimizer.type", "norms and biases never decay")
     betas = file.says(f"{ADAM}.betas")
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float | int) for beta in betas):

@@ -5,7 +5,8 @@ import shutil
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.layers import layers_of
 
 
 def missing_for_compilation() -> str | None:
@@ -27,9 +28,8 @@ def compile_layers(model: PreTrainedModel, memory_budget: float | None = None) -
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
     # between the pieces is kept: a fifth more activations.
     torch._dynamo.config.optimize_ddp = False
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile()
+    for layer in layers_of(model):
+        layer.compile()
 
 
 def keep_less(memory_budget: float | None) -> None:

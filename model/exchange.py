@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config import Options
-from model.memory import BF16, FP32, layers_of, numel
+from model.layers import layers_of, matrices_of
+from model.memory import BF16, FP32, numel
 
 # DDP's own defaults (torch.nn.parallel.DistributedDataParallel): gradients travel as soon as so many bytes are there.
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
@@ -36,6 +37,9 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     DDP: all gradients, once, in buckets: all-reduce of 4 N bytes. With a sharded optimizer, each rank then broadcasts
     the part that it has updated: W broadcasts of 4 N bytes together.
 
+    Muon, where ranks share rows: for every W matrices two all-to-alls, in the width of computing, of the matrix that a
+    rank gets whole, or, where these are more, of its rows of all W. What rank 0 exchanges is counted.
+
     FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
     fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
     kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
@@ -44,6 +48,11 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     """
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
+    if options.optim == "muon" and shards > 1 and (options.strategy == "fsdp" or options.shard_optimizer):
+        matrices = sorted(matrices_of(model).values(), key=lambda matrix: -matrix.numel())
+        batches = [matrices[first : first + shards] for first in range(0, len(matrices), shards)]
+        kinds["all_to_all"] = [width * max(numel(batch[:1]), numel(batch, shards)) for batch in batches for _ in "12"]
     if options.strategy == "ddp":
         if ranks > 1:
             kinds["all_reduce"] += buckets(parameters)
@@ -51,7 +60,6 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
             kinds["broadcast"] += [FP32 * numel(parameters) // ranks] * ranks  # as if rows could always be divided
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
-    shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
     reductions = options.gradient_accumulation_steps if options.sync_each_batch else 1
     layers = layers_of(model)

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import config
 from config import OptionError, Options
 from model.build import build_model, load_config_and_tokenizer
 from model.compiled import keep_less
+from model.layers import layers_of, matrices_of
 from model.loss import CHUNK_LOGITS
 from model.objective import ends_with_head, passing_through
 
@@ -51,10 +51,10 @@ class Memory:
     moment: str
     parameters: int  # fp32: all of them under DDP; the rows of this rank under FSDP
     gradients: int  # fp32, as parameters, as far as they are there at this moment
-    optimizer: int  # AdamW's two moments, fp32: of all parameters, or of this rank's rows
+    optimizer: int  # two moments, fp32, of all parameters or of this rank's rows; one of what Muon updates
     activations: int  # what layers keep for their backward, and what the backward of one works with
     logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and what goes in
-    exchange: int  # parameters that FSDP has gathered, and gradients on their way; ZeRO-1: a copy of a rank's part
+    exchange: int  # what FSDP has gathered, gradients on their way, a matrix of Muon's; ZeRO-1: a copy of a rank's part
 
     @property
     def total(self) -> int:
@@ -137,6 +137,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     moments_divided_by = ranks if options.shard_optimizer else shards
     offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
     state = 2 * FP32 * numel(parameters, moments_divided_by) + FP32 * len(parameters)  # and the number of steps of each
+    matrices = list(matrices_of(model).values()) if options.optim == "muon" else []
+    state -= FP32 * numel(matrices, moments_divided_by) + FP32 * len(matrices)  # of these, one moment, and no number
     gradients = FP32 * numel(parameters, shards)
     waiting = 0 if options.gradient_accumulation_steps == 1 else FP32 * learned  # from earlier micro-steps
     if sharded and waiting and options.sync_each_batch:
@@ -171,6 +173,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     # embedding's beside the bucket that it goes into.
     last = (width + reduced) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
     after = FP32 * numel(parameters, ranks) if options.shard_optimizer else 0
+    if matrices:  # the longest one, as it came, normalised, and as the next of the iteration; and what goes back
+        after = max(after, 5 * width * max(matrix.numel() for matrix in matrices))
 
     def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:
         return Memory(name, of_rank, gradients, state, activations, logits, exchange)
@@ -228,11 +232,6 @@ def numel(tensors: Iterable[Tensor], shards: int = 1) -> int:
         rows = len(tensor) if tensor.dim() else 1
         total += math.ceil(rows / shards) * (tensor.numel() // rows if rows else 0)
     return total
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 _ends_with_head = functools.lru_cache(maxsize=16)(ends_with_head)
@@ -434,6 +433,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     if options.strategy == "fsdp":
         changes["--reshard_after_forward true"] = {"reshard_after_forward": True}
         changes["--replicas 1"] = {"replicas": 1}
+    if options.strategy == "fsdp" and options.optim != "muon":
         changes["--cpu_offload true"] = {"cpu_offload": True}
     if options.strategy == "fsdp" and accumulation > 1:
         changes["--sync_each_batch true"] = {"sync_each_batch": True}

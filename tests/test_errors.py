@@ -65,6 +65,11 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
             "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
         ),
+        (
+            ["--strategy", "fsdp", "--tensor_parallel", "2", "--optim", "muon"],
+            "optim muon: not with tensor_parallel 2: it needs each matrix whole",
+        ),
+        (["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"], "optim muon: not with cpu_offload true: it needs"),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
         (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: give more than 0"),

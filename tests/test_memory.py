@@ -78,8 +78,10 @@ def record(path: Path) -> None:
     [
         *((name, {}) for name in STAGES),
         ("hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}),
+        ("FSDP (ZeRO-3)", {"optim": "muon"}),
+        ("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}),
     ],
-    ids=[*STAGES, "each micro-step exchanged, in bf16"],
+    ids=[*STAGES, "each micro-step exchanged, in bf16", "FSDP, Muon", "ZeRO-1, Muon"],
 )
 def test_a_stage(
     name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path

@@ -49,7 +49,9 @@ def all_masked(steps: set[int]) -> None:
     data.batches.collate = collate
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
     """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted."""

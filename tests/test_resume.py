@@ -44,7 +44,10 @@ def cut_off_at(step: int, run: Path, copy: Path) -> None:
     (copy / "metrics.jsonl").write_text("".join(written) + rows[len(written)][:20])  # the last row only in part
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp --tensor_parallel 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --tensor_parallel 2", marks=pytest.mark.slow)],
+)
 def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp_path: Path, strategy: str) -> None:
     """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--strategy", *strategy.split()]

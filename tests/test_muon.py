@@ -1,0 +1,118 @@
+"""Muon: torch's own arithmetic, the same curve on any topology, and checkpoints that any topology resumes.
+
+A resume on the same ranks, to the bit, is in test_resume.py, a skipped step in test_numerics.py, bytes in
+test_memory.py.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import metrics
+from config import Options
+from model.build import EMBEDDED_MODEL
+from model.layers import matrices_of
+from model.muon import Muon, orthogonalise
+from model.optimizer import build_optimizer
+from tests.launch import train, train_ok
+from tests.proof import GATES, relative_l2
+from tests.test_errors import refused
+from tests.test_resume import equal_to_the_bit, save_again
+
+ON = ["--optim", "muon", "--global_batch_size", 12, "--lr_scheduler_type", "constant"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("one")
+    micro_batch = ["--per_device_train_batch_size", 12, "--save_steps", 10]
+    output = train_ok(1, *tiny, *ON, *micro_batch, "--output_dir", output_dir)
+    assert "Muon for 18,432 parameters in matrices of the decoder layers, AdamW for all others" in output
+    rows = metrics.read_rows(output_dir / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3, "it must learn"
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [
+        (2, []),
+        (3, ["--shard_optimizer"]),
+        (2, ["--strategy", "fsdp"]),
+        (3, ["--strategy", "fsdp"]),  # which cannot divide the rows of anything
+        pytest.param(4, ["--strategy", "fsdp", "--replicas", "2"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_same_curve(one_process: Path, tiny: list[object], tmp_path: Path, ranks: int, extra: list[str]) -> None:
+    train_ok(ranks, *tiny, *ON, "--output_dir", tmp_path, "--per_device_train_batch_size", 1, *extra)
+    rows, references = (metrics.read_rows(path / "metrics.jsonl") for path in (tmp_path, one_process))
+    for row, reference in zip(rows, references, strict=True):
+        for key in {"loss", "eval_loss"} & reference.keys():
+            assert row[key] == pytest.approx(reference[key], abs=GATES.loss)
+    expected = load_file(one_process / "model.safetensors")
+    assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < GATES.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_values(dtype: torch.dtype) -> None:
+    """Wide, tall and square: between 0.6 and 1.3, with the same singular vectors."""
+    torch.manual_seed(0)
+    for rows, columns in ((24, 80), (80, 24), (32, 32)):
+        matrix_RC = torch.randn(rows, columns) @ torch.diag(torch.linspace(0.1, 1, columns))
+        left, values, right = torch.linalg.svd(matrix_RC, full_matrices=False)
+        near = left.T @ orthogonalise(matrix_RC.to(dtype)).float() @ right.T
+        kept = values > 0.02 * values.max()  # what is smaller takes more than five steps
+        assert ((near.diag()[kept] > 0.6) & (near.diag()[kept] < 1.3)).all()
+        assert (near - torch.diag(near.diag())).abs().max() < 0.05
+
+
+def test_as_torch_does() -> None:
+    """Five steps of all matrices against torch.optim.Muon, in bf16; of all others against AdamW, to the bit."""
+    torch.manual_seed(0)
+    ours, theirs = (Qwen3ForCausalLM(Qwen3Config(**EMBEDDED_MODEL, vocab_size=64)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    options = Options(optim="muon", bf16=True, learning_rate=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(ours, options)
+    assert isinstance(optimizer, Muon)
+    matrices = matrices_of(theirs)
+    assert len(matrices) == 2 * 7
+    muon = torch.optim.Muon(list(matrices.values()), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = build_optimizer(theirs, Options(learning_rate=1e-2, weight_decay=0.1))
+    for _ in range(5):
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        optimizer.step()
+        muon.step()  # type: ignore[no-untyped-call]
+        for parameter in matrices.values():
+            parameter.grad = None  # so that AdamW leaves it as it is
+        adamw.step()
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=1e-6 if name in matrices else 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra"), [(1, []), (3, ["--strategy", "fsdp"]), (2, ["--shard_optimizer"])], ids=str
+)
+def test_resumed_elsewhere(one_process: Path, tiny: list[object], tmp_path: Path, ranks: int, extra: list[str]) -> None:
+    """What is loaded is what was saved, to the bit; what follows differs by rounding."""
+    shutil.copytree(one_process / "checkpoint-10", tmp_path / "checkpoint-10")
+    options = [*tiny, *ON, "--per_device_train_batch_size", 1, "--resume_from_checkpoint", "auto", *extra]
+    outcome = train(ranks, [*options, "--output_dir", tmp_path], before=partial(save_again, tmp_path / "again"))
+    assert outcome.exit_codes == [0] * ranks, outcome.output
+    assert equal_to_the_bit(tmp_path / "again" / "checkpoint-10", one_process / "checkpoint-10")
+    expected = load_file(one_process / "model.safetensors")
+    assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < GATES.parameters
+
+
+def test_another_optimizer_is_refused(one_process: Path, tiny: list[object], tmp_path: Path) -> None:
+    """It has other moments."""
+    resume = ["--resume_from_checkpoint", one_process / "checkpoint-10", "--output_dir", tmp_path]
+    message = refused(*tiny, *ON, *resume, "--optim", "adamw_torch_fused")
+    assert message.endswith("optim was muon and is adamw_torch_fused now\ngive --optim muon\n")
