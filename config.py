@@ -4,7 +4,7 @@ Names and meanings are those of transformers' `TrainingArguments` and of `run_cl
 `reshard_after_forward`, `replicas`, `tensor_parallel`, `cpu_offload`, `sync_each_batch`, `reduce_dtype`,
 `shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`,
 `text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
-`max_skipped_steps`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
+`max_skipped_steps`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
 `scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
 
@@ -251,6 +251,11 @@ class Options:
     bf16: bool = HfArg(
         default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
     )
+    float8: bool = HfArg(
+        default=False,
+        help="With bf16: matrix products of the decoder layers in float8, scaled per tensor (model/float8.py), not "
+        "those of the head. Faster with torch_compile, for wide models, on a GPU of compute capability 8.9 or more.",
+    )
     torch_compile: bool = HfArg(
         default=torch.cuda.is_available(),
         help="Compile each layer, in the first step. The default is: on a GPU, if Triton and a C compiler are there.",
@@ -386,6 +391,9 @@ def check(options: Options, world_size: int) -> None:
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
         raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
     _check_strategy(options, world_size)
+    if options.float8 and (options.tensor_parallel > 1 or not options.bf16):
+        needs = "is for whole layers; leave out one of it and tensor_parallel" if options.bf16 else "needs --bf16 true"
+        raise OptionError(f"float8 true: it {needs}")
     world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
     if options.objective == "dpo" and options.packing:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")

@@ -22,6 +22,7 @@ from transformers import (
 
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
+from model.float8 import compute_in_float8
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -159,6 +160,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
             gradient_checkpointing_kwargs={"use_reentrant": False},
             offload=options.offload_activations and torch.cuda.is_available(),  # those of a CPU are in its memory
         )
+    if options.float8:
+        compute_in_float8(model)
     return model.train()
 
 

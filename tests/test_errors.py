@@ -70,6 +70,11 @@ def refused(*argv: object, world_size: int = 1) -> str:
             "optim muon: not with tensor_parallel 2: it needs each matrix whole",
         ),
         (["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"], "optim muon: not with cpu_offload true: it needs"),
+        (["--float8", "--bf16", "false"], "float8 true: it needs --bf16 true"),
+        (
+            ["--strategy", "fsdp", "--tensor_parallel", "2", "--float8", "--bf16", "true"],
+            "float8 true: it is for whole layers; leave out one of it and tensor_parallel",
+        ),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
         (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: give more than 0"),
