@@ -1,6 +1,6 @@
 """How soon this trainer comes to a validation loss, with one optimizer or precision and with another.
 
-    python -m compare.convergence [--variants "AdamW;Muon"] [--rates 3e-3,6e-3] [--steps 1000] [--loss 3.0] [--ranks 2]
+    python -m compare.convergence [--variants "bf16;float8"] [--rates 3e-3,6e-3] [--steps 1000] [--loss 3.0] [--ranks 2]
 
 Trains the model of `make train` on the embedded corpus, anew for each variant and learning rate, with its schedule cut
 to `--steps`: on two CPU ranks, or where there are GPUs, on one each. Prints the steps and the seconds of training,
@@ -25,13 +25,15 @@ from metrics import read_rows
 VARIANTS = {
     "AdamW": [],
     "Muon": ["--optim", "muon"],
+    "bf16": ["--bf16", "true"],
+    "float8": ["--bf16", "true", "--float8", "true"],
 }
 
 
 def main() -> None:
     """Train every variant at every rate, and print the table as it grows."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="Names between semicolons.")
+    parser.add_argument("--variants", default="AdamW;Muon", help="Names between semicolons.")
     parser.add_argument("--rates", default="3e-3,6e-3,1.2e-2", help="Highest learning rates, between commas.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--loss", type=float, default=3.0, help="Validation loss to come to, in nats per token.")

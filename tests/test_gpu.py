@@ -17,6 +17,7 @@ import metrics
 import model.objective
 from compare.memory import CASES, GIB, foresee, measuring
 from model.attention import NAME, attend_within_documents
+from model.float8 import CAPABILITY, E4M3, E5M2, product, to_float8
 from model.loss import IGNORED, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from model.objective import fastest_softmax
 from tests import world
@@ -25,6 +26,9 @@ from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
 from tests.test_resume import equal_to_the_bit
 
+float8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="the GPU has no such products"
+)
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -74,9 +78,10 @@ def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_si
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str) -> None:
-    """bf16 compute over fp32 masters: the curve stays in a band around fp32's, and checkpoints are fp32."""
-    train_ok(1, *tiny, "--output_dir", tmp_path, "--strategy", strategy)
+@pytest.mark.parametrize("more", [[], pytest.param(["--float8"], marks=float8)], ids=str)
+def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str, more: list[str]) -> None:
+    """bf16 or float8 compute over fp32 masters: the curve stays in a band around fp32's, and checkpoints are fp32."""
+    train_ok(1, *tiny, "--output_dir", tmp_path, "--strategy", strategy, *more)
     rows, references = (metrics.read_rows(path / "metrics.jsonl") for path in (tmp_path, one_rank))
     assert rows[1]["grad_norm"] == pytest.approx(references[1]["grad_norm"], rel=2e-2)
     assert rows[1]["grad_norm"] != references[1]["grad_norm"], "it must have computed in bf16"
@@ -85,6 +90,23 @@ def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, str
             assert row["loss"] == pytest.approx(reference["loss"], abs=2e-2)
     saved = read_tensors(tmp_path / "checkpoint-20" / "model")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@float8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("left_dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float8_product(left_dtype: torch.dtype, dtype: torch.dtype, transposed: bool) -> None:
+    """What the three products of a linear module are, in what they are wanted in: near that in fp32."""
+    torch.manual_seed(0)
+    left, right = torch.randn(400, 48, device="cuda"), torch.randn(48, 80, device="cuda")
+    (left8, left_scale), (right8, right_scale) = to_float8(left, left_dtype), to_float8(right, E4M3)
+    if transposed:  # other memory, the same values
+        left8, right8 = left8.T.contiguous().T, right8.T.contiguous().T
+    for fast in (False, True):
+        ours = product(left8, right8, left_scale, right_scale, dtype, fast)
+        assert ours.dtype == dtype
+        assert 1e-2 < ((ours - left @ right).norm() / (left @ right).norm()).item() < 8e-2
 
 
 def test_packed_documents_compiled(tiny: list[object], tmp_path: Path) -> None:
@@ -274,3 +296,23 @@ def test_memory_is_as_foreseen(number: int) -> None:
     with measuring(CASES[number]) as measured:
         foreseen = foresee(CASES[number])
         assert foreseen.total / GIB == pytest.approx(measured.result(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "extra"),
+    [
+        (1, ["--strategy", "fsdp"]),
+        (2, ["--ddp_backend", "gloo"]),
+        (2, ["--ddp_backend", "gloo", "--shard_optimizer"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"]),
+        pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
+    ],
+    ids=str,
+)
+def test_muon(tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
+    """The same curve from parts of matrices that ranks exchange as from whole ones."""
+    options = [*tiny, "--optim", "muon", "--bf16", "false"]
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
+    train_ok(world_size, *options, "--output_dir", tmp_path / "other", *extra)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("other", "one"))
+    assert relative_l2(ours, theirs) < 1e-5

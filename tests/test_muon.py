@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import metrics
+from compare.convergence import evaluations, first_at
 from config import Options
 from model.build import EMBEDDED_MODEL
 from model.layers import matrices_of
@@ -109,6 +110,18 @@ def test_resumed_elsewhere(one_process: Path, tiny: list[object], tmp_path: Path
     assert equal_to_the_bit(tmp_path / "again" / "checkpoint-10", one_process / "checkpoint-10")
     expected = load_file(one_process / "model.safetensors")
     assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < GATES.parameters
+
+
+def test_time_to_a_loss() -> None:
+    """Two steps of 100 tokens at 50 and at 25 a second; the loss is half way down after one and a half."""
+    rows = [{"step": 0, "eval_loss": 8.0}]
+    for step, speed in ((1, 50.0), (2, 25.0)):
+        rows.append({"step": step, "loss": 9.0, "tokens_seen": 100 * step, "tokens_per_second": speed})
+        rows.append({"step": step, "eval_loss": 8.0 - 2 * step})
+    curve = evaluations(rows)
+    assert curve == [(0, 0.0, 8.0), (1, 2.0, 6.0), (2, 6.0, 4.0)]
+    assert first_at(5.0, curve) == (1.5, 4.0)
+    assert first_at(3.0, curve) is None
 
 
 def test_another_optimizer_is_refused(one_process: Path, tiny: list[object], tmp_path: Path) -> None:
