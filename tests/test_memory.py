@@ -151,9 +151,8 @@ def test_activations(
     kept = count(meta_model, options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
     actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
-    assert kept.layers + kept.outside - seeds == pytest.approx(
-        actual, rel=0.1 if budget or (compiled and float8) else 0
-    )
+    chosen = budget or (compiled and float8)
+    assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
 
 
 def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
