@@ -1,121 +1,281 @@
 """Divide each layer among the ranks of a group: tensor parallelism, and sequence parallelism for what lies between.
 
-Shapes: B rows of a micro-batch, T tokens of a row, D width of the model, H heads, E entries of a head, V vocabulary, C
-tokens of a chunk; V and H are those of this rank where they are divided.
+Shapes: B rows of a micro-batch, T tokens of a row, D width of the model, V vocabulary, C tokens of a chunk; P, one of
+as many equal parts as the group has ranks: PT positions, PV entries of the vocabulary.
 
 All ranks of the group read the same rows. Of a projection into heads or into the wider layer, each rank has its rows of
 the weight ("colwise"), and of the projection back, its columns ("rowwise"; Shoeybi et al. 2019, section 3). Between the
-two, where a rank has whole heads, it computes alone. Elsewhere, on the hidden states [B, T, D], it has T / group of the
-positions (Korthikanti et al. 2022, section 4.2.2): they are gathered before the first projection and reduced and
-scattered after the second, forward and backward, four times a layer. Vocabulary: the embedding and the head have its
-rows divided, and no rank ever has all logits.
+two, where a rank has whole heads, it computes alone. Elsewhere, on the hidden states, it has a part of the positions
+(Korthikanti et al. 2022, section 4.2.2): they are gathered before the first projection and reduced and scattered after
+the second, forward and backward, four times a layer. Vocabulary: the embedding and the head have its rows divided, and
+no rank ever has all logits.
 
-Parameters are DTensors over the group, those of norms as replicas. So they know what their gradients are: of a norm, a
-sum over the group, since each rank has seen other positions or heads. Dropout is drawn by each rank for itself.
+Parameters are DTensors over the group, those of norms as replicas, for FSDP, the optimizer and checkpoints. What is
+computed is computed with plain tensors: DTensor finds out for each operation, on the CPU, what it means for the parts;
+that took three times as long as the GPU. Dropout is drawn by each rank for itself.
 """
 
-import logging
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
-from torch.utils._pytree import tree_map_only
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 
-def divide_layers(objective: nn.Module, group: DeviceMesh) -> None:
-    """Divide the parameters of `objective.model` among the ranks of `group`, a mesh of one axis. Every rank must call.
+class Group(NamedTuple):
+    """The ranks that divide a layer, in values that a compiled layer can hold."""
+
+    name: str
+    size: int
+    rank: int  # of this process in it
+
+
+def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Divide the parameters of `objective.model` among the ranks of `mesh`, of one axis. Every rank must call.
 
     Follows the plan that the model's configuration carries. Must be called before anything is sharded, with a model
-    whose plan is known here and whose sizes divide: model/build.py refuses others.
+    whose plan is known here and whose sizes divide: model/build.py refuses others. `layers` are the decoder layers.
     """
     model: PreTrainedModel = objective.model
+    group = Group(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     fused = getattr(objective, "ends_with_head", False)  # head and loss are computed as one: model/objective.py
     plan = {f"{model.base_model_prefix}.{key}": style for key, style in model.config.base_model_tp_plan.items()}
-    styles: dict[str, ParallelStyle] = {}
+    projecting = set()  # attention, or the wider layer
     for name, module in model.named_modules():
         planned = plan.get(re.sub(r"\.\d+(?=\.)", ".*", name))
         if module is embedding:
-            styles[name] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False)
-        elif module is head:  # without the fused loss, all ranks get all logits
-            gathered = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-            styles[name] = _FusedHead() if fused else gathered
-        elif planned == "colwise":  # its outputs stay on this rank, as plain tensors
-            styles[name.rpartition(".")[0]] = _Gathered()
-            styles[name] = ColwiseParallel()
+            module.forward = partial(_embed, module, module.forward, module.padding_idx, group)
+            _distribute(module, mesh, Shard(0))
+        elif module is head:
+            module.register_forward_pre_hook(partial(_gather_input, group), with_kwargs=True)
+            if not fused:  # all ranks get all logits
+                module.register_forward_hook(lambda module, inputs, logits: _gather_logits(logits, group))
+            _distribute(module, mesh, Shard(0))
+        elif planned == "colwise":  # what it gives stays on this rank
+            projecting.add(model.get_submodule(name.rpartition(".")[0]))
+            _distribute(module, mesh, Shard(0))
         elif planned == "rowwise":
-            styles[name] = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
-        elif planned == "replicated_with_grad_allreduce":  # the norm of queries or keys, [B, T, H, E]
-            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
-        elif module._parameters:
-            styles[name] = SequenceParallel()
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # on two axes, it would warn
-    parallelize_module(model, group, styles)
-    # What is still on its way between ranks is not what a compiled layer takes; a copy waits for it.
-    embedding.register_forward_hook(lambda module, inputs, hidden_BTD: hidden_BTD.clone())
+            module.forward = partial(_project_back, module, group)
+            _distribute(module, mesh, Shard(1))
+        else:
+            _distribute(module, mesh, Replicate())
+    for module in projecting:  # once, for all projections that take the same
+        module.register_forward_pre_hook(partial(_gather_input, group), with_kwargs=True)
     model.tie_weights()  # one tensor again, so that it is sharded as one
+
+    objective.register_forward_pre_hook(partial(_pad, group), with_kwargs=True)
+    layers[0].register_forward_pre_hook(partial(_take_positions, group), with_kwargs=True)
+    in_layers = {module for layer in layers for module in layer.modules()}
+    for unit, modules in [(objective, set(objective.modules()) - in_layers), *((layer, layer.modules()) for layer in layers)]:
+        unit.register_forward_pre_hook(partial(_use_parts, list(modules)))
     if fused:
-        objective.cross_entropy_ = partial(_cross_entropy_, group.get_group())  # type: ignore[assignment]
+        log_sum, exp_ = (torch.compile(f) if objective.compiled else f for f in (_log_sum, _exp_))
+        objective.cross_entropy_ = partial(_cross_entropy_, group, log_sum, exp_)  # type: ignore[assignment]
 
 
-class _Gathered(ParallelStyle):
-    """A module whose inputs are gathered once, for all projections that take them; attention or the wider layer."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def gather(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return tree_map_only(DTensor, lambda part: part.redistribute(placements=[Replicate()]), (positional, named))
-
-        module.register_forward_pre_hook(gather, with_kwargs=True)
-        return module
+# --- Parameters -----------------------------------------------------------------------------------------------------
 
 
-class _FusedHead(ParallelStyle):
-    """The vocabulary head: a rank has its rows of the weight, and is given all hidden states, as a plain tensor."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, whole in list(module.named_parameters()):
-            part = nn.Parameter(distribute_tensor(whole, device_mesh, [Shard(0)]), requires_grad=whole.requires_grad)
-            module.register_parameter(name, part)
-
-        def gather(module: nn.Module, inputs: tuple[DTensor]) -> Tensor:
-            # Each rank makes the gradient by its part of the vocabulary: only their sum is the whole.
-            return inputs[0].redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-
-        module.register_forward_pre_hook(gather)
-        return module
+def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Its own parameters as DTensors. The bias of a projection back belongs to no column: all have it."""
+    for name, whole in module._parameters.items():
+        if whole is not None:
+            placements = [Replicate() if whole.dim() == 1 and placement == Shard(1) else placement]
+            module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, placements), whole.requires_grad)
 
 
-def _cross_entropy_(group: dist.ProcessGroup, logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
-    """The function of that name in model/loss.py, where V is this rank's part of the vocabulary. Every rank must call.
+@torch.compiler.disable
+def _use_parts(modules: Iterable[nn.Module], unit: nn.Module, inputs: object) -> None:
+    """Before a unit of FSDP runs: in the place of the parameters that FSDP has gathered, what this rank has of them.
 
-    Exchanges three numbers a token, and gives all ranks the same result.
+    FSDP puts its own back when it frees what it has gathered.
     """
-    highest_C1 = logits_CV.amax(dim=1, keepdim=True).float()
-    dist.all_reduce(highest_C1, dist.ReduceOp.MAX, group)
-    shifted_CV = logits_CV.float().sub_(highest_C1)
-    targets_C1 = targets_C1 - group.rank() * logits_CV.shape[1]
-    mine_C1 = (targets_C1 >= 0) & (targets_C1 < logits_CV.shape[1])
+    places = [
+        (owner._parameters, name, parameter)
+        for owner in modules
+        for name, parameter in owner._parameters.items()
+        if isinstance(parameter, DTensor)  # if FSDP has kept it, it is a part already
+    ]
+    wholes = list(dict.fromkeys(parameter for _, _, parameter in places))  # a tied one once
+    parts = dict(zip(wholes, _Parts.apply(*wholes), strict=True))
+    for parameters, name, parameter in places:
+        parameters[name] = parts[parameter]
+
+
+class _Parts(torch.autograd.Function):
+    """The part of this rank of each parameter, as a plain tensor; for all parameters of a layer at once.
+
+    Of what all ranks have alike, as norms, each has the gradient by its own positions or heads: what counts is the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *wholes: DTensor) -> tuple[Tensor, ...]:
+        ctx.layouts = [(whole.device_mesh, whole.placements) for whole in wholes]
+        return tuple(whole.to_local().detach() for whole in wholes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[DTensor, ...]:
+        mesh = ctx.layouts[0][0]
+        alike = [gradient for gradient, (_, (placement,)) in zip(gradients, ctx.layouts, strict=True) if placement.is_replicate()]
+        summed = torch.cat([gradient.flatten() for gradient in alike])
+        dist.all_reduce(summed, group=mesh.get_group())
+        sums = iter(summed.split([gradient.numel() for gradient in alike]))
+        return tuple(
+            DTensor.from_local(
+                next(sums).view_as(gradient) if placement.is_replicate() else gradient, mesh, (placement,), run_check=False
+            )
+            for gradient, (_, (placement,)) in zip(gradients, ctx.layouts, strict=True)
+        )
+
+
+# --- Hidden states --------------------------------------------------------------------------------------------------
+
+
+def _join(part: Tensor, group: Group) -> Tensor:
+    """[B, PT, D] of each rank as [B, T, D]: all-gather.
+
+    Which rank has which positions is left to where they lie in memory, so that nothing is copied: of all B x T in a
+    line, each has a piece.
+    """
+    pieces = torch.ops._c10d_functional.all_gather_into_tensor(part.contiguous(), group.size, group.name)
+    pieces = torch.ops._c10d_functional.wait_tensor(pieces)
+    return pieces.view(part.shape[0], group.size * part.shape[1], part.shape[2])
+
+
+def _share(whole: Tensor, group: Group, summands: bool) -> Tensor:
+    """The reverse: [B, PT, D] of [B, T, D]. With `summands`, of the sum over the ranks: reduce-scatter."""
+    pieces = whole.contiguous().view(group.size * whole.shape[0], whole.shape[1] // group.size, whole.shape[2])
+    if not summands:
+        return pieces.chunk(group.size)[group.rank].clone()
+    piece = torch.ops._c10d_functional.reduce_scatter_tensor(pieces, "sum", group.size, group.name)
+    return torch.ops._c10d_functional.wait_tensor(piece)
+
+
+class _Join(torch.autograd.Function):
+    """`_join`. With `summands`, each rank computes another part of what comes next, and of the gradient a summand."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group, summands: bool) -> Tensor:
+        ctx.group, ctx.summands = group, summands
+        return _join(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor | None, ...]:
+        return _share(d_whole, ctx.group, ctx.summands), None, None
+
+
+class _Share(torch.autograd.Function):
+    """`_share`: its gradient is that of all positions, for each rank."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: Group, summands: bool) -> Tensor:
+        ctx.group = group
+        return _share(whole, group, summands)
+
+    @staticmethod
+    def backward(ctx: Any, d_part: Tensor) -> tuple[Tensor | None, ...]:
+        return _join(d_part, ctx.group), None, None
+
+
+def _change_hidden(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The inputs of a module of transformers with other hidden states, which come first, or by their name."""
+    if inputs:
+        return (change(inputs[0]), *inputs[1:]), named
+    return inputs, named | {"hidden_states": change(named["hidden_states"])}
+
+
+def _gather_input(group: Group, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return _change_hidden(lambda part: _Join.apply(part, group, True), inputs, named)
+
+
+@torch.compiler.disable
+def _take_positions(group: Group, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Before the first layer, all ranks have all positions: what transformers makes of their number would be wrong."""
+    return _change_hidden(lambda whole: _Share.apply(whole, group, False), inputs, named)
+
+
+def _project_back(module: nn.Linear, group: Group, wider: Tensor) -> Tensor:
+    """In the place of nn.Linear.forward: each rank has made a summand of it. The bias counts once."""
+    part = _Share.apply(functional.linear(wider, module.weight), group, True)
+    return part if module.bias is None else part + module.bias
+
+
+def _embed(
+    module: nn.Embedding, embed: Callable[[Tensor], Tensor], padding: int | None, group: Group, ids_BT: Tensor
+) -> Tensor:
+    """In the place of its forward, `embed`: each rank looks up what it has, and the sum is the whole, [B, T, D]."""
+    rows = len(module.weight)
+    first = group.rank * rows
+    if padding is not None:  # the token whose row learns nothing; only now, since who initialises needs the whole's
+        module.padding_idx = padding - first if first <= padding < first + rows else None
+    mine_BT = (ids_BT >= first) & (ids_BT < first + rows)
+    summand = embed((ids_BT - first).where(mine_BT, 0)).masked_fill(~mine_BT.unsqueeze(-1), 0)
+    return _Join.apply(_Share.apply(summand, group, True), group, False)
+
+
+def _gather_logits(logits: Tensor, group: Group) -> Tensor:
+    """[B, T, PV] of each rank as [B, T, V]. All ranks make the same loss of it, and the same gradient."""
+    rows, tokens, _ = logits.shape
+    return _Join.apply(logits, group, False).view(group.size, rows, tokens, -1).movedim(0, 2).flatten(2)
+
+
+def _pad(group: Group, objective: nn.Module, inputs: tuple[()], named: dict[str, Any]) -> Any:
+    """Rows as long as can be divided. What is added is no target, and nothing before it looks there."""
+    tokens = named["input_ids"].shape[1]
+    more = -tokens % group.size
+    padded = {
+        name: functional.pad(named[name], (0, more), value=value)
+        for name, value in (("input_ids", 0), ("labels", -100), ("position_ids", 0))
+        if named.get(name) is not None
+    }
+    ends = named.get("document_ends")  # as offsets into all rows in a line; it belongs to the last one of its row
+    if ends is not None:
+        padded["document_ends"] = ends + ends // tokens * more
+    return inputs, named | padded
+
+
+# --- Loss -----------------------------------------------------------------------------------------------------------
+
+
+def _log_sum(logits: Tensor) -> Tensor:
+    """The logarithm of the sum of the exponentials of each row: fp32 [C, 1]."""
+    return logits.float().logsumexp(dim=1, keepdim=True)
+
+
+def _exp_(logits: Tensor, log_total: Tensor) -> None:
+    """Probabilities in place of logits."""
+    logits.copy_((logits.float() - log_total).exp_())
+
+
+def _cross_entropy_(
+    group: Group,
+    log_sum: Callable[[Tensor], Tensor],
+    exp_: Callable[[Tensor, Tensor], None],
+    logits: Tensor,
+    targets_C1: Tensor,
+) -> Tensor:
+    """The function of that name in model/loss.py, for a part of the vocabulary, [C, PV]. Every rank must call.
+
+    Exchanges two numbers a token, and gives all ranks the same result. `log_sum` and `exp_` are those above, perhaps
+    compiled: what they make between reading and writing is then never in memory.
+    """
+    targets_C1 = targets_C1 - group.rank * logits.shape[1]
+    mine_C1 = (targets_C1 >= 0) & (targets_C1 < logits.shape[1])
     targets_C1 = targets_C1.where(mine_C1, 0)
-    target_C1 = shifted_CV.gather(1, targets_C1) * mine_C1
-    sums_C2 = torch.cat([shifted_CV.exp_().sum(dim=1, keepdim=True), target_C1], dim=1)
-    dist.all_reduce(sums_C2, group=group)
-    total_C1, target_C1 = sums_C2[:, :1], sums_C2[:, 1:]
-    log_p_C1 = target_C1 - total_C1.log()
-    probabilities_CV = shifted_CV.div_(total_C1)
+    target_C1 = logits.gather(1, targets_C1).float().where(mine_C1, 0)
+    both = _join(torch.stack([log_sum(logits), target_C1]), group).view(group.size, 2, -1, 1)
+    log_total_C1 = both[:, 0].logsumexp(dim=0)
+    log_p_C1 = both[:, 1].sum(dim=0) - log_total_C1
+    exp_(logits, log_total_C1)
     # At the target, on the rank that has it, one less.
-    d_target_C1 = log_p_C1.expm1().where(mine_C1, probabilities_CV.gather(1, targets_C1))
-    logits_CV.copy_(probabilities_CV.scatter_(1, targets_C1, d_target_C1))
+    d_target_C1 = log_p_C1.expm1().to(logits.dtype).where(mine_C1, logits.gather(1, targets_C1))
+    logits.scatter_(1, targets_C1, d_target_C1)
     return -log_p_C1

@@ -35,16 +35,16 @@ def wrap(
     With `cpu_offload`, the shards and their gradients are in host memory, and so are the optimizer that is built over
     them and its state: what is gathered is copied to `device` first, and what was reduced is copied back.
     """
+    model: PreTrainedModel = objective.model
+    decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if mesh["tensor"].size() > 1:
-        divide_layers(objective, mesh["tensor"])
+        divide_layers(objective, decoder_layers, mesh["tensor"])
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
     home, offload = device, OffloadPolicy()
     if cpu_offload:
         # From and to page-locked memory, a copy needs no detour, and is not waited for.
         home, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
-    model: PreTrainedModel = objective.model
-    decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for layer in decoder_layers:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ class NextToken(nn.Module):
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.compiled = compiled
         self.ends_with_head = ends_with_head(model)
         self.cross_entropy_ = partial(cross_entropy_, softmax_=fastest_softmax() if compiled else softmax_)
 
@@ -47,9 +47,7 @@ class NextToken(nn.Module):
         head = self.model.get_output_embeddings()
         with passing_through(head):
             hidden_BTD = self.model(**inputs, use_cache=False).logits
-        # Of a head that is divided among ranks (fsdp/tensor_parallel.py), this rank's rows.
-        weight_VD, bias_V = (p.to_local() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-        return head_and_loss_sum(hidden_BTD, weight_VD, bias_V, labels, self.cross_entropy_)
+        return head_and_loss_sum(hidden_BTD, head.weight, head.bias, labels, self.cross_entropy_)
 
 
 class Preference(nn.Module):
