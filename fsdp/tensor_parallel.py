@@ -11,10 +11,11 @@ the second, forward and backward, four times a layer. Vocabulary: the embedding 
 no rank ever has all logits.
 
 Parameters are DTensors over the group, those of norms as replicas, for FSDP, the optimizer and checkpoints. What is
-computed is computed with plain tensors: DTensor finds out for each operation, on the CPU, what it means for the parts;
-that took three times as long as the GPU. Dropout is drawn by each rank for itself.
+computed is computed with plain tensors: DTensor would find out for each operation and each gradient, on the CPU, what
+they mean for the parts, and the GPU would wait for that. Dropout is drawn by each rank for itself.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -48,7 +49,7 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     fused = getattr(objective, "ends_with_head", False)  # head and loss are computed as one: model/objective.py
     plan = {f"{model.base_model_prefix}.{key}": style for key, style in model.config.base_model_tp_plan.items()}
-    projecting = set()  # attention, or the wider layer
+    projecting = set()  # attention, or the wider layer: its input is gathered once for all projections that take it
     for name, module in model.named_modules():
         planned = plan.get(re.sub(r"\.\d+(?=\.)", ".*", name))
         if module is embedding:
@@ -57,28 +58,34 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
         elif module is head:
             module.register_forward_pre_hook(partial(_gather_input, group), with_kwargs=True)
             if not fused:  # all ranks get all logits
-                module.register_forward_hook(lambda module, inputs, logits: _gather_logits(logits, group))
+                module.register_forward_hook(lambda head, inputs, logits: _gather_logits(logits, group))
             _distribute(module, mesh, Shard(0))
         elif planned == "colwise":  # what it gives stays on this rank
             projecting.add(model.get_submodule(name.rpartition(".")[0]))
             _distribute(module, mesh, Shard(0))
         elif planned == "rowwise":
-            module.forward = partial(_project_back, module, group)
+            assert type(module) is nn.Linear
+            module.__class__, module.group = _ProjectBack, group  # type: ignore[assignment]
             _distribute(module, mesh, Shard(1))
         else:
             _distribute(module, mesh, Replicate())
-    for module in projecting:  # once, for all projections that take the same
+    for module in projecting:
         module.register_forward_pre_hook(partial(_gather_input, group), with_kwargs=True)
+    # To gather a parameter of two axes, as the export does, DTensor would warn that it does so in two steps.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     model.tie_weights()  # one tensor again, so that it is sharded as one
 
     objective.register_forward_pre_hook(partial(_pad, group), with_kwargs=True)
     layers[0].register_forward_pre_hook(partial(_take_positions, group), with_kwargs=True)
     in_layers = {module for layer in layers for module in layer.modules()}
-    for unit, modules in [(objective, set(objective.modules()) - in_layers), *((layer, layer.modules()) for layer in layers)]:
+    for unit, modules in [
+        (objective, set(objective.modules()) - in_layers),
+        *((layer, layer.modules()) for layer in layers),
+    ]:
         unit.register_forward_pre_hook(partial(_use_parts, list(modules)))
     if fused:
-        log_sum, exp_ = (torch.compile(f) if objective.compiled else f for f in (_log_sum, _exp_))
-        objective.cross_entropy_ = partial(_cross_entropy_, group, log_sum, exp_)  # type: ignore[assignment]
+        pieces = (torch.compile(_log_sum), torch.compile(_exp_)) if objective.compiled else (_log_sum, _exp_)
+        objective.cross_entropy_ = partial(_cross_entropy_, group, *pieces)  # type: ignore[assignment]
 
 
 # --- Parameters -----------------------------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
             module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, placements), whole.requires_grad)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _use_parts(modules: Iterable[nn.Module], unit: nn.Module, inputs: object) -> None:
     """Before a unit of FSDP runs: in the place of the parameters that FSDP has gathered, what this rank has of them.
 
@@ -105,7 +112,7 @@ def _use_parts(modules: Iterable[nn.Module], unit: nn.Module, inputs: object) ->
         if isinstance(parameter, DTensor)  # if FSDP has kept it, it is a part already
     ]
     wholes = list(dict.fromkeys(parameter for _, _, parameter in places))  # a tied one once
-    parts = dict(zip(wholes, _Parts.apply(*wholes), strict=True))
+    parts = dict(zip(wholes, _Parts.apply(*wholes), strict=True))  # type: ignore[no-untyped-call]
     for parameters, name, parameter in places:
         parameters[name] = parts[parameter]
 
@@ -118,21 +125,22 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *wholes: DTensor) -> tuple[Tensor, ...]:
-        ctx.layouts = [(whole.device_mesh, whole.placements) for whole in wholes]
+        ctx.specs = [whole._spec for whole in wholes]
         return tuple(whole.to_local().detach() for whole in wholes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[DTensor, ...]:
-        mesh = ctx.layouts[0][0]
-        alike = [gradient for gradient, (_, (placement,)) in zip(gradients, ctx.layouts, strict=True) if placement.is_replicate()]
-        summed = torch.cat([gradient.flatten() for gradient in alike])
-        dist.all_reduce(summed, group=mesh.get_group())
-        sums = iter(summed.split([gradient.numel() for gradient in alike]))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        parts = list(gradients)
+        alike = [index for index, spec in enumerate(ctx.specs) if spec.is_replicated()]
+        if alike:
+            summed = torch.cat([gradients[index].flatten() for index in alike])
+            dist.all_reduce(summed, group=ctx.specs[0].mesh.get_group())
+            for index, part in zip(alike, torch.split(summed, [parts[index].numel() for index in alike]), strict=True):
+                parts[index] = part.view_as(parts[index])
+        # Not DTensor.from_local, which takes longer than all else here.
         return tuple(
-            DTensor.from_local(
-                next(sums).view_as(gradient) if placement.is_replicate() else gradient, mesh, (placement,), run_check=False
-            )
-            for gradient, (_, (placement,)) in zip(gradients, ctx.layouts, strict=True)
+            DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+            for part, spec in zip(parts, ctx.specs, strict=True)
         )
 
 
@@ -193,38 +201,50 @@ def _change_hidden(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], 
 
 
 def _gather_input(group: Group, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    return _change_hidden(lambda part: _Join.apply(part, group, True), inputs, named)
+    return _change_hidden(lambda part: _Join.apply(part, group, True), inputs, named)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _take_positions(group: Group, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Before the first layer, all ranks have all positions: what transformers makes of their number would be wrong."""
-    return _change_hidden(lambda whole: _Share.apply(whole, group, False), inputs, named)
+    return _change_hidden(lambda whole: _Share.apply(whole, group, False), inputs, named)  # type: ignore[no-untyped-call]
 
 
-def _project_back(module: nn.Linear, group: Group, wider: Tensor) -> Tensor:
-    """In the place of nn.Linear.forward: each rank has made a summand of it. The bias counts once."""
-    part = _Share.apply(functional.linear(wider, module.weight), group, True)
-    return part if module.bias is None else part + module.bias
+class _ProjectBack(nn.Linear):
+    """The projection back: each rank makes a summand of it. The bias counts once.
+
+    A class, not another `forward` for each: compiled code would hold that, and be another for each layer.
+    """
+
+    group: Group
+
+    def forward(self, wider: Tensor) -> Tensor:
+        part: Tensor = _Share.apply(functional.linear(wider, self.weight), self.group, True)  # type: ignore[no-untyped-call]
+        return part if self.bias is None else part + self.bias
 
 
 def _embed(
-    module: nn.Embedding, embed: Callable[[Tensor], Tensor], padding: int | None, group: Group, ids_BT: Tensor
+    module: nn.Embedding, lookup: Callable[[Tensor], Tensor], padding: int | None, group: Group, ids_BT: Tensor
 ) -> Tensor:
-    """In the place of its forward, `embed`: each rank looks up what it has, and the sum is the whole, [B, T, D]."""
+    """In the place of its forward, `lookup`: each rank looks up the tokens that it has; the sum is the whole [B, T, D].
+
+    `padding` is the token whose row learns nothing from here.
+    """
     rows = len(module.weight)
     first = group.rank * rows
-    if padding is not None:  # the token whose row learns nothing; only now, since who initialises needs the whole's
+    if padding is not None:  # as a row of this part; not before, because initial values are drawn for the whole
         module.padding_idx = padding - first if first <= padding < first + rows else None
     mine_BT = (ids_BT >= first) & (ids_BT < first + rows)
-    summand = embed((ids_BT - first).where(mine_BT, 0)).masked_fill(~mine_BT.unsqueeze(-1), 0)
-    return _Join.apply(_Share.apply(summand, group, True), group, False)
+    summand = lookup((ids_BT - first).where(mine_BT, 0)).masked_fill(~mine_BT.unsqueeze(-1), 0)
+    whole: Tensor = _Join.apply(_Share.apply(summand, group, True), group, False)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _gather_logits(logits: Tensor, group: Group) -> Tensor:
     """[B, T, PV] of each rank as [B, T, V]. All ranks make the same loss of it, and the same gradient."""
     rows, tokens, _ = logits.shape
-    return _Join.apply(logits, group, False).view(group.size, rows, tokens, -1).movedim(0, 2).flatten(2)
+    parts: Tensor = _Join.apply(logits, group, False)  # type: ignore[no-untyped-call]
+    return parts.view(group.size, rows, tokens, -1).movedim(0, 2).flatten(2)
 
 
 def _pad(group: Group, objective: nn.Module, inputs: tuple[()], named: dict[str, Any]) -> Any:
