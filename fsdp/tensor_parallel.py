@@ -55,8 +55,8 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
         if module is embedding:
             module.forward = partial(_embed, module, module.forward, module.padding_idx, group)
             _distribute(module, mesh, Shard(0))
-        elif module is head:
-            module.register_forward_pre_hook(partial(_gather_input, group), with_kwargs=True)
+        elif module is head:  # given the hidden states of all positions; their gradient has a summand by each rank
+            module.register_forward_pre_hook(lambda head, inputs: _Join.apply(*inputs, group, True))
             if not fused:  # all ranks get all logits
                 module.register_forward_hook(lambda head, inputs, logits: _gather_logits(logits, group))
             _distribute(module, mesh, Shard(0))

@@ -76,13 +76,15 @@ def many_small_buckets() -> None:
 
 
 @pytest.mark.slow
-def test_buckets_do_not_cut_layers(tiny: list[object], tmp_path: Path) -> None:
-    """Under DDP, too, a layer is one graph: what passes between pieces of it would be kept for the backward."""
-    options = [*tiny, "--torch_compile", "true", "--max_steps", 1, "--validation_split_percentage", 0]
+@pytest.mark.parametrize(("extra", "of_the_loss"), [([], 1), (TENSOR, 2)], ids=str)
+def test_a_layer_is_one_graph(tiny: list[object], tmp_path: Path, extra: list[str], of_the_loss: int) -> None:
+    """Under DDP, too: what passes between pieces of it would be kept for the backward. All layers share it, divided or
+    not."""
+    options = [*tiny, *extra, "--torch_compile", "true", "--max_steps", 1, "--validation_split_percentage", 0]
     options += ["--packing", "concat"]  # one length
     outcome = train(2, [*options, "--output_dir", tmp_path], before=many_small_buckets)
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert re.findall(r"graphs: (\d+)", outcome.output) == ["2", "2"]  # a layer, and the loss
+    assert re.findall(r"graphs: (\d+)", outcome.output) == [f"{1 + of_the_loss}"] * 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import checkpoint
 import fsdp
 from config import OptionError, Options
+from fsdp.tensor_parallel import Group, _pad
 from model.build import build_model, check_divides, load_config_and_tokenizer
+from model.loss import IGNORED
 from model.objective import NextToken
 from model.weights import Stored, fill, find_weights
 from tests.families import FAMILIES, make_family
@@ -39,8 +41,10 @@ def findings(
     asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names: list[Any] = [item.callspec.params["name"] for item in asked if item.function is test_family]
     directory = tmp_path_factory.mktemp("divided")
-    # Half of the vocabulary is an odd number: the second rank of a shard has a row less. One token learns nothing.
-    families = {name: make_family(name, directory, model_dir, vocab_size=390, pad_token_id=300) for name in names}
+    # Half of the vocabulary is an odd number: the second rank of a shard has a row less. One token's row of the
+    # embedding learns nothing; where a family can have biases, it has them.
+    sizes = {"vocab_size": 390, "pad_token_id": 300, "attention_bias": True, "mlp_bias": True}
+    families = {name: make_family(name, directory, model_dir, **sizes) for name in names}
     outcome = train(RANKS, [], before=partial(try_all, families, directory))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
@@ -135,6 +139,18 @@ def test_family(findings: dict[str, Any], name: str) -> None:
     assert found["worst"] < 1e-5, "of the tensor that is furthest from its own"
     assert found["read"] == 1, "a rank reads what it keeps, and no more"
     assert found["kept"] < 0.27, "norms are whole in each group"
+
+
+def test_documents_of_padded_rows() -> None:
+    """Rows of 5 become rows of 6: what is added belongs to the last document of its row, and is no target."""
+    tokens_BT = torch.arange(10).view(2, 5)
+    ends = torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32)
+    given = {"input_ids": tokens_BT, "labels": tokens_BT, "document_ends": ends}
+    _, padded = _pad(Group("", 2, 0), nn.Module(), (), given)
+    assert padded["document_ends"].tolist() == [0, 2, 6, 10, 12]
+    assert padded["document_ends"].dtype == torch.int32
+    assert padded["labels"].tolist() == [[0, 1, 2, 3, 4, IGNORED], [5, 6, 7, 8, 9, IGNORED]]
+    assert padded["input_ids"].shape == (2, 6)
 
 
 @pytest.mark.parametrize(

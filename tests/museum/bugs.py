@@ -330,7 +330,7 @@ BUGS = [
         "logits gives. Megatron's word for what was forgotten: the all-reduce in the backward.",
         "The loss is right to the last digit, and falls. Each layer below the head learns from a part of the "
         "vocabulary, another one on each rank, and replicas drift apart.",
-        one("fsdp/tensor_parallel.py", ".to_local(grad_placements=[Partial()])", ".to_local()"),
+        one("fsdp/tensor_parallel.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
         DIVIDED,
     ),
     Bug(
