@@ -56,7 +56,7 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
             module.forward = partial(_embed, module, module.forward, module.padding_idx, group)
             _distribute(module, mesh, Shard(0))
         elif module is head:  # given the hidden states of all positions; their gradient has a summand by each rank
-            module.register_forward_pre_hook(lambda head, inputs: _Join.apply(*inputs, group, True))
+            module.register_forward_pre_hook(lambda head, inputs: _Join.apply(*inputs, group, True))  # type: ignore[no-untyped-call]
             if not fused:  # all ranks get all logits
                 module.register_forward_hook(lambda head, inputs, logits: _gather_logits(logits, group))
             _distribute(module, mesh, Shard(0))
