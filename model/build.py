@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 
 import contextlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def check_divides(config: PretrainedConfig, ranks: int) -> None:
             )
 
 
+def check_plan(model: PreTrainedModel, ranks: int) -> None:
+    """Refuse a model whose plan leaves a linear module whole: each rank of a group would count its gradient."""
+    planned = {f"{model.base_model_prefix}.{key}" for key in model.config.base_model_tp_plan}
+    head = model.get_output_embeddings()
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    if whole := {name for name in linear if re.sub(r"\.\d+(?=\.)", ".*", name) not in planned}:
+        raise OptionError(
+            f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves {min(whole)} whole\n"
+            "leave it out: --strategy fsdp shards any model"
+        )
+
+
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -160,6 +175,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
             gradient_checkpointing_kwargs={"use_reentrant": False},
             offload=options.offload_activations and torch.cuda.is_available(),  # those of a CPU are in its memory
         )
+    if options.tensor_parallel > 1:
+        check_plan(model, options.tensor_parallel)
     if options.float8:
         compute_in_float8(model)
     return model.train()

@@ -43,7 +43,7 @@ def findings(
     directory = tmp_path_factory.mktemp("divided")
     # Half of the vocabulary is an odd number: the second rank of a shard has a row less. One token's row of the
     # embedding learns nothing; where a family can have biases, it has them.
-    sizes = {"vocab_size": 390, "pad_token_id": 300, "attention_bias": True, "mlp_bias": True}
+    sizes = {"vocab_size": 390, "pad_token_id": 201, "attention_bias": True, "mlp_bias": True}
     families = {name: make_family(name, directory, model_dir, **sizes) for name in names}
     outcome = train(RANKS, [], before=partial(try_all, families, directory))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
@@ -172,3 +172,14 @@ def test_what_cannot_be_divided(name: str, ranks: int, expected: str) -> None:
         check_divides(config, ranks)
     assert f"tensor_parallel {ranks}: {expected}" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_a_plan_must_name_every_projection() -> None:
+    config = copy.deepcopy(FAMILIES["qwen3"][0])
+    config.vocab_size = 384
+    build_model(Options(tensor_parallel=2), config)
+    plan = dict(config.base_model_tp_plan)
+    del plan["layers.*.mlp.up_proj"]
+    config.base_model_tp_plan = plan
+    with pytest.raises(OptionError, match=r"leaves model\.layers\.0\.mlp\.up_proj whole"):
+        build_model(Options(tensor_parallel=2), config)
