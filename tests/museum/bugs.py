@@ -434,8 +434,8 @@ BUGS = [
         "Slightly worse, with the same curve at first; the scales shrink by the learning rate times the decay.",
         one(
             "model/optimizer.py",
-            '"weight_decay": 0.0}],',
-            '"weight_decay": options.weight_decay}],',
+            '"weight_decay": 0.0}]',
+            '"weight_decay": options.weight_decay}]',
         ),
         "tests/test_rooms.py::test_decay_is_for_matrices_alone",
         source="huggingface/transformers#35927",
