@@ -74,7 +74,9 @@ COLLECTIVES = {
     "c10d::broadcast_": "broadcast",
     "c10d::allgather_": "all_gather",
     "c10d::_allgather_base_": "all_gather",
+    "c10d::allgather_into_tensor_coalesced_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
     "c10d::alltoall_base_": "all_to_all",
 }
 
@@ -243,7 +245,7 @@ class Trace:
         path = self.folder / f"steps-{self.first}-{self.first + self.steps - 1}.json"
         profiler.export_chrome_trace(str(path))
         lines = [
-            f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,g} bytes"
+            f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,.0f} bytes"
             for kind, (count, size) in sorted(collectives(profiler).items())
         ]
         self.report = "\n".join([f"traced {path}; collectives of a step:", *lines])

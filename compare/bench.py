@@ -1,6 +1,6 @@
 """How fast this trainer is, and how fast others are with the same model and blocks, on one machine and in one hour.
 
-    python -m compare.bench [--model 0.6B] [--batch 4] [--ranks 1] [--variants "ours;HF Trainer"]
+    python -m compare.bench [--model 0.6B] [--batch 4] [--ranks 1] [--variants "ours;HF Trainer"] [options of train.py]
 
 Each variant runs in a process of its own, or in one per rank: random weights in fp32, computed in bf16 on a GPU, fused
 AdamW, clipping to 1, blocks of the embedded corpus; on one GPU or on `--ranks` of them, or without one on two CPU ranks
@@ -8,7 +8,7 @@ with the model of `make train`. Prints, for each: the median tokens per second o
 windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
 each GPU, or on the CPU, measured first; the peak memory of a rank; the seconds of the first window, in which layers are
 compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to HF
-Trainer. What is not installed is named and left out.
+Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours.
 """
 
 import argparse
@@ -41,6 +41,14 @@ ON_GPU = torch.cuda.is_available()
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": QWEN3_600M,
     "1.7B": {**QWEN3_600M, "hidden_size": 2048, "intermediate_size": 6144},
+    "8B": {
+        **QWEN3_600M,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
 }
 OURS = {
     "ours": [],
@@ -64,12 +72,12 @@ class Result(NamedTuple):
 
 def main() -> None:
     """Measure one variant after another, and print the table."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", choices=SHAPES, default="0.6B", help="The shape of this Qwen3; on a GPU only.")
     parser.add_argument("--batch", type=int, default=4, help="Blocks of a micro-batch.")
     parser.add_argument("--ranks", type=int, default=1 if ON_GPU else 2, help="Processes, one per GPU.")
     parser.add_argument("--variants", help='Names between semicolons, as in "ours;HF Trainer".')
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     names = [*OURS, *PEERS] if ON_GPU else ["ours", "HF Trainer"]
     if arguments.variants:
         names = arguments.variants.split(";")
@@ -95,8 +103,11 @@ def main() -> None:
             if variant in PEERS and not importlib.util.find_spec("accelerate"):
                 print(f"{variant}: accelerate is not installed")
                 continue
-            measure = peer if variant in PEERS else ours
-            result = measure(variant, arguments.ranks, [*argv, "--output_dir", f"{name}/{variant}"])
+            argv_of = [*argv, "--output_dir", f"{name}/{variant}"]
+            if variant in PEERS:
+                result = peer(variant, arguments.ranks, argv_of)
+            else:
+                result = ours(variant, arguments.ranks, [*more, *argv_of])
             if result:
                 results[variant] = result
                 print(f"{variant}: {result}", flush=True)

@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen3Config
 
 from compare.bench import ON_GPU, SHAPES
-from compare.sharded import QWEN3_8B, build
+from compare.sharded import build
 from config import Options, first_line
 from model.build import build_model
 from model.memory import GIB, Memory, predict, stage_name
@@ -29,9 +29,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["compare.sharded"])
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 LENGTH = 4096
-QWEN3_32B = {**QWEN3_8B, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64}
+QWEN3_32B = {**SHAPES["8B"], "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64}
 QWEN3_32B["num_attention_heads"] = 64
-MODELS = {**SHAPES, "8B": QWEN3_8B, "32B": QWEN3_32B}
+MODELS = {**SHAPES, "32B": QWEN3_32B}
 FSDP: dict[str, Any] = {"strategy": "fsdp"}
 CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
 
@@ -43,6 +43,7 @@ NAMED = (
     "cpu_offload",
     "offload_activations",
     "activation_memory_budget",
+    "tensor_parallel",
 )
 
 
@@ -85,10 +86,19 @@ CASES = [
     Case("8B", 64, 2, {**CHECKPOINTED, "replicas": 8}),
     Case("32B", 64, 1, CHECKPOINTED),
     Case("32B", 64, 1, {**CHECKPOINTED, "replicas": 8}),
-    Case("8B", 64, 1, {**CHECKPOINTED, "gradient_accumulation_steps": 2, "sync_each_batch": True}),
-    Case("8B", 64, 4, {**CHECKPOINTED, "cpu_offload": True}),
-    Case("8B", 64, 4, {**CHECKPOINTED, "cpu_offload": True, "offload_activations": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "gradient_accumulation_steps": 2}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "gradient_accumulation_steps": 2, "sync_each_batch": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "cpu_offload": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "offload_activations": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "cpu_offload": True, "offload_activations": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "reshard_after_forward": False}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "replicas": 2}),
     Case("0.6B", 1, 4, {"activation_memory_budget": 0.5}),
+    Case("8B", 8, 4, {"gradient_checkpointing": True, "shard_optimizer": True}),
+    Case("0.6B", 2, 4, {**FSDP, "tensor_parallel": 2}),
+    Case("0.6B", 2, 4, {**FSDP, "tensor_parallel": 2, "reshard_after_forward": False}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "tensor_parallel": 2}),
+    Case("8B", 8, 2, {**FSDP, "tensor_parallel": 4}),
 ]
 
 

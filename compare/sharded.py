@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, Qwen3Config
 import config
 import ddp
 import fsdp
-from compare.bench import ON_GPU, matmul_rate
-from compare.packing import QWEN3_600M
+from compare.bench import ON_GPU, SHAPES, matmul_rate
 from config import Options
 from metrics import peak_memory_gib
 from model.attention import expect_one_document_a_row
@@ -35,15 +34,7 @@ from model.objective import NextToken
 from model.optimizer import build_optimizer
 from model.weights import fill, find_weights
 
-QWEN3_8B = {
-    **QWEN3_600M,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "tie_word_embeddings": False,
-}
-TINY = {**QWEN3_8B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+TINY = {**SHAPES["8B"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 STEPS = 5
 
 
@@ -63,7 +54,7 @@ class Rank(NamedTuple):
         for index in range(accumulation):
             self.strategy.set_gradient_sync(self.wrapped, self.options.sync_each_batch or index == accumulation - 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-                loss = self.wrapped(tokens_BT, tokens_BT)
+                loss = self.wrapped(input_ids=tokens_BT, labels=tokens_BT)
             (loss / tokens_BT.numel()).backward()
         self.strategy.clip_grad_norm(self.wrapped, self.options.max_grad_norm)
         self.optimizer.step()
@@ -120,7 +111,7 @@ def main() -> None:
     length = 128 if arguments.tiny else 4096
     rate = matmul_rate()
 
-    rank = build(options, TINY if arguments.tiny else QWEN3_8B, arguments.ranks)
+    rank = build(options, TINY if arguments.tiny else SHAPES["8B"], arguments.ranks)
     flops = flops_per_token(rank.model, length) or 0.0
     fill(rank.model, find_weights(options, rank.model))
     tokens_BT = torch.randint(0, 512, (arguments.batch, length), device=rank.device)

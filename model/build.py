@@ -4,6 +4,8 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
 import contextlib
+import copy
+import functools
 import math
 import re
 from pathlib import Path
@@ -117,6 +119,22 @@ def check_plan(model: PreTrainedModel, ranks: int) -> None:
             f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves {min(whole)} whole\n"
             "leave it out: --strategy fsdp shards any model"
         )
+
+
+@functools.lru_cache(maxsize=4)
+def part_of(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
+    """What one of `ranks` ranks that divide each layer has of `model`, as a model of that size, on the meta device.
+
+    For counting: its layers do to all positions what the rank's do, but between them a rank has 1 / `ranks` of those.
+    """
+    config = copy.deepcopy(model.config)
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name) // ranks)
+    config.pad_token_id = None  # it may be in another rank's part
+    with torch.device("meta"):
+        return type(model)(config).train()
 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:

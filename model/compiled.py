@@ -2,11 +2,17 @@
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 
 import torch
+from torch.utils import flop_counter
 from transformers import PreTrainedModel
 
 from model.layers import layers_of
+
+Shape = tuple[int, int, int, int]
+
+_operations_of_attention: Callable[[Shape, Shape, Shape], int] = flop_counter.sdpa_flop_count
 
 
 def missing_for_compilation() -> str | None:
@@ -40,3 +46,11 @@ def keep_less(memory_budget: float | None) -> None:
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
+    # What is cheap to compute again is told by operations.
+    flop_counter.sdpa_flop_count = _operations_of_grouped_attention
+
+
+def _operations_of_grouped_attention(query_BHTE: Shape, key_BKTE: Shape, value_BKTE: Shape) -> int:
+    """Where several heads of queries share one of keys, torch 2.11 refuses to count: as if each had its own."""
+    key_BHTE, value_BHTE = ((shape[0], query_BHTE[1], *shape[2:]) for shape in (key_BKTE, value_BKTE))
+    return _operations_of_attention(query_BHTE, key_BHTE, value_BHTE)

@@ -5,6 +5,9 @@ of it (compare/scaling.py has that). N is the number of parameters, L of decoder
 k of micro-steps; `docs/scaling.md` has the same as a table.
 """
 
+import dataclasses
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,8 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config import Options
+from model.build import part_of
 from model.layers import layers_of, matrices_of
-from model.memory import BF16, FP32, numel
+from model.loss import CHUNK_LOGITS
+from model.memory import BF16, FP32, numel, rows_of
+from model.objective import ends_with_head
 
 # DDP's own defaults (torch.nn.parallel.DistributedDataParallel): gradients travel as soon as so many bytes are there.
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
@@ -30,8 +36,6 @@ class Collectives(NamedTuple):
 def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str, Collectives]:
     """The collectives of a step, by kind, for `model` on the meta device. Nothing is there that does not happen.
 
-    Those of a divided layer (--tensor_parallel) are not among them.
-
     In any stage: one all-reduce of four integers, the counts of the global batch.
 
     DDP: all gradients, once, in buckets: all-reduce of 4 N bytes. With a sharded optimizer, each rank then broadcasts
@@ -44,8 +48,14 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
     kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
     and, with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are
-    filled up to a multiple of W.
+    filled up to a multiple of W. One rank alone gathers and reduces nothing.
+
+    Where ranks divide each layer, all of this is said of a rank's part, and what `divided` gives comes to it.
     """
+    if options.tensor_parallel > 1:
+        part, ranks = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
+        of_part = exchanged(part, dataclasses.replace(options, tensor_parallel=1), ranks)
+        return _sum(of_part, divided(model, part, options))
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards, width = ranks // options.replicas, BF16 if options.bf16 else FP32
@@ -67,12 +77,58 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     root = [parameter for parameter in parameters if id(parameter) not in in_layers]
     for unit, gathers in [(root, 1), *((layer.parameters(), 1 + options.reshard_after_forward) for layer in layers)]:
         whole = numel(unit, shards) * shards
-        kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
-        kinds["reduce_scatter"] += [reduced * whole] * reductions
+        if shards > 1:
+            kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
+            kinds["reduce_scatter"] += [reduced * whole] * reductions
         if options.replicas > 1:
             kinds["all_reduce"] += [reduced * whole // shards] * reductions
     kinds["all_reduce"] += [FP32]
     return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
+
+
+def divided(model: PreTrainedModel, part: PreTrainedModel, options: Options) -> dict[str, Collectives]:
+    """What ranks that divide each layer (fsdp/tensor_parallel.py) exchange among themselves; `part` is what one has.
+
+    In each micro-step, of the hidden states, in the width of computing: 4 L + 4 all-gathers and 4 L + 2
+    reduce-scatters. A layer has two of both, for attention and for the wider layer, in its forward and in its backward.
+    The embedding has one of both, and a gather in its backward; so has the first layer there; the head has a gather,
+    and a reduce-scatter in its backward. With gradient checkpointing, a layer's second forward repeats its gathers and
+    one of its reduce-scatters, because it ends where nothing more is kept; a compiled layer repeats both.
+
+    Of each chunk of the loss, a gather of two fp32 numbers from each rank for a token; or, where the model does more
+    than its head at the end, one of all logits. Of each unit, an all-reduce of the gradients of what all have whole.
+    """
+    assert options.block_size
+    group, width, layers = options.tensor_parallel, BF16 if options.bf16 else FP32, len(layers_of(model))
+    tokens = rows_of(options) * math.ceil(options.block_size / group) * group
+    hidden = width * tokens * model.config.hidden_size
+    again = options.gradient_checkpointing * layers
+    gathers = 4 * layers + 4 + 2 * again
+    scatters = 4 * layers + 2 + (2 if options.torch_compile else 1) * again
+    if options.objective != "dpo" and ends_with_head(model):
+        chunks = math.ceil(tokens * part.config.vocab_size / CHUNK_LOGITS["cuda"])
+        loss = Collectives(chunks, 2 * FP32 * group * tokens)
+    else:
+        loss = Collectives(1, width * tokens * model.config.vocab_size)
+    both = zip(model.parameters(), part.parameters(), strict=True)
+    alike = width * sum(whole.numel() for whole, of_rank in both if whole.numel() == of_rank.numel())
+    of_micro_step = {
+        "all_gather": Collectives(gathers + loss.calls, gathers * hidden + loss.size),
+        "reduce_scatter": Collectives(scatters, scatters * hidden),
+        "all_reduce": Collectives(layers + 1, alike),
+    }
+    return _sum(*[of_micro_step] * options.gradient_accumulation_steps)
+
+
+def _sum(*exchanges: dict[str, Collectives]) -> dict[str, Collectives]:
+    """Of the same kind, one after the other."""
+    calls: dict[str, int] = defaultdict(int)
+    size: dict[str, int] = defaultdict(int)
+    for exchange in exchanges:
+        for kind, one in exchange.items():
+            calls[kind] += one.calls
+            size[kind] += one.size
+    return {kind: Collectives(calls[kind], size[kind]) for kind in calls}
 
 
 def buckets(parameters: Iterable[Tensor]) -> list[int]:

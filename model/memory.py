@@ -31,7 +31,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import config
 from config import OptionError, Options
-from model.build import build_model, load_config_and_tokenizer
+from model.build import build_model, load_config_and_tokenizer, part_of
 from model.compiled import keep_less
 from model.layers import layers_of, matrices_of
 from model.loss import CHUNK_LOGITS
@@ -95,8 +95,10 @@ def stage_name(options: Options) -> str:
 
 def stages(options: Options, ranks: int) -> list[Options]:
     """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it."""
-    whole = dataclasses.replace(options, strategy="ddp", shard_optimizer=False, replicas=1)
-    sharded = dataclasses.replace(whole, strategy="fsdp", reshard_after_forward=True)
+    sharded = dataclasses.replace(
+        options, strategy="fsdp", shard_optimizer=False, replicas=1, reshard_after_forward=True
+    )
+    whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1)
     replicas = options.replicas if options.replicas > 1 else ranks // 8
     hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and ranks % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
@@ -118,11 +120,14 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
 
     Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
     buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
-    micro-step. Raises OptionError for a model whose layers cannot be run without values, or are divided among ranks.
+    micro-step. Where ranks divide each layer, all of this is said of a rank's part. Raises OptionError for a model
+    whose layers cannot be run without values.
     """
     assert options.block_size
     if options.tensor_parallel > 1:
-        raise OptionError(f"tensor_parallel {options.tensor_parallel}: what it needs is not predicted")
+        kept = kept or count(model, options)
+        part, ranks = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
+        return moments(part, dataclasses.replace(options, tensor_parallel=1), ranks, kept)
     sharded = options.strategy == "fsdp"
     width = BF16 if options.bf16 else FP32
     shards = ranks // options.replicas if sharded else 1
@@ -163,8 +168,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     # them; and those of the layer before, as they are reduced.
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
     layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + reduced) * layer) * sharded
-    if offloaded:  # a shard that was copied here to be gathered, and one that was reduced, to be copied back
-        layer_exchange += 2 * FP32 * math.ceil(max(layer, root) / shards)
+    if offloaded:  # a shard that was reduced and is on its way to the host
+        layer_exchange += FP32 * math.ceil(layer / shards)
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, rows_of(options) * options.block_size, head)
@@ -172,6 +177,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     # In the end, the root's gradients as the backward has formed them and as they are reduced; under DDP, the
     # embedding's beside the bucket that it goes into.
     last = (width + reduced) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
+    if offloaded:  # or these and this rank's shard of them, which is on its way to the host
+        last = max(last, reduced * root + FP32 * math.ceil(root / shards))
     after = FP32 * numel(parameters, ranks) if options.shard_optimizer else 0
     if matrices:  # the longest one, as it came, normalised, and as the next of the iteration; and what goes back
         after = max(after, 5 * width * max(matrix.numel() for matrix in matrices))
@@ -251,9 +258,23 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     A copy of the model runs on tensors that have shapes and no values, and what autograd saves is added up. FSDP gives
     layers parameters and inputs in bf16; elsewhere torch.autocast casts, and casts of weights are kept too. What a
     compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
-    rows to have no padding. Raises OptionError for a model that does not run so.
+    rows to have no padding. Where ranks divide each layer, they have a part of the positions of its input and of the
+    sum in its middle, and all of what they gather of both. Raises OptionError for a model that does not run so.
     """
     assert options.block_size
+    if (divided_by := options.tensor_parallel) > 1:
+        if not options.torch_compile:
+            raise OptionError(f"tensor_parallel {divided_by}: without torch_compile, what it needs is not predicted")
+        kept = count(part_of(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
+        hidden = rows_of(options) * options.block_size * model.config.hidden_size * (BF16 if options.bf16 else FP32)
+        # Input and sum were counted for all positions, as much as is gathered of them; their parts come to it.
+        of_layer = 2 * hidden // divided_by
+        return dataclasses.replace(
+            kept,
+            layers=kept.layers + of_layer * len(layers_of(model)),
+            largest_layer=kept.largest_layer + of_layer,
+            inputs=kept.inputs // divided_by,
+        )
     cast = options.bf16 and options.strategy == "fsdp"
     try:
         compiled, budget = options.torch_compile, options.activation_memory_budget
