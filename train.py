@@ -115,8 +115,10 @@ def main(argv: list[str]) -> None:
     wrapped: nn.Module = strategy.wrap(
         objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
+    resumed_from = checkpoint.choose(options)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
-    fill(model, weights)
+    # A checkpoint brings its own, and a large model is then not read or drawn in vain; but dpo refers to how it began.
+    fill(model, None if resumed_from and options.objective != "dpo" else weights)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
@@ -135,7 +137,6 @@ def main(argv: list[str]) -> None:
         model_fingerprint=model_fingerprint,
         optim=options.optim,
     )
-    resumed_from = checkpoint.choose(options)
     if resumed_from:
         progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
     if rank == 0:

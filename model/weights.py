@@ -219,16 +219,18 @@ def fingerprint_files(weights: Weights) -> str:
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, weights: Weights) -> None:
+def fill(model: PreTrainedModel, weights: Weights | None) -> None:
     """Give each parameter and buffer of a model its values, in place: those of the files, or initial ones.
+
+    Without `weights`, only what no checkpoint holds, buffers that are not saved: the rest is to come from one.
 
     Each rank reads its part of a sharded parameter alone. What the files do not have is drawn on the CPU from torch's
     RNG, as transformers draws it, and whole: with one seed, it is the same on all ranks and under either strategy.
     Costs host memory for one tensor, or for a layer's experts on this rank.
     """
     tensors = model.state_dict(keep_vars=True)
-    filled = set()
-    for first, source in weights.items():
+    filled = set() if weights is not None else {id(tensor) for tensor in tensors.values()}
+    for first, source in (weights or {}).items():
         joined = {first: tensors[first]}
         local, place = _of_rank(tensors[first])
         if source.converter is None:
