@@ -444,8 +444,7 @@ def _check_strategy(options: Options, world_size: int) -> None:
         )
     if options.tensor_parallel > 1 and options.offload_activations:
         raise OptionError(
-            f"offload_activations true: with tensor_parallel {options.tensor_parallel}, the inputs that are kept are "
-            "divided among ranks, and stay on the GPU; leave it out"
+            f"offload_activations true: not together with tensor_parallel {options.tensor_parallel}; leave it out"
         )
     if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
         name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"

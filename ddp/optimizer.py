@@ -24,7 +24,14 @@ def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
             for part, whole in zip(group["params"], group["replicated"], strict=True):
                 part.grad = _shard(whole.grad, ranks)
 
+    def let_go_of_gradients(optimizer: Optimizer, *step_arguments: object) -> None:
+        # They are views into DDP's buckets, which would outlive the second step, when DDP makes others.
+        for group in optimizer.param_groups:
+            for part in group["params"]:
+                part.grad = None
+
     optimizer.register_step_pre_hook(hand_over_gradients)
+    optimizer.register_step_post_hook(let_go_of_gradients)
 
 
 def gather_parameters(optimizer: Optimizer) -> None:

@@ -59,7 +59,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--gradient_checkpointing", "--offload_activations"],
-            "offload_activations true: with tensor_parallel 2, the inputs that are kept are divided among ranks",
+            "offload_activations true: not together with tensor_parallel 2; leave it out",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],

@@ -59,6 +59,8 @@ def record(path: Path) -> None:
 
         def gather_parameters(optimizer: Optimizer, gather: Any = strategy.gather_parameters) -> None:
             gather(optimizer)
+            parts = [part for group in optimizer.param_groups if "replicated" in group for part in group["params"]]
+            assert all(part.grad is None for part in parts), "it would keep what DDP or zero_grad gives up"
             whole = [
                 parameter for group in optimizer.param_groups for parameter in group.get("replicated", group["params"])
             ]
