@@ -94,8 +94,9 @@ def survive(
     return attempts
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_random_kills(
     noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str, seed: int
 ) -> None:
