@@ -14,10 +14,14 @@ def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
     """Whether the next backward exchanges gradients. Without, they add up on each rank and cost no communication.
 
     What adds up without is the full gradient, in fp32: it needs memory for all of it on each rank. Exchanged gradients
-    add up in the shards.
+    add up in the shards. Without, units that are kept whole after their forward stay so after their backward, too: the
+    next micro-step finds them gathered, and cast.
     """
     assert isinstance(wrapped, FSDPModule)
     wrapped.set_requires_gradient_sync(enabled)
+    kept: list[FSDPModule] = wrapped.kept_after_forward  # type: ignore[assignment]
+    for unit in kept:
+        unit.set_reshard_after_backward(enabled, recurse=False)
 
 
 def clip_grad_norm(wrapped: nn.Module, max_norm: float) -> Tensor:

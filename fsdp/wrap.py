@@ -53,6 +53,7 @@ def wrap(
     # tokens, belongs to the loss: it stays fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
+    objective.kept_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=home)
     for module in objective.modules():  # buffers are used where they lie

@@ -44,9 +44,10 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     Muon, where ranks share rows: for every W matrices two all-to-alls, in the width of computing, of the matrix that a
     rank gets whole, or, where these are more, of its rows of all W. What rank 0 exchanges is counted.
 
-    FSDP, for each of L + 1 units (a layer; the root): in each micro-step, all-gathers of its parameters, in bf16 or
-    fp32, one for the forward, and, unless they are kept until then, one more for the backward; the root's are always
-    kept. In the last micro-step, or in each with sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
+    FSDP, for each of L + 1 units (a layer; the root): in each micro-step, two all-gathers of its parameters, in bf16 or
+    fp32, one for the forward and one for the backward; or, of units that are kept whole after their forward, as the
+    root always is, one in all micro-steps before gradients are exchanged. In the last micro-step, or in each with
+    sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
     and, with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are
     filled up to a multiple of W. One rank alone gathers and reduces nothing.
 
@@ -71,14 +72,16 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
-    reductions = options.gradient_accumulation_steps if options.sync_each_batch else 1
+    micro_steps = options.gradient_accumulation_steps
+    reductions = micro_steps if options.sync_each_batch else 1
+    of_layer = 2 * micro_steps if options.reshard_after_forward else reductions
     layers = layers_of(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     root = [parameter for parameter in parameters if id(parameter) not in in_layers]
-    for unit, gathers in [(root, 1), *((layer.parameters(), 1 + options.reshard_after_forward) for layer in layers)]:
+    for unit, gathers in [(root, reductions), *((layer.parameters(), of_layer) for layer in layers)]:
         whole = numel(unit, shards) * shards
         if shards > 1:
-            kinds["all_gather"] += [width * whole] * gathers * options.gradient_accumulation_steps
+            kinds["all_gather"] += [width * whole] * gathers
             kinds["reduce_scatter"] += [reduced * whole] * reductions
         if options.replicas > 1:
             kinds["all_reduce"] += [reduced * whole // shards] * reductions
