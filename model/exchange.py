@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config import Options
+from model.activations import BF16, FP32, rows_of
 from model.build import part_of
 from model.layers import layers_of, matrices_of
 from model.loss import CHUNK_LOGITS
-from model.memory import BF16, FP32, numel, rows_of
+from model.memory import numel
 from model.objective import ends_with_head
 
 # DDP's own defaults (torch.nn.parallel.DistributedDataParallel): gradients travel as soon as so many bytes are there.

@@ -25,11 +25,12 @@ import fsdp
 from compare import scaling
 from config import Options
 from model import memory
+from model.activations import Kept, count
 from model.build import build_model
 from model.compiled import compile_layers
 from model.exchange import Collectives, exchanged
 from model.float8 import compute_in_float8
-from model.memory import Kept, advice, count, moments, outlook, predict, stage_name, stages
+from model.memory import advice, moments, outlook, predict, stage_name, stages
 from model.objective import passing_through
 from tests.launch import ROOT, Ranks, train
 
