@@ -103,18 +103,21 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
 def _use_parts(modules: Iterable[nn.Module], unit: nn.Module, inputs: object) -> None:
     """Before a unit of FSDP runs: in the place of the parameters that FSDP has gathered, what this rank has of them.
 
-    FSDP puts its own back when it frees what it has gathered.
+    FSDP puts its own back when it frees what it has gathered. Where it keeps that for another micro-step, the parts of
+    the last one are there still. Others are made: their gradients would come only after FSDP has exchanged the unit's,
+    because autograd goes through what was made first last.
     """
     places = [
-        (owner._parameters, name, parameter)
+        (owner._parameters, name, whole)
         for owner in modules
         for name, parameter in owner._parameters.items()
-        if isinstance(parameter, DTensor)  # if FSDP has kept it, it is a part already
+        if isinstance(whole := getattr(parameter, "whole", parameter), DTensor)
     ]
-    wholes = list(dict.fromkeys(parameter for _, _, parameter in places))  # a tied one once
+    wholes = list(dict.fromkeys(whole for _, _, whole in places))  # a tied one once
     parts = dict(zip(wholes, _Parts.apply(*wholes), strict=True))  # type: ignore[no-untyped-call]
-    for parameters, name, parameter in places:
-        parameters[name] = parts[parameter]
+    for parameters, name, whole in places:
+        parameters[name] = parts[whole]
+        parameters[name].whole = whole  # type: ignore[union-attr]
 
 
 class _Parts(torch.autograd.Function):

@@ -84,6 +84,7 @@ CASES = [
     Case("tensor parallel", 2, 8, TENSOR, slow=True),
     Case("FSDP x tensor parallel", 4, 8, TENSOR, slow=True),
     Case("FSDP x tensor parallel", 4, 2, TENSOR, slow=True),
+    Case("FSDP, not resharded, x tensor parallel", 4, 2, (*WHOLE, *TENSOR)),
     Case("hybrid x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
     Case("FSDP x tensor parallel, checkpointing", 4, 4, (*TENSOR, "--gradient_checkpointing"), slow=True),
     Case("DDP, checkpointing", 2, 4, ("--gradient_checkpointing",), slow=True),
