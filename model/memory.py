@@ -83,8 +83,8 @@ def stages(options: Options, ranks: int) -> list[Options]:
         options, strategy="fsdp", shard_optimizer=False, replicas=1, reshard_after_forward=True
     )
     whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1)
-    replicas = options.replicas if options.replicas > 1 else ranks // 8
-    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and ranks % replicas == 0 else []
+    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
+    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
     return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded]
 
@@ -258,10 +258,11 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     """What would need less memory, from the most to the least that it saves: options, and the GiB of a rank."""
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     changes: dict[str, dict[str, Any]] = {
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--torch_compile true": {"torch_compile": True},
         "--bf16 true": {"bf16": True},
     }
+    if options.activation_memory_budget is None:
+        changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
     if micro_batch > 1:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
         given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
@@ -276,7 +277,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         changes["--cpu_offload true"] = {"cpu_offload": True}
     if options.strategy == "fsdp" and accumulation > 1:
         changes["--sync_each_batch true"] = {"sync_each_batch": True}
-    if options.gradient_checkpointing:
+    if options.gradient_checkpointing and options.tensor_parallel == 1:
         changes["--offload_activations true"] = {"offload_activations": True}
     before = predict(model, options, ranks).total
     saved = {

@@ -125,6 +125,7 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
+    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
     original = compiled._operations_of_attention
     monkeypatch.setattr(compiled, "_operations_of_attention", count)
     keep_less(0.5)

@@ -198,7 +198,8 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert "what fits: no stage; --" in outlook(meta_model, options, 8, room)
     assert len(outlook(meta_model, options, 8, room).splitlines()) == 2
     divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
-    unknown = "tensor_parallel 2: without torch_compile, what it needs is not predicted"
+    assert [stage.replicas for stage in stages(dataclasses.replace(divided, tensor_parallel=16), 16)] == [1] * 4
+    unknown = "tensor_parallel 2: what it needs is not predicted; give --torch_compile true"
     assert outlook(meta_model, divided, 8, room) == unknown
 
 
