@@ -171,6 +171,17 @@ def test_activations_of_divided_layers(meta_model: PreTrainedModel) -> None:
     assert whole.layers / 2 < part.layers < whole.layers
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_logits_of_divided_layers(meta_model: PreTrainedModel, objective: Any) -> None:
+    """A head and loss that are computed as one divide the vocabulary; elsewhere every rank gets all logits."""
+    options = Options(block_size=64, bf16=False, torch_compile=True, strategy="fsdp", objective=objective)
+    logits = [
+        moments(meta_model, dataclasses.replace(options, tensor_parallel=ranks), 4, Kept(0, 0, 0, 0, 0))[0].logits
+        for ranks in (1, 2)
+    ]
+    assert logits[0] == logits[1] if objective == "dpo" else logits[0] > logits[1]
+
+
 def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command: more rows need more, stages that shard more need less, and what does not fit is in brackets."""
     argv = ["--config_name", str(model_dir), "--tokenizer_name", str(model_dir), "--torch_compile", "false"]
