@@ -222,7 +222,8 @@ class Options:
         default="ddp", help="ddp: every rank holds the whole model. fsdp: parameters and moments are sharded."
     )
     reshard_after_forward: bool = HfArg(
-        default=True, help="fsdp: free a layer's full parameters after its forward; costs a second all-gather."
+        default=True,
+        help="fsdp: free a layer's full parameters after its forward; costs two gathers a micro-step, not one a step.",
     )
     replicas: int = HfArg(
         default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."

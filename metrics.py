@@ -382,7 +382,7 @@ def sharded(options: Options, ranks: int) -> str:
         return f"{moments}each rank holds parameters{'' if moments else ', moments'} and gradients"
     more = []
     if not options.reshard_after_forward:
-        more.append("parameters whole from forward to backward")
+        more.append("parameters whole until gradients are exchanged")
     if options.gradient_accumulation_steps > 1 and not options.sync_each_batch:
         more.append("gradients whole between micro-steps")
     if options.tensor_parallel > 1:

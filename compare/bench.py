@@ -8,7 +8,8 @@ with the model of `make train`. Prints, for each: the median tokens per second o
 windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
 each GPU, or on the CPU, measured first; the peak memory of a rank; the seconds of the first window, in which layers are
 compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to HF
-Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours.
+Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours, and to no
+other.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def main() -> None:
         if ON_GPU:
             (Path(name) / "config.json").write_text(json.dumps(SHAPES[arguments.model]))
             argv += ["--config_name", name, "--block_size", "4096"]
-        options = config.parse(argv)
+        options = config.parse([*argv, *more])  # a word that is no option ends here
         model_config, _ = load_config_and_tokenizer(options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
@@ -103,11 +104,8 @@ def main() -> None:
             if variant in PEERS and not importlib.util.find_spec("accelerate"):
                 print(f"{variant}: accelerate is not installed")
                 continue
-            argv_of = [*argv, "--output_dir", f"{name}/{variant}"]
-            if variant in PEERS:
-                result = peer(variant, arguments.ranks, argv_of)
-            else:
-                result = ours(variant, arguments.ranks, [*more, *argv_of])
+            measure, options_of = (peer, argv) if variant in PEERS else (ours, [*argv, *more])
+            result = measure(variant, arguments.ranks, [*options_of, "--output_dir", f"{name}/{variant}"])
             if result:
                 results[variant] = result
                 print(f"{variant}: {result}", flush=True)

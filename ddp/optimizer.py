@@ -25,7 +25,7 @@ def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
                 part.grad = _shard(whole.grad, ranks)
 
     def let_go_of_gradients(optimizer: Optimizer, *step_arguments: object) -> None:
-        # They are views into DDP's buckets, which would outlive the second step, when DDP makes others.
+        # They are views into DDP's buckets. In its second step, DDP makes others, and these would stay beside them.
         for group in optimizer.param_groups:
             for part in group["params"]:
                 part.grad = None

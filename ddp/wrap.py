@@ -1,5 +1,8 @@
 """Replicate a model over all ranks."""
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,8 +33,9 @@ def wrap(
     if mesh.size() == 1:
         return objective  # without the buckets, which are as large as the model and always there
     device_ids = [device.index] if device.type == "cuda" else None
-    # Gradients live inside the exchange buckets: one copy less in memory and in time. Buffers are constants, equal on
-    # all ranks: to broadcast them before each forward would be a collective for nothing.
-    return DistributedDataParallel(
-        objective, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False
-    )
+    # Buffers are constants, equal on all ranks: a broadcast before each forward would be for nothing.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    settings: dict[str, Any] = {"init_sync": False, sync: False}
+    # Gradients live inside the exchange buckets: one copy less in memory and in time.
+    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, **settings)

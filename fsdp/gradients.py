@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
     """Whether the next backward exchanges gradients. Without, they add up on each rank and cost no communication.
 
-    What adds up without is the full gradient, in fp32: it needs memory for all of it on each rank. Exchanged gradients
-    add up in the shards. Without, units that are kept whole after their forward stay so after their backward, too: the
-    next micro-step finds them gathered, and cast.
+    What adds up without is the full gradient, in the dtype that it is reduced in: it needs memory for all of it on each
+    rank. Exchanged gradients add up in the shards, in fp32. Without, units that are kept whole after their forward stay
+    so after their backward, too: the next micro-step finds them gathered, and cast.
     """
     assert isinstance(wrapped, FSDPModule)
     wrapped.set_requires_gradient_sync(enabled)

@@ -51,7 +51,7 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
     plan = {f"{model.base_model_prefix}.{key}": style for key, style in model.config.base_model_tp_plan.items()}
     projecting = set()  # attention, or the wider layer: its input is gathered once for all projections that take it
     for name, module in model.named_modules():
-        planned = plan.get(re.sub(r"\.\d+(?=\.)", ".*", name))
+        style = plan.get(re.sub(r"\.\d+(?=\.)", ".*", name))
         if module is embedding:
             module.forward = partial(_embed, module, module.forward, module.padding_idx, group)
             _distribute(module, mesh, Shard(0))
@@ -60,10 +60,10 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
             if not fused:  # all ranks get all logits
                 module.register_forward_hook(lambda head, inputs, logits: _gather_logits(logits, group))
             _distribute(module, mesh, Shard(0))
-        elif planned == "colwise":  # what it gives stays on this rank
+        elif style == "colwise":  # what it gives stays on this rank
             projecting.add(model.get_submodule(name.rpartition(".")[0]))
             _distribute(module, mesh, Shard(0))
-        elif planned == "rowwise":
+        elif style == "rowwise":
             assert type(module) is nn.Linear
             module.__class__, module.group = _ProjectBack, group  # type: ignore[assignment]
             _distribute(module, mesh, Shard(1))

@@ -51,7 +51,9 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     assert options.block_size
     if (divided_by := options.tensor_parallel) > 1:
         if not options.torch_compile:
-            raise OptionError(f"tensor_parallel {divided_by}: without torch_compile, what it needs is not predicted")
+            raise OptionError(
+                f"tensor_parallel {divided_by}: what it needs is not predicted; give --torch_compile true"
+            )
         kept = count(part_of(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
         hidden = rows_of(options) * options.block_size * model.config.hidden_size * (BF16 if options.bf16 else FP32)
         # Input and sum were counted for all positions, as much as is gathered of them; their parts come to it.

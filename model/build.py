@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers import (
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.float8 import compute_in_float8
+from model.layers import planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -109,12 +109,11 @@ def check_divides(config: PretrainedConfig, ranks: int) -> None:
 
 def check_plan(model: PreTrainedModel, ranks: int) -> None:
     """Refuse a model whose plan leaves a linear module whole: each rank of a group would count its gradient."""
-    planned = {f"{model.base_model_prefix}.{key}" for key in model.config.base_model_tp_plan}
     head = model.get_output_embeddings()
     linear = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     }
-    if whole := {name for name in linear if re.sub(r"\.\d+(?=\.)", ".*", name) not in planned}:
+    if whole := linear - planned(model).keys():
         raise OptionError(
             f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves {min(whole)} whole\n"
             "leave it out: --strategy fsdp shards any model"
@@ -123,18 +122,21 @@ def check_plan(model: PreTrainedModel, ranks: int) -> None:
 
 @functools.lru_cache(maxsize=4)
 def part_of(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
-    """What one of `ranks` ranks that divide each layer has of `model`, as a model of that size, on the meta device.
+    """What one of `ranks` ranks that divide each layer (fsdp/tensor_parallel.py) has of `model`, on the meta device.
 
     For counting: its layers do to all positions what the rank's do, but between them a rank has 1 / `ranks` of those.
     """
-    config = copy.deepcopy(model.config)
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, name, None):
-            setattr(config, name, getattr(config, name) // ranks)
-    config.pad_token_id = None  # it may be in another rank's part
-    with torch.device("meta"):
-        return type(model)(config).train()
+    part, styles = copy.deepcopy(model), planned(model)
+    by_rows = {part.get_input_embeddings(), part.get_output_embeddings()}
+    for name, module in part.named_modules():
+        style = "colwise" if module in by_rows else styles.get(name, "")
+        dimension = {"colwise": 0, "rowwise": 1}.get(style, math.inf)
+        for key, whole in module._parameters.items():
+            if whole is not None and whole.dim() > dimension:
+                shape = [size // (ranks if index == dimension else 1) for index, size in enumerate(whole.shape)]
+                module._parameters[key] = torch.nn.Parameter(whole.new_empty(shape))
+    part.tie_weights()
+    return part
 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:

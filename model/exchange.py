@@ -110,7 +110,7 @@ def divided(model: PreTrainedModel, part: PreTrainedModel, options: Options) -> 
     gathers = 4 * layers + 4 + 2 * again
     scatters = 4 * layers + 2 + (2 if options.torch_compile else 1) * again
     if options.objective != "dpo" and ends_with_head(model):
-        chunks = math.ceil(tokens * part.config.vocab_size / CHUNK_LOGITS["cuda"])
+        chunks = math.ceil(tokens * len(part.get_output_embeddings().weight) / CHUNK_LOGITS["cuda"])
         loss = Collectives(chunks, 2 * FP32 * group * tokens)
     else:
         loss = Collectives(1, width * tokens * model.config.vocab_size)

@@ -1,6 +1,9 @@
 """The decoder layers of a model, and what of them is treated apart from the rest."""
 
+import re
+
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -17,3 +20,13 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if id(parameter) in within and parameter.dim() == 2 and parameter.requires_grad
     }
+
+
+def planned(model: PreTrainedModel) -> dict[str, str]:
+    """How ranks would divide the modules of a model, by name, as its configuration plans it: "colwise", "rowwise", ...
+
+    Of a model that has such a plan. Embedding and head are divided by rows, whatever it says of them.
+    """
+    plan = {f"{model.base_model_prefix}.{key}": style for key, style in model.config.base_model_tp_plan.items()}
+    names = {name: re.sub(r"\.\d+(?=\.)", ".*", name) for name, _ in model.named_modules()}
+    return {name: plan[each] for name, each in names.items() if each in plan}

@@ -83,8 +83,8 @@ def stages(options: Options, ranks: int) -> list[Options]:
         options, strategy="fsdp", shard_optimizer=False, replicas=1, reshard_after_forward=True
     )
     whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1)
-    replicas = options.replicas if options.replicas > 1 else ranks // 8
-    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and ranks % replicas == 0 else []
+    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
+    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
     return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded]
 
@@ -111,9 +111,13 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     if options.tensor_parallel > 1:
         kept = kept or count(model, options)
         part, ranks = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
-        return moments(part, dataclasses.replace(options, tensor_parallel=1), ranks, kept)
+        loss, *others = moments(part, dataclasses.replace(options, tensor_parallel=1), ranks, kept)
+        if options.objective == "dpo" or not _ends_with_head(model):  # all ranks get all logits
+            loss = dataclasses.replace(loss, logits=loss.logits * options.tensor_parallel)
+        return [loss, *others]
     sharded = options.strategy == "fsdp"
     width = BF16 if options.bf16 else FP32
+    reduced = FP32 if options.reduce_dtype == "float32" else BF16
     shards = ranks // options.replicas if sharded else 1
 
     # Parameters, by the units that FSDP gathers: each layer, and the root with all else.
@@ -129,7 +133,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     matrices = list(matrices_of(model).values()) if options.optim == "muon" else []
     state -= FP32 * numel(matrices, moments_divided_by) + FP32 * len(matrices)  # of these, one moment, and no number
     gradients = FP32 * numel(parameters, shards)
-    waiting = 0 if options.gradient_accumulation_steps == 1 else FP32 * learned  # from earlier micro-steps
+    # From earlier micro-steps. FSDP raises them to what they will be reduced in.
+    waiting = 0 if options.gradient_accumulation_steps == 1 else (reduced if sharded else FP32) * learned
     if sharded and waiting and options.sync_each_batch:
         waiting = gradients
     if not sharded and ranks > 1:
@@ -150,7 +155,6 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     working = (2 if options.torch_compile else 4) * kept.largest_tensor
     # A layer's gathered parameters and those of the next, unless all are kept; its gradients as the backward forms
     # them; and those of the layer before, as they are reduced.
-    reduced = FP32 if options.reduce_dtype == "float32" else BF16
     layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + reduced) * layer) * sharded
     if offloaded:  # a shard that was reduced and is on its way to the host
         layer_exchange += FP32 * math.ceil(layer / shards)
@@ -258,10 +262,11 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     """What would need less memory, from the most to the least that it saves: options, and the GiB of a rank."""
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     changes: dict[str, dict[str, Any]] = {
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--torch_compile true": {"torch_compile": True},
         "--bf16 true": {"bf16": True},
     }
+    if options.activation_memory_budget is None:
+        changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
     if micro_batch > 1:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
         given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
@@ -276,7 +281,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         changes["--cpu_offload true"] = {"cpu_offload": True}
     if options.strategy == "fsdp" and accumulation > 1:
         changes["--sync_each_batch true"] = {"sync_each_batch": True}
-    if options.gradient_checkpointing:
+    if options.gradient_checkpointing and options.tensor_parallel == 1:
         changes["--offload_activations true"] = {"offload_activations": True}
     before = predict(model, options, ranks).total
     saved = {

@@ -36,6 +36,7 @@ BUDGET = ["--activation_memory_budget", "0.3"]
         (FSDP, BUDGET),
         (["--packing", "documents", *FSDP], []),
         (TENSOR, []),
+        ([*TENSOR, "--reshard_after_forward", "false"], []),
     ],
     ids=str,
 )
@@ -71,7 +72,7 @@ def many_small_buckets() -> None:
         return wrapped
 
     def say_and_leave(exit_code: int) -> None:
-        print("graphs:", counters["aot_autograd"]["total"], flush=True)
+        print(f"graphs: {counters['aot_autograd']['total']}\n", end="", flush=True)  # in one piece: two ranks do so
         leave(exit_code)
 
     ddp.wrap = wrap_with_small_buckets  # type: ignore[assignment]
@@ -125,6 +126,7 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
+    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
     original = compiled._operations_of_attention
     monkeypatch.setattr(compiled, "_operations_of_attention", count)
     keep_less(0.5)

@@ -171,6 +171,17 @@ def test_activations_of_divided_layers(meta_model: PreTrainedModel) -> None:
     assert whole.layers / 2 < part.layers < whole.layers
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_logits_of_divided_layers(meta_model: PreTrainedModel, objective: Any) -> None:
+    """A head and loss that are computed as one divide the vocabulary; elsewhere every rank gets all logits."""
+    options = Options(block_size=64, bf16=False, torch_compile=True, strategy="fsdp", objective=objective)
+    logits = [
+        moments(meta_model, dataclasses.replace(options, tensor_parallel=ranks), 4, Kept(0, 0, 0, 0, 0))[0].logits
+        for ranks in (1, 2)
+    ]
+    assert logits[0] == logits[1] if objective == "dpo" else logits[0] > logits[1]
+
+
 def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command: more rows need more, stages that shard more need less, and what does not fit is in brackets."""
     argv = ["--config_name", str(model_dir), "--tokenizer_name", str(model_dir), "--torch_compile", "false"]
@@ -198,7 +209,8 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert "what fits: no stage; --" in outlook(meta_model, options, 8, room)
     assert len(outlook(meta_model, options, 8, room).splitlines()) == 2
     divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
-    unknown = "tensor_parallel 2: without torch_compile, what it needs is not predicted"
+    assert [stage.replicas for stage in stages(dataclasses.replace(divided, tensor_parallel=16), 16)] == [1] * 4
+    unknown = "tensor_parallel 2: what it needs is not predicted; give --torch_compile true"
     assert outlook(meta_model, divided, 8, room) == unknown
 
 

@@ -153,7 +153,7 @@ def test_every_option_has_a_help() -> None:
         (
             ["--strategy", "fsdp", "--reshard_after_forward", "false"],
             "FSDP, parameters kept after forward (ZeRO-2): parameters, gradients and moments sharded over 4 ranks, "
-            "parameters whole from forward to backward",
+            "parameters whole until gradients are exchanged",
         ),
         (["--strategy", "fsdp"], "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks"),
         (

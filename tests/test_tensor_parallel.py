@@ -19,7 +19,7 @@ import checkpoint
 import fsdp
 from config import OptionError, Options
 from fsdp.tensor_parallel import Group, _pad
-from model.build import build_model, check_divides, load_config_and_tokenizer
+from model.build import build_model, check_divides, load_config_and_tokenizer, part_of
 from model.loss import IGNORED
 from model.objective import NextToken
 from model.weights import Stored, fill, find_weights
@@ -66,6 +66,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     config, tokenizer = load_config_and_tokenizer(options)
     built = build_model(options, config)
     weights = find_weights(options, built)
+    foreseen = {parameter: tensor.shape for parameter, tensor in part_of(built, 2).named_parameters()}
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     wrapped = fsdp.wrap(NextToken(built), mesh, torch.device("cpu"), False, True, False)
     read = count_reads()
@@ -94,6 +95,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     checkpoint.export(options, built, tokenizer)
     return {
         "different": different,
+        "foreseen otherwise": [name for name, tensor in built.named_parameters() if part(tensor) != foreseen[name]],
         "read": read[0] / kept,
         "kept": kept / sum(parameter.numel() for parameter in reference.parameters()),
         "tied": built.get_output_embeddings().weight is built.get_input_embeddings().weight,
@@ -104,6 +106,13 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
         "norm": abs(norm.item() / expected_norm.item() - 1),
         "exported": same(stored(output_dir), stored(path)),
     }
+
+
+def part(parameter: Tensor) -> torch.Size:
+    """The shape that both ranks of a shard have of it together: that of one rank of a group which divides its layer."""
+    assert isinstance(parameter, DTensor)
+    dimension = getattr(parameter.placements[-1], "dim", None)
+    return torch.Size(size // 2 if index == dimension else size for index, size in enumerate(parameter.shape))
 
 
 def whole(gradient: Tensor | None) -> Tensor:
@@ -130,7 +139,7 @@ def count_reads() -> list[int]:
 def test_family(findings: dict[str, Any], name: str) -> None:
     """Tied and untied, biases, norms of heads, windows, scaled embeddings, a cap on the logits: loss and gradient."""
     found = findings[name]
-    assert found["different"] == found["exported"] == []
+    assert found["different"] == found["exported"] == found["foreseen otherwise"] == []
     assert found["tied"] == FAMILIES[name][0].tie_word_embeddings
     assert found["loss"] < 1e-6
     assert found["evaluated"] < 1e-6
