@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,21 @@ def test_a_layer_is_one_graph(tiny: list[object], tmp_path: Path, extra: list[st
     assert re.findall(r"graphs: (\d+)", outcome.output) == [f"{1 + of_the_loss}"] * 2
 
 
+@pytest.fixture
+def budget_as_it_was() -> Iterator[None]:
+    """After the test, in which it is set for all of the process."""
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        yield
+
+
 @pytest.mark.slow
-def test_memory_budget(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("budget_as_it_was")
+def test_memory_budget(model_dir: Path) -> None:
     """Less is kept for the backward, and the gradient is the same."""
     tokens_BT = torch.randint(0, 384, (4, 64))
     kept: dict[float | None, int] = {}
     gradients = {}
     for budget in (None, 0.5, 0.0):
-        monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
         torch.compiler.reset()
         model = AutoModelForCausalLM.from_pretrained(model_dir).train()
         objective = NextToken(model)
@@ -119,6 +126,7 @@ def test_memory_budget(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert relative_l2(gradients[0.0], gradients[None]) < GATES.gradient
 
 
+@pytest.mark.usefixtures("budget_as_it_was")
 def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch 2.11, too, which refuses where heads of keys are fewer; and a budget asks for operations."""
 
@@ -126,7 +134,6 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
-    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # as it was, after the test
     original = compiled._operations_of_attention
     monkeypatch.setattr(compiled, "_operations_of_attention", count)
     keep_less(0.5)
