@@ -134,7 +134,7 @@ def part_of(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
         for key, whole in module._parameters.items():
             if whole is not None and whole.dim() > dimension:
                 shape = [size // (ranks if index == dimension else 1) for index, size in enumerate(whole.shape)]
-                module._parameters[key] = torch.nn.Parameter(whole.new_empty(shape))
+                module._parameters[key] = torch.nn.Parameter(whole.new_empty(shape), whole.requires_grad)
     part.tie_weights()
     return part
 
