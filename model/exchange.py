@@ -46,11 +46,11 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     rank gets whole, or, where these are more, of its rows of all W. What rank 0 exchanges is counted.
 
     FSDP, for each of L + 1 units (a layer; the root): in each micro-step, two all-gathers of its parameters, in bf16 or
-    fp32, one for the forward and one for the backward; or, of units that are kept whole after their forward, as the
-    root always is, one in all micro-steps before gradients are exchanged. In the last micro-step, or in each with
-    sync_each_batch, one reduce-scatter of its gradients, in reduce_dtype,
-    and, with replicas, one all-reduce of the shard that this gives. Once, a sum of squares, for the norm. Rows are
-    filled up to a multiple of W. One rank alone gathers and reduces nothing.
+    fp32, one for the forward and one for the backward. Units that are kept whole after their forward, as the root
+    always is, are gathered once before each exchange of gradients. That comes in the last micro-step, or in each with
+    sync_each_batch: one reduce-scatter of a unit's gradients, in reduce_dtype, and, with replicas, one all-reduce of
+    the shard that this gives. Once, a sum of squares, for the norm. Rows are filled up to a multiple of W. One rank
+    alone gathers and reduces nothing.
 
     Where ranks divide each layer, all of this is said of a rank's part, and what `divided` gives comes to it.
     """

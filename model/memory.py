@@ -108,13 +108,9 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     whose layers cannot be run without values.
     """
     assert options.block_size
+    kept = kept or count(model, options)
     if options.tensor_parallel > 1:
-        kept = kept or count(model, options)
-        part, ranks = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
-        loss, *others = moments(part, dataclasses.replace(options, tensor_parallel=1), ranks, kept)
-        if options.objective == "dpo" or not _ends_with_head(model):  # all ranks get all logits
-            loss = dataclasses.replace(loss, logits=loss.logits * options.tensor_parallel)
-        return [loss, *others]
+        return _moments_of_part(model, options, ranks, kept)
     sharded = options.strategy == "fsdp"
     width = BF16 if options.bf16 else FP32
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
@@ -127,11 +123,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     root = whole - sum(numel(layer.parameters()) for layer in layers_of(model))
     of_rank = FP32 * numel(model.parameters(), shards)
     learned = numel(parameters)
-    moments_divided_by = ranks if options.shard_optimizer else shards
     offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
-    state = 2 * FP32 * numel(parameters, moments_divided_by) + FP32 * len(parameters)  # and the number of steps of each
-    matrices = list(matrices_of(model).values()) if options.optim == "muon" else []
-    state -= FP32 * numel(matrices, moments_divided_by) + FP32 * len(matrices)  # of these, one moment, and no number
+    state, after = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     gradients = FP32 * numel(parameters, shards)
     # From earlier micro-steps. FSDP raises them to what they will be reduced in.
     waiting = 0 if options.gradient_accumulation_steps == 1 else (reduced if sharded else FP32) * learned
@@ -148,7 +141,6 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
 
     # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
     # activation function, and what is computed again. Compiled, they take the place of what was kept.
-    kept = kept or count(model, options)
     inputs = kept.inputs // len(layers_of(model)) if options.offload_activations else kept.inputs
     waiting_activations = kept.outside + (inputs if options.gradient_checkpointing else kept.layers)
     one_layer = kept.largest_layer if options.gradient_checkpointing else 0
@@ -167,9 +159,6 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     last = (width + reduced) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
     if offloaded:  # or these and this rank's shard of them, which is on its way to the host
         last = max(last, reduced * root + FP32 * math.ceil(root / shards))
-    after = FP32 * numel(parameters, ranks) if options.shard_optimizer else 0
-    if matrices:  # the longest one, as it came, normalised, and as the next of the iteration; and what goes back
-        after = max(after, 5 * width * max(matrix.numel() for matrix in matrices))
 
     def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:
         return Memory(name, of_rank, gradients, state, activations, logits, exchange)
@@ -193,6 +182,31 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
         moment("in the embedding's gradient", in_the_end, 0, head_gradient * tied * (not sharded), last),
         moment("in the optimizer", gradients, 0, 0, after),
     ]
+
+
+def _moments_of_part(model: PreTrainedModel, options: Options, ranks: int, kept: Kept) -> list[Memory]:
+    """Where ranks divide each layer: those of a rank's part, in as many groups as there are."""
+    part, groups = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
+    loss, *others = moments(part, dataclasses.replace(options, tensor_parallel=1), groups, kept)
+    if options.objective == "dpo" or not _ends_with_head(model):  # all ranks get all logits
+        loss = dataclasses.replace(loss, logits=loss.logits * options.tensor_parallel)
+    return [loss, *others]
+
+
+def optimizer_memory(model: PreTrainedModel, options: Options, divided_by: int) -> tuple[int, int]:
+    """Bytes of the optimizer's state, `divided_by` as many ranks, and of what its step works with.
+
+    Two moments of each parameter and the number of its steps; of the matrices that Muon updates one moment, and no
+    number. A sharded optimizer passes on a copy of a rank's part. Muon has its longest matrix as it came, normalised,
+    and as the next of the iteration; and what goes back.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = list(matrices_of(model).values()) if options.optim == "muon" else []
+    state = 2 * FP32 * numel(parameters, divided_by) + FP32 * len(parameters)
+    state -= FP32 * numel(matrices, divided_by) + FP32 * len(matrices)
+    step = FP32 * numel(parameters, divided_by) if options.shard_optimizer else 0
+    longest = max((matrix.numel() for matrix in matrices), default=0)
+    return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
 
 
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
