@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -22,8 +23,6 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-
-from model.compiled import missing_for_compilation
 
 # What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
 # that the user gives wins over this table.
@@ -272,7 +271,8 @@ class Options:
     activation_memory_budget: float | None = HfArg(
         default=None,
         help="With torch_compile: the share of a layer's activations, 0 to 1, that is kept for its backward; the "
-        "cheapest to compute again are not. Costs what they cost: nothing at 1, a second forward at 0.",
+        "cheapest to compute again are not. Costs what they cost: nothing at 1, a second forward at 0. Not for a model "
+        "with dropout.",
     )
     ddp_backend: Literal["nccl", "gloo"] | None = HfArg(
         default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."
@@ -412,7 +412,7 @@ def check(options: Options, world_size: int) -> None:
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
-    missing = missing_for_compilation() if options.torch_compile else None
+    missing = _missing_for_compilation() if options.torch_compile else None
     if missing:
         options.torch_compile = False
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -487,6 +487,13 @@ def _check_schedule(options: Options, text: str) -> None:
             f"lr_scheduler_kwargs {text}: --lr_scheduler_type {options.lr_scheduler_type} takes "
             f"{takes if known else 'none; leave it out'}"
         )
+
+
+def _missing_for_compilation() -> str | None:
+    """What torch.compile needs and this machine lacks, in words."""
+    if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
+        return "the package triton"
+    return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
 
 
 def _check_memory_budget(options: Options, budget: float) -> None:

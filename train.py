@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     model_flops = flops_per_token(model, plan.block_size)
     memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
     if options.torch_compile:
-        compile_layers(model, options.activation_memory_budget)
+        compile_layers(model, options)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     reduce_dtype = getattr(torch, options.reduce_dtype)

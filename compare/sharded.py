@@ -75,7 +75,7 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     objective = NextToken(model, options.torch_compile)
     expect_one_document_a_row()
     if options.torch_compile:
-        compile_layers(model, options.activation_memory_budget)
+        compile_layers(model, options)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     mesh = init_device_mesh(
         device.type, config.mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor")

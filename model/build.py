@@ -25,7 +25,7 @@ from transformers import (
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.float8 import compute_in_float8
-from model.layers import planned
+from model.layers import dropout_of, planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -58,6 +58,12 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
 
     if options.tensor_parallel > 1:
         check_divides(config, options.tensor_parallel)
+    if options.activation_memory_budget is not None and (dropout := dropout_of(config)):
+        name, share = next(iter(dropout.items()))
+        raise OptionError(
+            f"activation_memory_budget {options.activation_memory_budget}: the model has {name} {share}, and what is "
+            "computed again would drop other places\ngive --gradient_checkpointing, or leave it out"
+        )
     text_config = config.get_text_config()
     if options.chat_template:
         try:

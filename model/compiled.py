@@ -1,41 +1,53 @@
 """Compilation: it fuses what lies between the matrix products of a layer, and keeps less for its backward."""
 
-import importlib.util
-import shutil
 from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import flop_counter
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from model.layers import layers_of
+from config import Options
+from model.layers import dropout_of, layers_of
 
 Shape = tuple[int, int, int, int]
 
 _operations_of_attention: Callable[[Shape, Shape, Shape], int] = flop_counter.sdpa_flop_count
 
 
-def missing_for_compilation() -> str | None:
-    """What torch.compile needs and this machine lacks, in words."""
-    if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
-        return "the package triton"
-    return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
-
-
-def compile_layers(model: PreTrainedModel, memory_budget: float | None = None) -> None:
+def compile_layers(model: PreTrainedModel, options: Options) -> None:
     """Let each decoder layer be compiled when it first runs. Must be called before wrapping.
 
     Layers of one kind run the same code, one after another, and so are compiled once for all of them. The whole model
     as one graph is slower, and takes longer to compile. A length that changes from batch to batch is compiled once
-    more, for any length. With a `memory_budget`, no more than that share of a layer's activations is kept for its
-    backward: the compiler solves which of them are the cheapest to compute again (a knapsack).
+    more, for any length. With an `activation_memory_budget`, no more than that share of a layer's activations is kept
+    for its backward: the compiler solves which of them are the cheapest to compute again (a knapsack).
+
+    With gradient checkpointing, the second forward is compiled together with the backward, and leaves out what that
+    does not need: most of all the layer's last matrix product. Elsewhere, transformers computes again a layer that is
+    compiled by itself: where its inputs are offloaded; where ranks divide it, because torch 2.11 would keep what they
+    gather; and with dropout, which 2.11 cannot compile so on a GPU.
     """
-    keep_less(memory_budget)
+    keep_less(options.activation_memory_budget)
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
     # between the pieces is kept: a fifth more activations.
     torch._dynamo.config.optimize_ddp = False
+    by_transformers = options.offload_activations or options.tensor_parallel > 1 or dropout_of(model.config)
     for layer in layers_of(model):
-        layer.compile()
+        forward = layer.forward
+        if layer.gradient_checkpointing and not by_transformers:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]  # that of transformers
+            forward = MethodType(_forward_again, layer)
+        # Not all of its call: what FSDP does before and after cannot be compiled.
+        layer.forward = torch.compile(forward)
+
+
+def _forward_again(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """The forward of a layer that keeps its inputs, and is computed once more for the backward."""
+    return checkpoint(type(layer).forward, layer, *inputs, use_reentrant=False, **named)
 
 
 def keep_less(memory_budget: float | None) -> None:

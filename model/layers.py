@@ -3,13 +3,21 @@
 import re
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def dropout_of(config: PretrainedConfig) -> dict[str, float]:
+    """What a model drops at random while it learns, by the names in its configuration: only shares above 0."""
+    settings = config.get_text_config().to_dict()
+    return {
+        name: value for name, value in settings.items() if "drop" in name and isinstance(value, float) and value > 0
+    }
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 import config
 import ddp
 import metrics
-from config import Options
+from config import OptionError, Options
 from model import compiled
+from model.build import load_config_and_tokenizer
 from model.compiled import Shape, compile_layers, keep_less
 from model.objective import NextToken
 from tests.launch import train, train_ok
@@ -33,9 +34,11 @@ BUDGET = ["--activation_memory_budget", "0.3"]
     ("extra", "of_the_compiler"),
     [
         (["--gradient_checkpointing"], []),
+        ([*FSDP, "--gradient_checkpointing"], []),
         (FSDP, BUDGET),
         (["--packing", "documents", *FSDP], []),
         (TENSOR, []),
+        ([*TENSOR, "--gradient_checkpointing"], []),
         ([*TENSOR, "--reshard_after_forward", "false"], []),
     ],
     ids=str,
@@ -109,7 +112,7 @@ def test_memory_budget(model_dir: Path) -> None:
         torch.compiler.reset()
         model = AutoModelForCausalLM.from_pretrained(model_dir).train()
         objective = NextToken(model)
-        compile_layers(model, budget)
+        compile_layers(model, Options(activation_memory_budget=budget))
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
@@ -124,6 +127,32 @@ def test_memory_budget(model_dir: Path) -> None:
     assert kept[None] > kept[0.5] > kept[0.0]
     assert relative_l2(gradients[0.5], gradients[None]) < GATES.gradient
     assert relative_l2(gradients[0.0], gradients[None]) < GATES.gradient
+
+
+@pytest.mark.slow
+def test_second_forward_drops_the_same_places(model_with_dropout: Path) -> None:
+    tokens_BT = torch.randint(0, 384, (4, 64))
+    gradients = []
+    for checkpointed in (False, True):
+        torch.compiler.reset()
+        model = AutoModelForCausalLM.from_pretrained(model_with_dropout).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        objective = NextToken(model)
+        compile_layers(model, Options(gradient_checkpointing=checkpointed))
+        torch.manual_seed(1)
+        loss = objective(tokens_BT, tokens_BT)
+        torch.manual_seed(2)
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert relative_l2(*gradients) < GATES.gradient
+
+
+def test_no_memory_budget_with_dropout(model_with_dropout: Path) -> None:
+    """What torch computes again within a budget drops other places (2.11 and 2.13): the gradient would be wrong."""
+    options = Options(model_name_or_path=str(model_with_dropout), activation_memory_budget=0.5)
+    with pytest.raises(OptionError, match=r"activation_memory_budget 0\.5: the model has attention_dropout 0\.2, and"):
+        load_config_and_tokenizer(options)
 
 
 @pytest.mark.usefixtures("budget_as_it_was")

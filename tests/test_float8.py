@@ -52,7 +52,7 @@ def gradient(
     objective = NextToken(model)
     assert objective.ends_with_head
     if compiled:
-        compile_layers(model)
+        compile_layers(model, Options())
     tokens_BT = torch.randint(0, 384, (4, length))
     mode = Products()  # type: ignore[no-untyped-call]
     mode.counts = collections.Counter()

@@ -85,9 +85,22 @@ def record(path: Path) -> None:
         ("FSDP (ZeRO-3)", {"optim": "muon"}),
         ("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}),
         ("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}),
+        pytest.param(
+            "FSDP (ZeRO-3)",
+            {"tensor_parallel": 2, "gradient_checkpointing": True, "torch_compile": True},
+            marks=pytest.mark.slow,
+        ),
         ("FSDP, parameters kept after forward (ZeRO-2)", {"tensor_parallel": 2}),
     ],
-    ids=[*STAGES, "each micro-step exchanged, in bf16", "FSDP, Muon", "ZeRO-1, Muon", "2 x 2", "1 x 2"],
+    ids=[
+        *STAGES,
+        "each micro-step exchanged, in bf16",
+        "FSDP, Muon",
+        "ZeRO-1, Muon",
+        "2 x 2",
+        "2 x 2, compiled",
+        "1 x 2",
+    ],
 )
 def test_a_stage(
     name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
@@ -97,7 +110,7 @@ def test_a_stage(
     ranks += ranks % each.get("tensor_parallel", 1)
     values = values | each
     options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    options = dataclasses.replace(options, bf16=False, torch_compile=False, **values)
+    options = dataclasses.replace(options, bf16=False, **{"torch_compile": False, **values})
     assert stage_name(options) == name
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
     more = ["--global_batch_size", 8 * ranks // options.tensor_parallel, "--max_steps", 4, "--logging_steps", 100]
@@ -137,7 +150,7 @@ def test_activations(
         compute_in_float8(model)
     if compiled:
         torch.compiler.reset()
-        compile_layers(model, budget)
+        compile_layers(model, Options(activation_memory_budget=budget))
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved = {}
 
