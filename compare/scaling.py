@@ -6,8 +6,9 @@
 Memory is that of model/memory.py, which compare/memory.py measures; bytes are those of model/exchange.py, which a test
 counts. Seconds are a model, and not measured:
 
-    matrix      FLOPs of a rank's tokens (model/loss.py; one more forward with gradient checkpointing) / `flops`, which
-                is what a GPU reaches in a whole step and not its peak; the default is what Qwen3-8B reached on one H200
+    matrix      FLOPs of a rank's tokens (model/loss.py; with gradient checkpointing those of a second forward, too,
+                which leaves out the head and each layer's last product) / `flops`, which is what a GPU reaches in a
+                whole step and not its peak; the default is what Qwen3-8B reached on one H200
     exchange    bytes on a rank's link / its bytes per second. Of a tensor of S bytes in a group of g ranks, each sends
                 S (g - 1) / g to gather or reduce-scatter it, twice that to all-reduce it, and S to broadcast it (ring
                 algorithms: Patarasuk and Yuan 2009). A group inside a host of 8 has `within_host` for each rank. A
@@ -33,7 +34,7 @@ from config import Options
 from model.build import build_model
 from model.exchange import Collectives, exchanged
 from model.loss import flops_per_token
-from model.memory import GIB, predict, stage_name
+from model.memory import GIB, numel, predict, stage_name
 
 HOST = 8  # ranks
 ROWS = {"0.6B": 8, "1.7B": 4, "8B": 2, "32B": 1}  # of a micro-batch
@@ -72,7 +73,11 @@ def main() -> None:
             gradient_checkpointing=checkpointing,
         )
         model = build_model(options, Qwen3Config(**MODELS[name]))
-        flops = (flops_per_token(model, LENGTH) or 0.0) * ROWS[name] * LENGTH * (4 / 3 if checkpointing else 1)
+        of_token = flops_per_token(model, LENGTH) or 0.0
+        if checkpointing:
+            left_out = [module for name, module in model.named_modules() if name.endswith(("lm_head", "down_proj"))]
+            of_token += of_token / 3 - 2 * sum(numel(module.parameters()) for module in left_out)
+        flops = of_token * ROWS[name] * LENGTH
         print(f"\n{name}, micro-batch {ROWS[name]}{', gradient checkpointing' if checkpointing else ''}\n")
         print("| | ranks | GiB a rank | GB exchanged | on a rank's link | matrix s | exchange s | step s | tokens/s |")
         print("|---" * 9 + "|")
