@@ -272,7 +272,7 @@ class Options:
         default=None,
         help="With torch_compile: the share of a layer's activations, 0 to 1, that is kept for its backward; the "
         "cheapest to compute again are not. Costs what they cost: nothing at 1, a second forward at 0. Not for a model "
-        "with dropout.",
+        "with dropout or other noise.",
     )
     ddp_backend: Literal["nccl", "gloo"] | None = HfArg(
         default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."

@@ -25,7 +25,7 @@ from transformers import (
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.float8 import compute_in_float8
-from model.layers import dropout_of, planned
+from model.layers import drawn_at_random, planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -58,12 +58,6 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
 
     if options.tensor_parallel > 1:
         check_divides(config, options.tensor_parallel)
-    if options.activation_memory_budget is not None and (dropout := dropout_of(config)):
-        name, share = next(iter(dropout.items()))
-        raise OptionError(
-            f"activation_memory_budget {options.activation_memory_budget}: the model has {name} {share}, and what is "
-            "computed again would drop other places\ngive --gradient_checkpointing, or leave it out"
-        )
     text_config = config.get_text_config()
     if options.chat_template:
         try:
@@ -196,6 +190,11 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.model_name_or_path and model.can_generate():
         with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
+    if options.activation_memory_budget is not None and (random := drawn_at_random(model)):
+        raise OptionError(
+            f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is computed "
+            "again would be drawn again\ngive --gradient_checkpointing, or leave it out"
+        )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from config import Options
-from model.layers import dropout_of, layers_of
+from model.layers import drawn_at_random, layers_of
 
 Shape = tuple[int, int, int, int]
 
@@ -29,13 +29,19 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     With gradient checkpointing, the second forward is compiled together with the backward, and leaves out what that
     does not need: most of all the layer's last matrix product. Elsewhere, transformers computes again a layer that is
     compiled by itself: where its inputs are offloaded; where ranks divide it, because torch 2.11 would keep what they
-    gather; and with dropout, which 2.11 cannot compile so on a GPU.
+    gather; with dropout, which 2.11 cannot compile so on a GPU; and with experts, because a layer that is not one graph
+    would not be compiled at all.
     """
     keep_less(options.activation_memory_budget)
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
     # between the pieces is kept: a fifth more activations.
     torch._dynamo.config.optimize_ddp = False
-    by_transformers = options.offload_activations or options.tensor_parallel > 1 or dropout_of(model.config)
+    # A graph for each kind of layer, one length and any, training and evaluation: more than 8, the default.
+    torch._dynamo.config.recompile_limit = 64
+    experts = any("experts" in name for name, _ in model.named_modules())
+    by_transformers = (
+        options.offload_activations or options.tensor_parallel > 1 or experts or drawn_at_random(model) != ""
+    )
     for layer in layers_of(model):
         forward = layer.forward
         if layer.gradient_checkpointing and not by_transformers:

@@ -3,7 +3,7 @@
 import re
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -12,12 +12,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def dropout_of(config: PretrainedConfig) -> dict[str, float]:
-    """What a model drops at random while it learns, by the names in its configuration: only shares above 0."""
-    settings = config.get_text_config().to_dict()
-    return {
-        name: value for name, value in settings.items() if "drop" in name and isinstance(value, float) and value > 0
-    }
+def drawn_at_random(model: nn.Module) -> str:
+    """What the decoder layers draw while they learn, in words: shares of dropout, noise of a router; "" for nothing."""
+    for layer in layers_of(model):
+        for module in layer.modules():
+            for name, value in vars(module).items():
+                named_so = "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
+                if named_so and isinstance(value, int | float) and value > 0:
+                    return f"{name} {value} in its {type(module).__name__}"
+    return ""
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,15 +13,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils import flop_counter
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 import config
 import ddp
 import metrics
 from config import OptionError, Options
 from model import compiled
-from model.build import load_config_and_tokenizer
+from model.build import build_model
 from model.compiled import Shape, compile_layers, keep_less
+from model.layers import drawn_at_random
 from model.objective import NextToken
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, relative_l2
@@ -150,9 +160,30 @@ def test_second_forward_drops_the_same_places(model_with_dropout: Path) -> None:
 
 def test_no_memory_budget_with_dropout(model_with_dropout: Path) -> None:
     """What torch computes again within a budget drops other places (2.11 and 2.13): the gradient would be wrong."""
-    options = Options(model_name_or_path=str(model_with_dropout), activation_memory_budget=0.5)
-    with pytest.raises(OptionError, match=r"activation_memory_budget 0\.5: the model has attention_dropout 0\.2, and"):
-        load_config_and_tokenizer(options)
+    expected = r"activation_memory_budget 0\.5: the model has attention_dropout 0\.2 in its Qwen3Attention, and what is"
+    with pytest.raises(OptionError, match=expected):
+        build_model(Options(activation_memory_budget=0.5), AutoConfig.from_pretrained(model_with_dropout))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Qwen3Config(), ""),
+        (GPT2Config(attn_pdrop=0, resid_pdrop=0), ""),  # that of its summary belongs to another head
+        (GPTNeoXConfig(), ""),  # and so does that of its classifier
+        (GPT2Config(attn_pdrop=0), "p 0.1 in its Dropout"),
+        (MixtralConfig(router_jitter_noise=0.01), "jitter_noise 0.01"),
+        (PhimoeConfig(), "jitter"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PretrainedConfig) else str(value),
+)
+def test_what_is_drawn_at_random(config: PretrainedConfig, expected: str) -> None:
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = drawn_at_random(model)
+    assert expected in found
+    assert bool(found) == bool(expected)
 
 
 @pytest.mark.usefixtures("budget_as_it_was")
