@@ -358,6 +358,7 @@ def start_block(
         "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "activations": activations_line(options),
         "memory": memory,
         **data_lines(data, plan.block_size),
         "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
@@ -391,6 +392,16 @@ def sharded(options: Options, ranks: int) -> str:
         more.append("shards and optimizer in host memory")
     shards = f"parameters, gradients and moments sharded over {ranks // options.replicas} ranks"
     return ", ".join([shards, *more])
+
+
+def activations_line(options: Options) -> str:
+    """What the layers keep of a forward for its backward."""
+    if options.gradient_checkpointing:
+        where = ", in host memory" if options.offload_activations else ""
+        return f"only the input of each layer{where}; the rest is computed again"
+    if options.activation_memory_budget is not None:
+        return f"{options.activation_memory_budget:.0%} of each layer's; the rest is computed again"
+    return "kept"
 
 
 def optimizer_line(optimizer: torch.optim.Optimizer) -> str:

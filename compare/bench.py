@@ -6,9 +6,9 @@ Each variant runs in a process of its own, or in one per rank: random weights in
 AdamW, clipping to 1, blocks of the embedded corpus; on one GPU or on `--ranks` of them, or without one on two CPU ranks
 with the model of `make train`. Prints, for each: the median tokens per second of all ranks after the first two of six
 windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
-the first GPU, or on the CPU, measured before; the peak memory of a rank; the seconds of the first window, in which layers are
-compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to HF
-Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours, and to no
+the first GPU, or on the CPU, measured before; the peak memory of a rank; the seconds of the first window, in which
+layers are compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to
+HF Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours, and to no
 other.
 """
 

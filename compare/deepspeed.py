@@ -129,7 +129,6 @@ NO_EFFECT = {
     "bfloat16": "masters and reduction are fp32, and a gradient that is not finite changes nothing",
     "torch_autocast": "--bf16 is torch.autocast",
     "data_types": ALWAYS_FP32,
-    "communication_data_type": ALWAYS_FP32,
     "seq_parallel_communication_data_type": ALWAYS_FP32,
     "prescale_gradients": "the loss is divided by all targets before the backward",
     "gradient_predivide_factor": "the loss is divided by all targets before the backward",
@@ -183,6 +182,18 @@ NO_EFFECT = {
 }
 
 UNKNOWN = "not a key that is known here, and without effect"
+# Keys that are followed in a way of their own; beside those of DIRECT and OURS.
+FOLLOWED = (
+    "tensor_parallel.autotp_size",
+    "tensorboard.enabled",
+    "torch_autocast.enabled",
+    "torch_autocast.dtype",
+    "communication_data_type",
+    "data_types.grad_accum_dtype",
+    f"{ACTIVATIONS}.number_checkpoints",
+)
+# What a run does where the file says nothing: these are worth a line.
+ABSENT = ("gradient_clipping", f"{ADAM}.lr", "bf16.enabled")
 OTHER_BATCHES = "it changes what a step learns from; remove it"
 OTHER_MODEL = "it changes what is trained; remove it"
 # What would give other numbers, or another model, when it is on; and what to do.
@@ -294,9 +305,13 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
             file.want(key, option, value)
     _autocast(file)
     _zero(file, world_size)
+    _exchange(file)
     _activations(file)
     if file.switch("tensorboard.enabled"):
         file.want("tensorboard.enabled", "report_to", "tensorboard")
+    for key in ABSENT:
+        if key not in file.values and not (key == "bf16.enabled" and "bfloat16.enabled" in file.values):
+            file.explain(key, f"our own {OURS[key]} {_shown(getattr(options, OURS[key]))}")
     return _table(file)
 
 
@@ -332,6 +347,8 @@ def _refuse(file: File) -> None:
         why = REFUSED.get(key)
         if key.startswith(("compression_training.", "weight_quantization.")) and key.endswith("enabled"):
             why = OTHER_MODEL
+        if why is None and (why := REFUSED.get(key.rpartition(".")[0])):  # all of a section
+            raise file.error(key, why)
         if why is None or value in ("auto", "none", "mean"):
             continue
         is_size = key.endswith("_size")  # 1 is the size of nothing
@@ -386,12 +403,11 @@ def _optimizer(file: File) -> None:
         file.explain(
             f"{ADAM}.betas", f"our own adam_beta1 {file.options.adam_beta1}, adam_beta2 {file.options.adam_beta2}"
         )
-    if kind is None:
-        return
-    if str(kind).lower() not in ("adam", "adamw"):
-        raise file.error("optimizer.type", "the optimizer here is AdamW; write that, or remove the section")
-    file.want("optimizer.type", "optim", "adamw_torch_fused")
-    file.explain("optimizer.type", "norms and biases never decay")
+    if kind is not None:
+        if str(kind).lower() not in ("adam", "adamw"):
+            raise file.error("optimizer.type", "the optimizer here is AdamW; write that, or remove the section")
+        file.want("optimizer.type", "optim", "adamw_torch_fused")
+        file.explain("optimizer.type", "norms and biases never decay")
     betas = file.says(f"{ADAM}.betas")
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float | int) for beta in betas):
@@ -414,8 +430,11 @@ def _scheduler(file: File) -> None:
     """The warmup schedules, by DeepSpeed's own arithmetic: model/optimizer.py."""
     kind = file.says("scheduler.type")
     if kind is None:
+        for key in file.values:
+            if key.startswith(f"{RATES}."):
+                file.explain(key, f"no effect: our own lr_scheduler_type {file.options.lr_scheduler_type}")
         return
-    if kind not in SCHEDULE_PARAMETERS:
+    if not isinstance(kind, str) or kind not in SCHEDULE_PARAMETERS:
         raise file.error("scheduler.type", f"give {', '.join(SCHEDULE_PARAMETERS)}, or remove the section")
     file.want("scheduler.type", "lr_scheduler_type", kind)
     steps = f"{RATES}.warmup_num_steps"
@@ -451,6 +470,7 @@ def _autocast(file: File) -> None:
         if file.says("torch_autocast.dtype") not in ("bfloat16", "bf16", "torch.bfloat16"):
             raise file.error("torch_autocast.dtype", "only bf16 is here; write bfloat16")
         file.want("torch_autocast.enabled", "bf16", True)
+        file.explain("torch_autocast.dtype", "bf16")
 
 
 def _zero(file: File, world_size: int | None) -> None:
@@ -480,7 +500,9 @@ def _zero(file: File, world_size: int | None) -> None:
         if "sync_each_batch" not in file.given:  # the stage says no more than that only shards are kept
             file.want(key, "sync_each_batch", True)
     shards = file.number(f"{ZERO}.mics_shard_size", int, least=-1)
-    if shards is not None and shards > 0 and world_size is not None:
+    if shards is not None and shards <= 0:
+        file.explain(f"{ZERO}.mics_shard_size", "no effect: off")
+    elif shards is not None and world_size is not None:
         if world_size % shards:
             raise file.error(f"{ZERO}.mics_shard_size", f"{world_size} ranks are no multiple of it; give a divisor")
         file.want(f"{ZERO}.mics_shard_size", "replicas", world_size // shards)
@@ -500,9 +522,28 @@ def _offload(file: File, stage: int) -> bool:
             file.explain(key, f"no effect: it begins with stage {first}")
         elif device is not None:
             devices[key] = device == "cpu"
-    for key in devices:
+    for key, itself in devices.items():
         file.want(key, "cpu_offload", any(devices.values()))
+        if not itself and any(devices.values()):
+            file.explain(key, "because parameters and optimizer are offloaded together")
     return any(devices.values())
+
+
+def _exchange(file: File) -> None:
+    """In which dtype gradients travel, and add up."""
+    key = "communication_data_type"
+    dtype = file.says(key)
+    if dtype in ("bf16", "bfp16") and file.options.strategy == "fsdp":
+        file.want(key, "reduce_dtype", "bfloat16")
+    elif dtype == "fp32":
+        file.want(key, "reduce_dtype", "float32")
+    elif dtype is not None:
+        raise file.error(key, "ddp reduces in fp32, fsdp (stages 2 and 3) in fp32 or bf16; write one of these")
+    key = "data_types.grad_accum_dtype"
+    if file.says(key) not in (None, "fp32"):
+        raise file.error(key, f"{ALWAYS_FP32}; write fp32")
+    if file.says(key):
+        file.explain(key, f"no effect: {ALWAYS_FP32}")
 
 
 def _activations(file: File) -> None:
@@ -533,13 +574,20 @@ def _meaning(file: File, key: str, value: Any) -> str:
         return file.became[key]
     if value in ("auto", None) and key in OURS:
         return f"our own {OURS[key]} {_shown(getattr(file.options, OURS[key]))}"
-    parents = [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]
-    for name in [key, *parents]:
-        if name in NO_EFFECT:
-            return f"no effect: {NO_EFFECT[name]}"
-    if key in REFUSED:
+    if key in REFUSED or key in FOLLOWED:
         return "no effect: off"
-    close = difflib.get_close_matches(key, {*BATCH, *OURS, *NO_EFFECT, *REFUSED}, n=1, cutoff=0.8)
+    with_effect = {*BATCH, *OURS, *REFUSED, *FOLLOWED}
+    known = with_effect | {*NO_EFFECT}
+    if any(other.startswith(f"{key}.") for other in known):  # a section
+        return "no effect: empty" if value == {} else f"{UNKNOWN}; it takes a mapping, as in DeepSpeed"
+    section, _, name = key.rpartition(".")
+    switches = {other.rpartition(".")[2]: other for other in with_effect if other.rpartition(".")[0] == section}
+    if close := difflib.get_close_matches(name, switches, n=1, cutoff=0.75) if key not in NO_EFFECT else []:
+        return f"{UNKNOWN}; did you mean {switches[close[0]]}?"
+    for parent in [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]:
+        if parent in NO_EFFECT:
+            return f"no effect: {NO_EFFECT[parent]}"
+    close = difflib.get_close_matches(key, known - {key}, n=1, cutoff=0.8)
     return UNKNOWN + (f"; did you mean {close[0]}?" if close else "")
 
 
@@ -553,6 +601,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it will run on")
     arguments, options_of_train = parser.parse_known_args(argv)
+    if arguments.ranks < 1:
+        raise OptionError(f"ranks {arguments.ranks}: must be at least 1")
     options = config.parse(["--deepspeed", arguments.file, *options_of_train], arguments.ranks)  # which prints it
     config.check(options, arguments.ranks)
 

@@ -40,10 +40,7 @@ NAMED = (
     "gradient_checkpointing",
     "gradient_accumulation_steps",
     "sync_each_batch",
-    "cpu_offload",
-    "offload_activations",
     "activation_memory_budget",
-    "tensor_parallel",
 )
 
 

@@ -192,8 +192,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     if options.activation_memory_budget is not None and (random := drawn_at_random(model)):
         raise OptionError(
-            f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is computed "
-            "again would be drawn again\ngive --gradient_checkpointing, or leave it out"
+            f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is "
+            "computed again would be drawn again\ngive --gradient_checkpointing, or leave it out"
         )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(

@@ -69,24 +69,46 @@ class Memory:
 
 
 def stage_name(options: Options) -> str:
-    """What of the training state is divided among ranks, and how that is called (Rajbhandari et al. 2020)."""
+    """What of the training state is divided among ranks, or not on the GPU, and how that is called.
+
+    The names of the stages are those of Rajbhandari et al. 2020 and Ren et al. 2021 (ZeRO-Offload).
+    """
     if options.strategy == "ddp":
-        return "DDP, optimizer sharded (ZeRO-1)" if options.shard_optimizer else "DDP"
-    if options.replicas > 1:
-        return f"hybrid FSDP, {options.replicas} replicas"
-    return "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
+        name = "DDP, optimizer sharded (ZeRO-1)" if options.shard_optimizer else "DDP"
+    elif options.replicas > 1:
+        name = f"hybrid FSDP, {options.replicas} replicas"
+    else:
+        name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
+    if options.tensor_parallel > 1:
+        name = f"tensor parallel {options.tensor_parallel} x {name}"
+    offloaded = ["its parts"] * options.cpu_offload + ["inputs of layers"] * options.offload_activations
+    return f"{name}, {' and '.join(offloaded)} offloaded" if offloaded else name
 
 
 def stages(options: Options, ranks: int) -> list[Options]:
-    """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it."""
+    """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it.
+
+    Then with the parts in host memory, and last with the inputs of layers there, too, which means checkpointing.
+    """
     sharded = dataclasses.replace(
-        options, strategy="fsdp", shard_optimizer=False, replicas=1, reshard_after_forward=True
+        options,
+        strategy="fsdp",
+        shard_optimizer=False,
+        replicas=1,
+        reshard_after_forward=True,
+        cpu_offload=False,
+        offload_activations=False,
     )
-    whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1)
+    whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1, sync_each_batch=False)
+    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
+    if offloaded and options.tensor_parallel == 1:
+        inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
+        inputs["activation_memory_budget"] = None  # it is one or the other
+        offloaded.append(dataclasses.replace(offloaded[0], **inputs))
     replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
     hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
-    return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded]
+    return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded, *offloaded]
 
 
 # --- The prediction -------------------------------------------------------------------------------------------------
@@ -266,7 +288,7 @@ def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int 
         if capacity is None or memory.fits(capacity):
             return f"predicted {memory}"
         fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
-        remedy = "; ".join(fitting[:1] or [f"no stage; {line}" for line in advice(model, options, ranks)[:1]])
+        remedy = fitting[0] if fitting else "; ".join(["no stage", *advice(model, options, ranks)[:1]])
         return f"predicted {memory}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
     except OptionError as error:
         return str(error)
@@ -281,7 +303,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     }
     if options.activation_memory_budget is None:
         changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
-    if micro_batch > 1:
+    if micro_batch % 2 == 0:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
         given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
         changes[" ".join(f"--{name} {half[name]}" for name in given)] = half
@@ -335,17 +357,21 @@ def table(model: PreTrainedModel, options: Options, ranks: int, capacity: float)
         )
         return lambda rows: Kept(*(round(a + (b - a) * (rows - 2) / 2) for a, b in zip(two, four, strict=True)))
 
-    all_stages = stages(options, ranks)
-    kept = {stage.strategy: counts(stage) for stage in (all_stages[0], all_stages[-1])}
     lines = ["| micro-batch | " + " | ".join(map(str, MICRO_BATCHES)) + " |", "|---" * (len(MICRO_BATCHES) + 1) + "|"]
-    for stage in all_stages:
+    unknown: dict[str, None] = {}
+    for stage in stages(options, ranks):
         cells = []
-        for rows in MICRO_BATCHES:
-            batch = dataclasses.replace(stage, per_device_train_batch_size=rows)
-            memory = predict(model, batch, ranks, kept[stage.strategy](rows))
-            cells.append(gib(memory.total) if memory.fits(capacity) else f"({gib(memory.total)})")
+        try:
+            kept = counts(stage)
+            for rows in MICRO_BATCHES:
+                batch = dataclasses.replace(stage, per_device_train_batch_size=rows)
+                memory = predict(model, batch, ranks, kept(rows))
+                cells.append(gib(memory.total) if memory.fits(capacity) else f"({gib(memory.total)})")
+        except OptionError as error:
+            unknown[str(error)] = None  # a reason once
+            cells = ["?"] * len(MICRO_BATCHES)
         lines.append(f"| {stage_name(stage)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"? {reason}" for reason in unknown)])
 
 
 def main(argv: list[str]) -> None:
@@ -354,6 +380,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpu_memory", type=float, default=80.0)
     arguments, rest = parser.parse_known_args(argv)
+    for name in ("ranks", "gpu_memory"):
+        if getattr(arguments, name) <= 0:
+            raise OptionError(f"{name} {getattr(arguments, name)}: must be more than 0")
     transformers.utils.logging.set_verbosity_error()
     there = config.parse(rest, arguments.ranks, bf16=True, torch_compile=True)  # as on a GPU; here, there may be none
     # Whether it can be compiled here does not matter.
@@ -370,10 +399,8 @@ def main(argv: list[str]) -> None:
         f"{gib(BESIDE_TENSORS)} are not for tensors)\n"
     )
     print(table(model, options, arguments.ranks, arguments.gpu_memory * GIB))
-    print(
-        f"\n{stage_name(options)}, micro-batch {options.per_device_train_batch_size}: "
-        f"{predict(model, options, arguments.ranks)}"
-    )
+    asked_for = f"{stage_name(options)}, micro-batch {options.per_device_train_batch_size}"
+    print(f"\n{asked_for}: {outlook(model, options, arguments.ranks, None)}")
 
 
 if __name__ == "__main__":

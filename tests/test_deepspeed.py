@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import config
 import data.ledger
 import metrics
-from compare.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED
+from compare.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED, UNKNOWN
 from config import OptionError, Options
 from data.prepare import prepare
 from model.build import load_config_and_tokenizer
@@ -203,6 +203,9 @@ def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) ->
             {"learning_rate": 1.0, "warmup_steps": 9, "lr_scheduler_kwargs": '{"cos_min_ratio": 0.1}'},
         ),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, [], {"bf16": True}),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": -1}}, [], {"replicas": 1}),
+        ({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, [], {"reduce_dtype": "bfloat16"}),
+        ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, [], {"adam_beta1": 0.8, "adam_beta2": 0.9}),
         ({"tensorboard": {"enabled": True, "output_path": "logs"}}, [], {"report_to": "tensorboard"}),
     ],
 )
@@ -246,6 +249,14 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         ({"compression_training": {"weight_quantization": {"enabled": True}}}, [], "it changes what is trained"),
         ({"elasticity": {"enabled": True}}, [], "it would choose the batch"),
         ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: give a whole number"),
+        ({"communication_data_type": "bf16"}, [], "ddp reduces in fp32, fsdp (stages 2 and 3) in fp32 or bf16"),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            [],
+            "gradients are summed, reduced and kept in fp32; write fp32",
+        ),
+        ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: give WarmupLR, WarmupDecayLR'),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "updates that come late are other updates"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are no multiple of it"),
         ('{"train_batch_size": 1, "train_batch_size": 2}', [], "train_batch_size stands in it twice"),
         ("{", [], "give a JSON file as DeepSpeed reads it"),
@@ -301,6 +312,49 @@ def test_every_key_is_named(
     wrong = capsys.readouterr()
     assert wrong.err.startswith(f"compare.deepspeed: error: deepspeed {file}: train_batch_size 16 is not ")
     assert not wrong.out
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "meaning"),
+    [
+        ({"bf16": {"enable": True}}, "bf16.enable", "unknown; did you mean bf16.enabled?"),
+        ({"fp16": {"enabeld": True}}, "fp16.enabeld", "unknown; did you mean fp16.enabled?"),
+        (
+            {"tensor_parallel": {"tp_size": 2}},
+            "tensor_parallel.tp_size",
+            "unknown; did you mean tensor_parallel.autotp",
+        ),
+        ({"bf16": True}, "bf16", "unknown; it takes a mapping"),
+        ({"fp16": {"enabled": False, "loss_scale": 0}}, "fp16.loss_scale", "no effect: fp16 is off"),
+        ({"data_efficiency": {"seed": 1}}, "data_efficiency.seed", "no effect: off"),
+        ({"zero_optimization": {}}, "zero_optimization", "no effect: empty"),
+        (
+            {"scheduler": {"params": {"warmup_min_lr": 1}}},
+            "scheduler.params.warmup_min_lr",
+            "no effect: our own lr_sch",
+        ),
+        ({}, "gradient_clipping", "our own max_grad_norm 1.0"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu"},
+                    "offload_param": {"device": "none"},
+                }
+            },
+            "zero_optimization.offload_param.device",
+            "cpu_offload true, because parameters and optimizer are offloaded together",
+        ),
+    ],
+)
+def test_meaning_of_a_key(
+    content: Any, key: str, meaning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not followed is named as such: a switch with a typo in it, a switch in the place of its section."""
+    read(tmp_path, content)
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    expected = meaning.replace("unknown", UNKNOWN)
+    assert told[key].split(maxsplit=1)[1].startswith(expected)
 
 
 def test_options_of_ours_exist() -> None:

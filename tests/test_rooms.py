@@ -158,8 +158,13 @@ def test_every_option_has_a_help() -> None:
         (["--strategy", "fsdp"], "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks"),
         (
             ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--cpu_offload"],
-            "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks, gradients whole between "
-            "micro-steps, shards and optimizer in host memory",
+            "FSDP (ZeRO-3), its parts offloaded: parameters, gradients and moments sharded over 4 ranks, gradients "
+            "whole between micro-steps, shards and optimizer in host memory",
+        ),
+        (
+            ["--strategy", "fsdp", "--tensor_parallel", "2"],
+            "tensor parallel 2 x FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks, each layer "
+            "divided among 2 of them",
         ),
         (
             ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--sync_each_batch"],
@@ -174,6 +179,22 @@ def test_every_option_has_a_help() -> None:
 def test_stage_of_the_start_block(argv: list[str], expected: str) -> None:
     options = config.parse(argv)
     assert f"{stage_name(options)}: {metrics.sharded(options, ranks=4)}" == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "kept"),
+        (["--gradient_checkpointing"], "only the input of each layer; the rest is computed again"),
+        (
+            ["--gradient_checkpointing", "--offload_activations"],
+            "only the input of each layer, in host memory; the rest is computed again",
+        ),
+        (["--activation_memory_budget", "0.25"], "25% of each layer's; the rest is computed again"),
+    ],
+)
+def test_activations_of_the_start_block(argv: list[str], expected: str) -> None:
+    assert metrics.activations_line(config.parse(argv)) == expected
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
