@@ -6,10 +6,10 @@ Each variant runs in a process of its own, or in one per rank: random weights in
 AdamW, clipping to 1, blocks of the embedded corpus; on one GPU or on `--ranks` of them, or without one on two CPU ranks
 with the model of `make train`. Prints, for each: the median tokens per second of all ranks after the first two of six
 windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
-the first GPU, or on the CPU, measured before; the peak memory of a rank; the seconds of the first window, in which
-layers are compiled; the share of the time of the later ones in which this trainer waited for its data; and the ratio to
-HF Trainer. What is not installed is named and left out. Options of train.py go to every variant that is ours, and to no
-other.
+the first GPU, or on the CPU, measured before; the peak memory of a rank; the seconds from the command to the first
+step, of our variants, and of the first window, in which layers are compiled; the share of the time of the later ones in
+which this trainer waited for its data; and the ratio to HF Trainer. What is not installed is named and left out.
+Options of train.py go to every variant that is ours, and to no other.
 """
 
 import argparse
@@ -69,6 +69,7 @@ class Result(NamedTuple):
     gib: float  # of rank 0
     first: float  # seconds of the first window
     waiting: float = 0.0  # share of the later ones
+    start: float = 0.0  # seconds from the command to the first step
 
 
 def main() -> None:
@@ -113,11 +114,12 @@ def main() -> None:
                 print(f"{variant}: failed\n" + Path(f"{name}/{variant}.log").read_text()[-2000:], flush=True)
 
     machine_rate = rate * arguments.ranks if ON_GPU else rate
-    print(f"\n| | tokens/s | of the matrix product | GiB | first {WINDOW} steps | waits for data | to HF Trainer |")
-    print("|---" * 7 + "|")
-    for variant, (speed, gib, first, waiting) in results.items():
+    print(f"\n| | tokens/s | of the product | GiB | start | first {WINDOW} steps | waits for data | to HF Trainer |")
+    print("|---" * 8 + "|")
+    for variant, (speed, gib, first, waiting, start) in results.items():
         ratio = f"{speed / results['HF Trainer'].speed:.2f}" if "HF Trainer" in results else ""
-        cells = [f"{speed:,.0f}", f"{speed * flops / machine_rate:.0%}", f"{gib:.1f}", f"{first:.0f} s"]
+        cells = [f"{speed:,.0f}", f"{speed * flops / machine_rate:.0%}", f"{gib:.1f}"]
+        cells += [f"{start:.1f} s" if variant in OURS else "", f"{first:.1f} s"]
         cells += [f"{waiting:.2%}" if variant in OURS else "", ratio]
         print(f"| {variant} | {' | '.join(cells)} |")
 
@@ -161,16 +163,19 @@ def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """train.py, ended when its metrics.jsonl holds enough: a checkpoint of the end is not what is measured."""
     steps = ["--logging_steps", str(WINDOW), "--max_steps", "1000000"]
     rows: list[dict[str, Any]] = []
+    begin, first_seen = time.monotonic(), None
     with started(ranks, [str(TRAIN), *argv, *steps, *OURS[variant]], f"{argv[-1]}.log") as processes:
         while len(rows) < WINDOWS and all(process.poll() is None for process in processes):
-            time.sleep(1)
+            time.sleep(0.2)
             rows = read_rows(Path(argv[-1]) / "metrics.jsonl")
+            first_seen = first_seen or (rows and time.monotonic())
     if len(rows) < WINDOWS:
         return None
     tokens = rows[0]["tokens_seen"]  # of a window
     waiting = median([row["data_wait_seconds"] * row["tokens_per_second"] / tokens for row in rows])
     speed = median([row["tokens_per_second"] for row in rows])
-    return Result(speed, rows[-1]["peak_memory_gib"], tokens / rows[0]["tokens_per_second"], waiting)
+    first = tokens / rows[0]["tokens_per_second"]
+    return Result(speed, rows[-1]["peak_memory_gib"], first, waiting, (first_seen or 0.0) - begin - first)
 
 
 def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:

@@ -9,6 +9,7 @@ when all is prepared: the import of torch and transformers, and opening the memo
 takes in one process for the same text and tokenizer, without packing.
 """
 
+import argparse
 import json
 import os
 import random
@@ -90,4 +91,7 @@ def main(megabytes: float, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(prog="compare.preparation", allow_abbrev=False)
+    parser.add_argument("megabytes", type=float)
+    arguments, others = parser.parse_known_args()
+    main(arguments.megabytes, others)

@@ -46,7 +46,7 @@ BUDGET = ["--activation_memory_budget", "0.3"]
         (["--gradient_checkpointing"], []),
         ([*FSDP, "--gradient_checkpointing"], []),
         (FSDP, BUDGET),
-        (["--packing", "documents", *FSDP], []),
+        (["--packing", "documents", *FSDP, "--gradient_checkpointing"], []),
         (TENSOR, []),
         ([*TENSOR, "--gradient_checkpointing"], []),
         ([*TENSOR, "--reshard_after_forward", "false"], []),

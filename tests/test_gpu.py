@@ -53,6 +53,8 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--sync_each_batch"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--reshard_after_forward", "false"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--replicas", "2"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing", "--offload_activations"]),
         (1, ["--strategy", "fsdp", "--cpu_offload"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--cpu_offload"]),
         (1, ["--gradient_checkpointing", "--offload_activations"]),
@@ -81,7 +83,15 @@ def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_si
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "more", [[], ["--activation_memory_budget", "0.5"], pytest.param(["--float8"], marks=float8)], ids=str
+    "more",
+    [
+        [],
+        ["--activation_memory_budget", "0.5"],
+        ["--gradient_checkpointing"],
+        pytest.param(["--float8"], marks=float8),
+        pytest.param(["--float8", "--gradient_checkpointing"], marks=float8),
+    ],
+    ids=str,
 )
 def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str, more: list[str]) -> None:
     """bf16 or float8 compute over fp32 masters: the curve stays in a band around fp32's, and checkpoints are fp32."""
@@ -113,18 +123,22 @@ def test_float8_product(left_dtype: torch.dtype, dtype: torch.dtype, transposed:
         assert 1e-2 < ((ours - left @ right).norm() / (left @ right).norm()).item() < 8e-2
 
 
-def test_packed_documents_compiled(tiny: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=str)
+def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, more: list[str]) -> None:
     """Attention over variable lengths in compiled layers: the curve stays near that of a mask in plain fp32."""
     packed = [*tiny, "--packing", "documents", "--max_steps", 10]
     train_ok(1, *packed, "--output_dir", tmp_path / "plain", "--bf16", "false", "--torch_compile", "false")
-    train_ok(1, *packed, "--output_dir", tmp_path / "fast")
+    train_ok(1, *packed, "--output_dir", tmp_path / "fast", *more)
     rows, references = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
             assert row[key] == pytest.approx(reference[key], abs=2e-2)
 
 
-@pytest.mark.parametrize(("world_size", "extra"), [(1, []), (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"])])
+@pytest.mark.parametrize(
+    ("world_size", "extra"),
+    [(1, []), (1, ["--gradient_checkpointing"]), (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"])],
+)
 def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
     """In bf16, too, the loss of pairs begins at ln 2, and falls: the reference is kept, and passed on, in fp32."""
     train_ok(world_size, *dpo, "--output_dir", tmp_path, *extra)
