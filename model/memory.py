@@ -231,6 +231,14 @@ def optimizer_memory(model: PreTrainedModel, options: Options, divided_by: int) 
     return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
 
 
+def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
+    """Bytes of a rank in host memory with --cpu_offload: its part of parameters, gradients and two moments, in fp32."""
+    if not options.cpu_offload:
+        return 0
+    model = part_of(model, options.tensor_parallel) if options.tensor_parallel > 1 else model
+    return 4 * FP32 * numel(model.parameters(), ranks // options.tensor_parallel // options.replicas)
+
+
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
     """Bytes of head and loss when they are highest, and those of the head's gradient that wait for the backward's end.
 
@@ -284,12 +292,13 @@ def readable(size: float) -> str:
 def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
     """For the start block: what a rank will need in its stage, and, if its GPU has less, the stage that would fit."""
     try:
-        memory = predict(model, options, ranks)
+        memory, host = predict(model, options, ranks), host_memory(model, options, ranks)
+        predicted = f"predicted {memory}" + (f"; in host memory {readable(host)}" if host else "")
         if capacity is None or memory.fits(capacity):
-            return f"predicted {memory}"
+            return predicted
         fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
         remedy = fitting[0] if fitting else "; ".join(["no stage", *advice(model, options, ranks)[:1]])
-        return f"predicted {memory}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
+        return f"{predicted}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
     except OptionError as error:
         return str(error)
 
@@ -340,6 +349,10 @@ def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) ->
         config.check(options, ranks)
         model = build_model(options, load_config_and_tokenizer(options)[0])
         lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")
+        needed = [
+            f"{stage_name(stage)} {readable(predict(model, stage, ranks).total)}" for stage in stages(options, ranks)
+        ]
+        lines.append(f"for each stage: {'; '.join(needed)}")
         lines += advice(model, options, ranks)[:3]
     except OptionError as unknown:
         lines.append(str(unknown))

@@ -82,6 +82,7 @@ def record(path: Path) -> None:
     [
         *((name, {}) for name in STAGES),
         ("hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}),
+        ("FSDP (ZeRO-3)", {"gradient_checkpointing": True}),
         ("FSDP (ZeRO-3)", {"optim": "muon"}),
         ("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}),
         ("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}),
@@ -95,6 +96,7 @@ def record(path: Path) -> None:
     ids=[
         *STAGES,
         "each micro-step exchanged, in bf16",
+        "FSDP, checkpointing",
         "FSDP, Muon",
         "ZeRO-1, Muon",
         "2 x 2",
@@ -228,6 +230,19 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert outlook(meta_model, divided, 8, room) == unknown
 
 
+def test_host_memory(meta_model: PreTrainedModel) -> None:
+    """What offload moves there: 16 bytes for each parameter of a rank's part, and a line in the start block says it."""
+    whole = 16 * sum(parameter.numel() for parameter in meta_model.parameters())
+    options = Options(block_size=16, strategy="fsdp", bf16=False, torch_compile=False)
+    offloaded = dataclasses.replace(options, cpu_offload=True)
+    assert memory.host_memory(meta_model, options, 4) == 0
+    assert memory.host_memory(meta_model, offloaded, 1) == whole
+    assert memory.host_memory(meta_model, offloaded, 4) == pytest.approx(whole / 4, rel=0.05)
+    hybrid = dataclasses.replace(offloaded, replicas=2)
+    assert memory.host_memory(meta_model, hybrid, 4) == memory.host_memory(meta_model, offloaded, 2)
+    assert outlook(meta_model, offloaded, 1, None).endswith(f"; in host memory {memory.readable(whole)}")
+
+
 def test_advice(meta_model: PreTrainedModel) -> None:
     """The most is saved by what is named first, and each line keeps its promise."""
     options = Options(block_size=256, per_device_train_batch_size=8, bf16=False, torch_compile=False)
@@ -271,6 +286,9 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path) -> None:
     assert outcome.output.count("out of memory: ") == 1
     assert "Traceback" not in outcome.output
     assert "predicted for DDP: " in said
+    assert re.search(
+        r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* inputs of layers offloaded [\d.]+ MiB$", said, re.M
+    )
     assert len(re.findall(r"^--.* saves [\d.]+ MiB$", said, re.MULTILINE)) == 3
 
 
