@@ -163,19 +163,20 @@ def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """train.py, ended when its metrics.jsonl holds enough: a checkpoint of the end is not what is measured."""
     steps = ["--logging_steps", str(WINDOW), "--max_steps", "1000000"]
     rows: list[dict[str, Any]] = []
-    begin, first_seen = time.monotonic(), None
+    begin, first_seen = time.monotonic(), 0.0
     with started(ranks, [str(TRAIN), *argv, *steps, *OURS[variant]], f"{argv[-1]}.log") as processes:
         while len(rows) < WINDOWS and all(process.poll() is None for process in processes):
             time.sleep(0.2)
             rows = read_rows(Path(argv[-1]) / "metrics.jsonl")
-            first_seen = first_seen or (rows and time.monotonic())
+            if rows:
+                first_seen = first_seen or time.monotonic()
     if len(rows) < WINDOWS:
         return None
     tokens = rows[0]["tokens_seen"]  # of a window
     waiting = median([row["data_wait_seconds"] * row["tokens_per_second"] / tokens for row in rows])
     speed = median([row["tokens_per_second"] for row in rows])
     first = tokens / rows[0]["tokens_per_second"]
-    return Result(speed, rows[-1]["peak_memory_gib"], first, waiting, (first_seen or 0.0) - begin - first)
+    return Result(speed, rows[-1]["peak_memory_gib"], first, waiting, first_seen - begin - first)
 
 
 def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:

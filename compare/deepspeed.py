@@ -576,8 +576,8 @@ def _meaning(file: File, key: str, value: Any) -> str:
         return f"our own {OURS[key]} {_shown(getattr(file.options, OURS[key]))}"
     if key in REFUSED or key in FOLLOWED:
         return "no effect: off"
-    with_effect = {*BATCH, *OURS, *REFUSED, *FOLLOWED}
-    known = with_effect | {*NO_EFFECT}
+    with_effect = {*OURS, *REFUSED, *FOLLOWED}
+    known = {*with_effect, *NO_EFFECT}
     if any(other.startswith(f"{key}.") for other in known):  # a section
         return "no effect: empty" if value == {} else f"{UNKNOWN}; it takes a mapping, as in DeepSpeed"
     section, _, name = key.rpartition(".")

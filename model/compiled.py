@@ -36,12 +36,11 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
     # between the pieces is kept: a fifth more activations.
     torch._dynamo.config.optimize_ddp = False
-    # A graph for each kind of layer, one length and any, training and evaluation: more than 8, the default.
+    # A graph for each kind of layer, a first length and any, with or without a window, training and evaluation: more
+    # than 8, the default.
     torch._dynamo.config.recompile_limit = 64
     experts = any("experts" in name for name, _ in model.named_modules())
-    by_transformers = (
-        options.offload_activations or options.tensor_parallel > 1 or experts or drawn_at_random(model) != ""
-    )
+    by_transformers = options.offload_activations or options.tensor_parallel > 1 or experts or drawn_at_random(model)
     for layer in layers_of(model):
         forward = layer.forward
         if layer.gradient_checkpointing and not by_transformers:

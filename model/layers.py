@@ -18,7 +18,7 @@ def drawn_at_random(model: nn.Module) -> str:
         for module in layer.modules():
             for name, value in vars(module).items():
                 named_so = "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
-                if named_so and isinstance(value, int | float) and value > 0:
+                if named_so and isinstance(value, float) and value > 0:
                     return f"{name} {value} in its {type(module).__name__}"
     return ""
 

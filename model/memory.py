@@ -144,19 +144,12 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     layer = max((numel(layer.parameters()) for layer in layers_of(model)), default=0)
     root = whole - sum(numel(layer.parameters()) for layer in layers_of(model))
     of_rank = FP32 * numel(model.parameters(), shards)
-    learned = numel(parameters)
     offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
     state, after = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     gradients = FP32 * numel(parameters, shards)
-    # From earlier micro-steps. FSDP raises them to what they will be reduced in.
-    waiting = 0 if options.gradient_accumulation_steps == 1 else (reduced if sharded else FP32) * learned
-    if sharded and waiting and options.sync_each_batch:
-        waiting = gradients
-    if not sharded and ranks > 1:
-        waiting = FP32 * learned
     if offloaded:
         of_rank = state = gradients = 0
-        waiting *= not options.sync_each_batch
+    waiting = waiting_gradients(options, ranks, numel(parameters), gradients)
     # Of FSDP's whole gradients, the root's are the last to go.
     in_the_end = gradients + (FP32 * root if sharded and waiting > gradients else 0)
     gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
@@ -204,6 +197,18 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
         moment("in the embedding's gradient", in_the_end, 0, head_gradient * tied * (not sharded), last),
         moment("in the optimizer", gradients, 0, 0, after),
     ]
+
+
+def waiting_gradients(options: Options, ranks: int, learned: int, shard: int) -> int:
+    """Bytes of gradients that are there before the last backward of a step: of `learned` elements, or of a `shard`.
+
+    DDP's buckets always are. From earlier micro-steps, FSDP has them in what they will be reduced in, or has shards.
+    """
+    if options.strategy == "ddp":
+        return FP32 * learned if ranks > 1 or options.gradient_accumulation_steps > 1 else 0
+    if options.gradient_accumulation_steps == 1:
+        return 0
+    return shard if options.sync_each_batch else (FP32 if options.reduce_dtype == "float32" else BF16) * learned
 
 
 def _moments_of_part(model: PreTrainedModel, options: Options, ranks: int, kept: Kept) -> list[Memory]:

@@ -1,5 +1,6 @@
 """Compiled layers: the same curve, and not compiled again and again. On the CPU, where it takes a minute or two."""
 
+import copy
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from model.build import build_model
 from model.compiled import Shape, compile_layers, keep_less
 from model.layers import drawn_at_random
 from model.objective import NextToken
+from tests.families import FAMILIES
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, relative_l2
 
@@ -73,6 +75,26 @@ def test_lengths_are_compiled_twice(model_dir: Path) -> None:
         tokens_BT = torch.randint(0, 384, (4, length))
         objective(tokens_BT, tokens_BT).backward()
     assert counters["stats"]["unique_graphs"] <= 2 * 2  # of a layer, and of the loss
+
+
+@pytest.mark.slow
+def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
+    """Two kinds of layers, rows longer and shorter than a window, evaluation: more graphs than torch makes by default."""
+    torch.compiler.reset()
+    gemma = copy.deepcopy(FAMILIES["gemma3"][0])
+    gemma.layer_types = ["sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(gemma, dtype=torch.float32)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = NextToken(model)
+    compile_layers(model, Options(gradient_checkpointing=True))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for length in (64, 33, 47, 12, 10):
+            tokens_BT = torch.randint(0, 384, (4, length))
+            objective.eval()
+            with torch.no_grad():
+                objective(tokens_BT, tokens_BT)
+            objective.train()
+            objective(tokens_BT, tokens_BT).backward()
 
 
 def many_small_buckets() -> None:

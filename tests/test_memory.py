@@ -113,7 +113,7 @@ def test_a_stage(
     values = values | each
     options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     options = dataclasses.replace(options, bf16=False, **{"torch_compile": False, **values})
-    assert stage_name(options).endswith(name)
+    assert stage_name(options) == (f"tensor parallel 2 x {name}" if options.tensor_parallel == 2 else name)
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
     more = ["--global_batch_size", 8 * ranks // options.tensor_parallel, "--max_steps", 4, "--logging_steps", 100]
     more += ["--trace_steps", 1, "--validation_split_percentage", 0]
