@@ -79,7 +79,7 @@ def test_lengths_are_compiled_twice(model_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
-    """Two kinds of layers, rows longer and shorter than a window, evaluation: more graphs than torch makes by default."""
+    """Two kinds of layers, rows beyond and within a window, evaluation: more graphs than torch makes by default."""
     torch.compiler.reset()
     gemma = copy.deepcopy(FAMILIES["gemma3"][0])
     gemma.layer_types = ["sliding_attention", "full_attention"]
