@@ -1,11 +1,11 @@
 """Every option of the trainer: its name, default, help and check.
 
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are `strategy`,
-`reshard_after_forward`, `replicas`, `tensor_parallel`, `cpu_offload`, `sync_each_batch`, `reduce_dtype`,
-`shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`, `train_mixture`, `packing`,
-`text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`, `data_cache_dir`,
-`max_skipped_steps`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`, `trace_steps`,
-`scale_learning_rate`, `reference_batch_size` and `prompt`.
+`reshard_after_forward`, `replicas`, `tensor_parallel`, `context_parallel`, `cpu_offload`, `sync_each_batch`,
+`reduce_dtype`, `shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`,
+`train_mixture`, `packing`, `text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`,
+`data_cache_dir`, `max_skipped_steps`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`,
+`trace_steps`, `scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
 
 import dataclasses
@@ -52,6 +52,7 @@ POSITIVE = (
     "reference_batch_size",
     "replicas",
     "tensor_parallel",
+    "context_parallel",
     "save_total_limit",
     "logging_steps",
     "ddp_timeout",
@@ -230,6 +231,11 @@ class Options:
     tensor_parallel: int = HfArg(
         default=1, help="fsdp: ranks next to each other that divide each layer, and read the same rows."
     )
+    context_parallel: int = HfArg(
+        default=1,
+        help="Ranks next to each other that divide each row: one has 1 / N of its positions, and for attention all of "
+        "them of 1 / N of the heads. For rows that are too long for one GPU.",
+    )
     sync_each_batch: bool = HfArg(
         default=False,
         help="fsdp: exchange gradients in each micro-step, so that a rank keeps its shard of them alone. Costs a "
@@ -313,6 +319,11 @@ class Options:
     )
     prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
 
+    @property
+    def ranks_a_row(self) -> int:
+        """How many ranks, next to each other, read the same rows, because they divide each layer or each row."""
+        return self.tensor_parallel * self.context_parallel
+
 
 class _Parser(HfArgumentParser):
     """argparse that raises what it has to say instead of printing its usage and exiting."""
@@ -395,7 +406,7 @@ def check(options: Options, world_size: int) -> None:
     if options.float8 and (options.tensor_parallel > 1 or not options.bf16):
         needs = "is for whole layers; leave out one of it and tensor_parallel" if options.bf16 else "needs --bf16 true"
         raise OptionError(f"float8 true: it {needs}")
-    world_size //= options.tensor_parallel  # from here on, what reads rows of its own: a group of ranks, or one
+    world_size //= options.ranks_a_row  # from here on, what reads rows of its own: a group of ranks, or one
     if options.objective == "dpo" and options.packing:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
     if not options.dpo_beta > 0:
@@ -447,13 +458,22 @@ def _check_strategy(options: Options, world_size: int) -> None:
         raise OptionError(
             f"offload_activations true: not together with tensor_parallel {options.tensor_parallel}; leave it out"
         )
+    if options.context_parallel > 1 and world_size % options.context_parallel:
+        raise OptionError(
+            f"context_parallel {options.context_parallel}: {world_size} ranks are "
+            f"{world_size / options.context_parallel:.3g} groups of {options.context_parallel}\ngive a divisor of the "
+            "number of ranks"
+        )
+    if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
+        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "objective dpo"
+        raise OptionError(f"context_parallel {options.context_parallel}: not together with {name}; leave out one")
     if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
         name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"
         raise OptionError(
             f"optim muon: not with {name}: it needs each matrix whole, on a GPU\n"
             "leave that out, or give --optim adamw_torch_fused"
         )
-    world_size //= options.tensor_parallel
+    world_size //= options.ranks_a_row
     if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
         raise OptionError(
             f"replicas {options.replicas}: needs --strategy fsdp, and {readers(options, world_size)} are "
@@ -552,10 +572,10 @@ def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
 
 
 def readers(options: Options, number: int) -> str:
-    """Those who read rows of their own, in words: ranks, or groups of ranks that divide each layer among them."""
-    if options.tensor_parallel == 1:
+    """Those who read rows of their own, in words: ranks, or groups of ranks that divide each layer or row."""
+    if options.ranks_a_row == 1:
         return f"{number} ranks"
-    return f"{number} group{'' if number == 1 else 's'} of {options.tensor_parallel} ranks"
+    return f"{number} group{'' if number == 1 else 's'} of {options.ranks_a_row} ranks"
 
 
 def derive_accumulation(options: Options, world_size: int) -> None:
@@ -611,7 +631,7 @@ class Plan:
 def plan(options: Options, rows: int, world_size: int) -> Plan:
     """The plan for `rows` training rows. Raises OptionError if they do not fill one global batch."""
     assert options.block_size
-    world_size //= options.tensor_parallel
+    world_size //= options.ranks_a_row
     accumulation = options.gradient_accumulation_steps
     global_batch_size = options.per_device_train_batch_size * accumulation * world_size
     if options.streaming:

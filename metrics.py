@@ -365,7 +365,7 @@ def start_block(
         if options.objective == "dpo"
         else "next token",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x "
-        f"{readers(options, ranks // options.tensor_parallel)} = "
+        f"{readers(options, ranks // options.ranks_a_row)} = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
         "optimizer": optimizer_line(optimizer),
         "learning rate": learning_rate_line(options, plan.global_batch_size),
@@ -378,10 +378,10 @@ def start_block(
 
 def sharded(options: Options, ranks: int) -> str:
     """What each rank has a part of, and what it has whole."""
+    more = [f"each row divided among {options.context_parallel} of them"] if options.context_parallel > 1 else []
     if options.strategy == "ddp":
         moments = f"moments sharded over {ranks} ranks; " if options.shard_optimizer else ""
-        return f"{moments}each rank holds parameters{'' if moments else ', moments'} and gradients"
-    more = []
+        return ", ".join([f"{moments}each rank holds parameters{'' if moments else ', moments'} and gradients", *more])
     if not options.reshard_after_forward:
         more.append("parameters whole until gradients are exchanged")
     if options.gradient_accumulation_steps > 1 and not options.sync_each_batch:

@@ -47,6 +47,7 @@ from data.stream import Cursor, Stream
 from model.attention import attend_within_documents, expect_one_document_a_row
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
+from model.context_parallel import divide_rows
 from model.loss import flops_per_token
 from model.memory import out_of_memory, outlook
 from model.objective import NextToken, Preference
@@ -101,12 +102,14 @@ def main(argv: list[str]) -> None:
     )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
+    model_flops = flops_per_token(model, plan.block_size)
+    memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
     if data.packing == "documents":
         attend_within_documents(model, device, options.bf16)
     else:
         expect_one_document_a_row()
-    model_flops = flops_per_token(model, plan.block_size)
-    memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
+    if options.context_parallel > 1:  # rows, too, are divided, among ranks next to each other
+        divide_rows(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
     if options.torch_compile:
         compile_layers(model, options)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
@@ -148,7 +151,7 @@ def main(argv: list[str]) -> None:
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
     ledger = None
-    if options.ledger and rank % options.tensor_parallel == 0:
+    if options.ledger and rank % options.ranks_a_row == 0:
         ledger = Ledger(output_dir, rank, plan, data.train, progress.step)
     stop_requested = listen_for_stop()
     if progress.step == 0 and data.validation:
@@ -181,7 +184,7 @@ def main(argv: list[str]) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**on_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
             # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets. Both count a
-            # row as often as ranks have read it (--tensor_parallel), which cancels out.
+            # row as often as ranks have read it (options.ranks_a_row), which cancels out.
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
@@ -199,7 +202,7 @@ def main(argv: list[str]) -> None:
         optimizer.step()
         strategy.gather_parameters(optimizer)  # the parts that other ranks have updated, with a sharded optimizer
         wrapped.zero_grad()
-        recorder.step(tokens // options.tensor_parallel)  # as often, ranks have read and counted the same row
+        recorder.step(tokens // options.ranks_a_row)  # as often, ranks have read and counted the same row
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
@@ -304,8 +307,8 @@ def training_batches(
 
 
 def share_of_rows(options: Options) -> tuple[int, int]:
-    """Which share of the rows this rank reads, and of how many: each rank its own, or each tensor-parallel group."""
-    return dist.get_rank() // options.tensor_parallel, dist.get_world_size() // options.tensor_parallel
+    """Which share of the rows this rank reads, and of how many: each rank its own, or each group that divides them."""
+    return dist.get_rank() // options.ranks_a_row, dist.get_world_size() // options.ranks_a_row
 
 
 def load(
@@ -339,7 +342,7 @@ def evaluate(wrapped: nn.Module, rows: Rows | Mixture, options: Options, device:
         totals[1] += batch["targets"]
     dist.all_reduce(totals)
     loss, targets = totals.tolist()
-    return loss / max(1, targets), int(targets) // options.tensor_parallel  # as many ranks have read the same row
+    return loss / max(1, targets), int(targets) // options.ranks_a_row  # as many ranks have read the same row
 
 
 def without_learning(
@@ -399,7 +402,7 @@ def cursor_of(batches: list[Batch], options: Options) -> Cursor:
     cursor = torch.cat([batch["cursor"] for batch in batches])
     shares = [torch.empty_like(cursor) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, cursor)
-    return torch.cat(shares[:: options.tensor_parallel]).tolist()
+    return torch.cat(shares[:: options.ranks_a_row]).tolist()
 
 
 def sum_of(batches: list[Batch], name: str) -> Tensor:

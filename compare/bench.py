@@ -58,8 +58,10 @@ OURS = {
     "ours, float8": ["--float8", "true"],
     "ours, sharded optimizer": ["--shard_optimizer"],
     "ours, tensor parallel": ["--strategy", "fsdp", "--tensor_parallel", "2"],
+    "ours, context parallel": ["--strategy", "fsdp", "--context_parallel", "2"],
 }
-SEVERAL_RANKS = {"ours, sharded optimizer", "ours, tensor parallel"}  # make no sense, or are refused, on one
+# Make no sense, or are refused, on one.
+SEVERAL_RANKS = {"ours, sharded optimizer", "ours, tensor parallel", "ours, context parallel"}
 
 
 class Result(NamedTuple):

@@ -172,7 +172,6 @@ NO_EFFECT = {
     "weight_quantization": "off",
     "tensor_parallel": "the plan that transformers has of the model",
     "expert_parallel": "off",
-    "sequence_parallel_size": "off",
     "graph_harvesting": "off",
     f"{ACTIVATIONS}.partition_activations": "--gradient_checkpointing decides",
     f"{ACTIVATIONS}.cpu_checkpointing": "--gradient_checkpointing and --offload_activations decide",
@@ -185,6 +184,7 @@ UNKNOWN = "not a key that is known here, and without effect"
 # Keys that are followed in a way of their own; beside those of DIRECT and OURS.
 FOLLOWED = (
     "tensor_parallel.autotp_size",
+    "sequence_parallel_size",
     "tensorboard.enabled",
     "torch_autocast.enabled",
     "torch_autocast.dtype",
@@ -209,7 +209,6 @@ REFUSED = {
     "eigenvalue.enabled": OTHER_MODEL,
     "quantize_training.enabled": OTHER_MODEL,
     "sparse_attention.mode": OTHER_MODEL,
-    "sequence_parallel_size": "sequences are not split over ranks here; remove it",
     "expert_parallel.enabled": "it is not followed here; remove it",
     f"{ZERO}.zero_quantized_weights": "weights travel in bf16 or fp32; remove it",
     f"{ZERO}.zero_quantized_nontrainable_weights": "weights are kept in fp32; remove it",
@@ -292,10 +291,14 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
     assert options.deepspeed
     file = File(options.deepspeed, _flatten(_load(options.deepspeed)), options, given)
     _refuse(file)
-    if divided := file.number("tensor_parallel.autotp_size", int):
-        file.want("tensor_parallel.autotp_size", "tensor_parallel", divided)
+    for key, option in (
+        ("tensor_parallel.autotp_size", "tensor_parallel"),
+        ("sequence_parallel_size", "context_parallel"),
+    ):
+        if divided := file.number(key, int):
+            file.want(key, option, divided)
     if world_size is not None:  # those that read rows of their own; config.check refuses what is not whole
-        world_size = max(1, world_size // options.tensor_parallel)
+        world_size = max(1, world_size // options.ranks_a_row)
     _batch(file, world_size)
     _optimizer(file)
     _scheduler(file)

@@ -1,4 +1,4 @@
-"""What model/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens, bf16.
+"""What model/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens or more, bf16.
 
     python -m compare.memory [--cases 0,3,8]
 
@@ -60,6 +60,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         others: list[str] = [name for name in NAMED if name in self.others]
         others += [] if self.options.torch_compile else ["not compiled"]
+        others += [f"rows of {self.options.block_size:,}"] if self.options.block_size != LENGTH else []
         return ", ".join([stage_name(self.options), *others]).replace("_", " ")
 
 
@@ -96,6 +97,8 @@ CASES = [
     Case("0.6B", 2, 4, {**FSDP, "tensor_parallel": 2, "reshard_after_forward": False}),
     Case("8B", 8, 4, {**CHECKPOINTED, "tensor_parallel": 2}),
     Case("8B", 8, 2, {**FSDP, "tensor_parallel": 4}),
+    Case("8B", 8, 1, {**FSDP, "context_parallel": 4, "block_size": 8 * LENGTH}),
+    Case("8B", 8, 1, {**CHECKPOINTED, "context_parallel": 8, "block_size": 32 * LENGTH}),
 ]
 
 
@@ -138,7 +141,7 @@ def measure(case: Case) -> float:
     with torch.no_grad():  # any values, drawn where they are
         for parameter in rank.model.parameters():
             getattr(parameter, "to_local", lambda whole=parameter: whole)().normal_(std=0.02)
-    tokens_BT = torch.randint(0, 512, (case.rows, LENGTH), device=rank.device)
+    tokens_BT = torch.randint(0, 512, (case.rows, case.options.block_size or LENGTH), device=rank.device)
     for step in range(4):
         if step == 2:  # the first were for compilation and for the optimizer's state
             torch.cuda.reset_peak_memory_stats()

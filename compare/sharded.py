@@ -29,6 +29,7 @@ from metrics import peak_memory_gib
 from model.attention import expect_one_document_a_row
 from model.build import build_model
 from model.compiled import compile_layers
+from model.context_parallel import divide_rows
 from model.loss import flops_per_token
 from model.objective import NextToken
 from model.optimizer import build_optimizer
@@ -74,6 +75,8 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     model = build_model(options, Qwen3Config(**shape))
     objective = NextToken(model, options.torch_compile)
     expect_one_document_a_row()
+    if options.context_parallel > 1:
+        divide_rows(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
     if options.torch_compile:
         compile_layers(model, options)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]

@@ -75,7 +75,7 @@ def divide_layers(objective: nn.Module, layers: list[nn.Module], mesh: DeviceMes
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     model.tie_weights()  # one tensor again, so that it is sharded as one
 
-    objective.register_forward_pre_hook(partial(_pad, group), with_kwargs=True)
+    objective.register_forward_pre_hook(partial(pad_rows, group), with_kwargs=True)
     layers[0].register_forward_pre_hook(partial(_take_positions, group), with_kwargs=True)
     in_layers = {module for layer in layers for module in layer.modules()}
     for unit, modules in [
@@ -250,7 +250,7 @@ def _gather_logits(logits: Tensor, group: Group) -> Tensor:
     return parts.view(group.size, rows, tokens, -1).movedim(0, 2).flatten(2)
 
 
-def _pad(group: Group, objective: nn.Module, inputs: tuple[()], named: dict[str, Any]) -> Any:
+def pad_rows(group: Group, objective: nn.Module, inputs: tuple[()], named: dict[str, Any]) -> Any:
     """Rows as long as can be divided. What is added is no target, and nothing before it looks there."""
     tokens = named["input_ids"].shape[1]
     more = -tokens % group.size

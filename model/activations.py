@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import config
 from config import OptionError, Options
 from model.build import part_of
 from model.compiled import keep_less
-from model.layers import layers_of
+from model.layers import heads_of, layers_of
 from model.objective import passing_through
 
 FP32, BF16 = 4, 2  # bytes
@@ -39,6 +40,13 @@ def rows_of(options: Options) -> int:
     return options.per_device_train_batch_size * (2 if options.objective == "dpo" else 1)
 
 
+def of_piece(options: Options) -> Options:
+    """For rows that ranks divide (model/context_parallel.py): as if the piece of one rank were a row."""
+    assert options.block_size
+    tokens = math.ceil(options.block_size / options.context_parallel)
+    return dataclasses.replace(options, block_size=tokens, context_parallel=1)
+
+
 def count(model: PreTrainedModel, options: Options) -> Kept:
     """What the forward of a micro-batch keeps, without gradient checkpointing. Costs no memory, and a second or three.
 
@@ -46,9 +54,21 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     layers parameters and inputs in bf16; elsewhere torch.autocast casts, and casts of weights are kept too. What a
     compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
     rows to have no padding. Where ranks divide each layer, they have a part of the positions of its input and of the
-    sum in its middle, and all of what they gather of both. Raises OptionError for a model that does not run so.
+    sum in its middle, and all of what they gather of both. Where ranks divide each row, a layer keeps what its
+    attention gives twice, as heads and as positions, and a copy of keys and values for each rank that shares a head.
+    Raises OptionError for a model that does not run so.
     """
     assert options.block_size
+    if (group := options.context_parallel) > 1:
+        piece = of_piece(options)
+        kept, heads = count(model, piece), heads_of(model.config)
+        given = heads.queries + 2 * max(0, group - heads.keys)
+        of_layer = rows_of(piece) * (piece.block_size or 0) * given * heads.entries * (BF16 if options.bf16 else FP32)
+        return dataclasses.replace(
+            kept,
+            layers=kept.layers + of_layer * len(layers_of(model)),
+            largest_layer=kept.largest_layer + of_layer,
+        )
     if (divided_by := options.tensor_parallel) > 1:
         if not options.torch_compile:
             raise OptionError(

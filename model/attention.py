@@ -31,7 +31,7 @@ def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: 
         and plain
         and config._attn_implementation == "sdpa"
     ):
-        AttentionInterface.register(NAME, _attend)
+        AttentionInterface.register(NAME, attend)
         model.set_attn_implementation(NAME)
 
 
@@ -44,7 +44,7 @@ def expect_one_document_a_row() -> None:
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query_BHTE: Tensor,
     key_BKTE: Tensor,

@@ -25,7 +25,7 @@ from transformers import (
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.float8 import compute_in_float8
-from model.layers import drawn_at_random, planned
+from model.layers import drawn_at_random, heads_of, planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -58,6 +58,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
 
     if options.tensor_parallel > 1:
         check_divides(config, options.tensor_parallel)
+    if options.context_parallel > 1:
+        check_heads(config.get_text_config(), options.context_parallel)
     text_config = config.get_text_config()
     if options.chat_template:
         try:
@@ -92,9 +94,10 @@ def check_divides(config: PretrainedConfig, ranks: int) -> None:
     if unknown := {module: style for module, style in plan.items() if style not in known}:
         module, style = min(unknown.items())
         raise OptionError(f"tensor_parallel {ranks}: the plan of {name} has {module} {style}, unknown here\n{remedy}")
+    heads = heads_of(config)
     sizes = {
-        "attention heads": config.num_attention_heads,
-        "heads of keys and values": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "attention heads": heads.queries,
+        "heads of keys and values": heads.keys,
         "entries between the projections of a layer": config.intermediate_size,
         "tokens in its vocabulary": config.vocab_size,
     }
@@ -105,6 +108,33 @@ def check_divides(config: PretrainedConfig, ranks: int) -> None:
                 f"tensor_parallel {ranks}: {name} has {size:,} {what}, and {size:,} / {ranks} = {size / ranks:,.6g}\n"
                 + (f"give a divisor of {common}, which divides all that must be divided" if common > 1 else remedy)
             )
+
+
+def check_heads(config: PretrainedConfig, ranks: int) -> None:
+    """Refuse a model whose rows `ranks` ranks cannot divide as model/context_parallel.py does. Raises OptionError.
+
+    Its layers must look at other positions in their attention alone, and that be plain, with a whole number of heads
+    for each rank. A plan of how its layers are divided is taken for a sign of the former: families that also look
+    elsewhere say so in the kinds of their layers.
+    """
+    name, kinds = config.model_type, set(getattr(config, "layer_types", None) or ())
+    heads, keys, _ = heads_of(config)
+    reason = None
+    if not config.base_model_tp_plan:
+        reason = f"it is not known where {name} looks at other positions"
+    elif other := kinds - {"full_attention", "sliding_attention"}:
+        reason = f"{name} has layers of {min(other)}, which ranks cannot divide here"
+    elif getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
+        reason = f"the attention of {name} has dropout, or caps its scores"
+    elif heads % ranks:
+        reason = f"{name} has {heads} attention heads, and {heads} / {ranks} = {heads / ranks:,.6g}"
+    elif keys % ranks and ranks % keys:
+        reason = f"{name} has {keys} heads of keys and values, and {keys} / {ranks} = {keys / ranks:,.6g}"
+    if reason:
+        raise OptionError(
+            f"context_parallel {ranks}: {reason}\ngive a divisor of {math.gcd(heads, keys)}, or leave it out: "
+            "--gradient_checkpointing and --offload_activations are for long rows, too"
+        )
 
 
 def check_plan(model: PreTrainedModel, ranks: int) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config import Options
-from model.activations import BF16, FP32, rows_of
+from model.activations import BF16, FP32, of_piece, rows_of
 from model.build import part_of
-from model.layers import layers_of, matrices_of
+from model.layers import heads_of, layers_of, matrices_of
 from model.loss import CHUNK_LOGITS
 from model.memory import numel
 from model.objective import ends_with_head
@@ -52,8 +52,12 @@ def exchanged(model: PreTrainedModel, options: Options, ranks: int) -> dict[str,
     the shard that this gives. Once, a sum of squares, for the norm. Rows are filled up to a multiple of W. One rank
     alone gathers and reduces nothing.
 
-    Where ranks divide each layer, all of this is said of a rank's part, and what `divided` gives comes to it.
+    Where ranks divide each layer, all of this is said of a rank's part, and what `divided` gives comes to it; where
+    they divide each row, what `attended` gives.
     """
+    if options.context_parallel > 1:
+        alone = exchanged(model, dataclasses.replace(options, context_parallel=1), ranks)
+        return _sum(alone, attended(model, options))
     if options.tensor_parallel > 1:
         part, ranks = part_of(model, options.tensor_parallel), ranks // options.tensor_parallel
         of_part = exchanged(part, dataclasses.replace(options, tensor_parallel=1), ranks)
@@ -122,6 +126,22 @@ def divided(model: PreTrainedModel, part: PreTrainedModel, options: Options) -> 
         "all_reduce": Collectives(layers + 1, alike),
     }
     return _sum(*[of_micro_step] * options.gradient_accumulation_steps)
+
+
+def attended(model: PreTrainedModel, options: Options) -> dict[str, Collectives]:
+    """What ranks that divide each row (model/context_parallel.py) exchange in attention: all-to-alls.
+
+    In each micro-step four a layer, two in its forward and two in its backward: of all heads of queries, keys and
+    values at a rank's positions, in the width of computing, and of what attention gives. With gradient checkpointing,
+    a layer's second forward repeats both.
+    """
+    heads, width = heads_of(model.config), BF16 if options.bf16 else FP32
+    tokens = rows_of(options) * (of_piece(options).block_size or 0)
+    of_head = width * tokens * heads.entries
+    there, back = of_head * (heads.queries + 2 * max(heads.keys, options.context_parallel)), of_head * heads.queries
+    calls = options.gradient_accumulation_steps * len(layers_of(model))
+    again = options.gradient_checkpointing
+    return {"all_to_all": Collectives(calls * (4 + 2 * again), calls * (2 + again) * (there + back))}
 
 
 def _sum(*exchanges: dict[str, Collectives]) -> dict[str, Collectives]:

@@ -1,15 +1,32 @@
 """The decoder layers of a model, and what of them is treated apart from the rest."""
 
 import re
+from typing import NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class Heads(NamedTuple):
+    """The attention of a layer: heads of queries, those of keys and values, and the entries of each."""
+
+    queries: int
+    keys: int
+    entries: int
+
+
+def heads_of(config: PretrainedConfig) -> Heads:
+    """What a model's configuration says of them, or leaves to follow from its width."""
+    config = config.get_text_config()
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    return Heads(queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
 def drawn_at_random(model: nn.Module) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from model.layers import heads_of
+
 IGNORED = -100
 """The label of a position that is no target: padding, or text that is given and not learned."""
 
@@ -25,9 +27,11 @@ def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """The sum, not the mean, of the cross entropies of all targets, in nats: a scalar in fp32.
 
     A sum can be added over micro-steps and ranks and divided once by the number of targets of the whole global batch;
-    a mean cannot, where micro-batches hold different numbers of targets.
+    a mean cannot, where micro-batches hold different numbers of targets. `labels_BT` may go on for a position: a piece
+    of a row has to predict how the next one begins.
     """
-    return _cross_entropy_sum(logits_BTV.flatten(0, 1), next_tokens(labels_BT).flatten())
+    targets_BT = next_tokens(labels_BT)[:, : logits_BTV.shape[1]]
+    return _cross_entropy_sum(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
 def head_and_loss_sum(
@@ -42,7 +46,7 @@ def head_and_loss_sum(
     """
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-    targets_BT = next_tokens(labels_BT)
+    targets_BT = next_tokens(labels_BT)[:, : hidden_BTD.shape[1]]
     # Positions that are no target must not reach the weight: there, the head is given zeros.
     hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORED).unsqueeze(-1), 0)
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
@@ -168,7 +172,6 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | Non
     counted = {id(weight) for weight in [*linear, *embedding]}
     if any(parameter.dim() > 1 and id(parameter) not in counted for parameter in model.parameters()):
         return None
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length
+    heads = heads_of(model.config)
+    attention = model.config.get_text_config().num_hidden_layers * heads.queries * heads.entries * sequence_length
     return 6.0 * sum(weight.numel() for weight in linear) + 6.0 * attention

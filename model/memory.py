@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 import config
 from config import OptionError, Options
-from model.activations import BF16, FP32, Kept, count, rows_of
-from model.build import build_model, load_config_and_tokenizer, part_of
+from model.activations import BF16, FP32, Kept, count, of_piece, rows_of
+from model.build import build_model, check_heads, load_config_and_tokenizer, part_of
 from model.layers import layers_of, matrices_of
 from model.loss import CHUNK_LOGITS
 from model.objective import ends_with_head
@@ -81,6 +81,8 @@ def stage_name(options: Options) -> str:
         name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
     if options.tensor_parallel > 1:
         name = f"tensor parallel {options.tensor_parallel} x {name}"
+    if options.context_parallel > 1:
+        name = f"context parallel {options.context_parallel} x {name}"
     offloaded = ["its parts"] * options.cpu_offload + ["inputs of layers"] * options.offload_activations
     return f"{name}, {' and '.join(offloaded)} offloaded" if offloaded else name
 
@@ -105,7 +107,7 @@ def stages(options: Options, ranks: int) -> list[Options]:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
         inputs["activation_memory_budget"] = None  # it is one or the other
         offloaded.append(dataclasses.replace(offloaded[0], **inputs))
-    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
+    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.ranks_a_row
     hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
     return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded, *offloaded]
@@ -126,13 +128,15 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
 
     Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
     buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
-    micro-step. Where ranks divide each layer, all of this is said of a rank's part. Raises OptionError for a model
-    whose layers cannot be run without values.
+    micro-step. Where ranks divide each layer, all of this is said of a rank's part, and where they divide each row, of
+    its piece. Raises OptionError for a model whose layers cannot be run without values.
     """
     assert options.block_size
     kept = kept or count(model, options)
     if options.tensor_parallel > 1:
         return _moments_of_part(model, options, ranks, kept)
+    if options.context_parallel > 1:
+        return moments(model, of_piece(options), ranks, kept)
     sharded = options.strategy == "fsdp"
     width = BF16 if options.bf16 else FP32
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
@@ -321,6 +325,10 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
         given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
         changes[" ".join(f"--{name} {half[name]}" for name in given)] = half
+    elif micro_batch == 1 and _can_divide(model, options, ranks):
+        parts = {"context_parallel": 2 * options.context_parallel, "gradient_accumulation_steps": 2 * accumulation}
+        given = list(parts)[: 1 if options.global_batch_size else 2]
+        changes[" ".join(f"--{name} {parts[name]}" for name in given)] = parts
     if options.strategy == "ddp" and ranks > 1:
         changes["--strategy fsdp"] = {"strategy": "fsdp", "shard_optimizer": False}
         changes["--shard_optimizer"] = {"shard_optimizer": True}
@@ -340,6 +348,18 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
     }
     ranking = sorted((-size, text) for text, size in saved.items() if size > 0)
     return [f"{text} saves {readable(-size)}" for size, text in ranking]
+
+
+def _can_divide(model: PreTrainedModel, options: Options, ranks: int) -> bool:
+    """Whether twice as many ranks could divide each row (model/context_parallel.py)."""
+    group = 2 * options.context_parallel
+    if ranks % group or options.tensor_parallel > 1 or options.objective == "dpo":
+        return False
+    try:
+        check_heads(model.config.get_text_config(), group)
+    except OptionError:
+        return False
+    return True
 
 
 def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) -> str:

@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+import config
 import data.batches
 import metrics
 import model.loss
@@ -55,6 +56,7 @@ FSDP = ("--strategy", "fsdp")
 WHOLE = (*FSDP, "--reshard_after_forward", "false")
 HYBRID = (*FSDP, "--replicas", "2")
 TENSOR = (*FSDP, "--tensor_parallel", "2")
+ROWS = ("--context_parallel", "2")
 BF16 = ("--bf16", "true")
 SHARDED_OPTIMIZER = ("--shard_optimizer",)
 
@@ -87,6 +89,10 @@ CASES = [
     Case("FSDP, not resharded, x tensor parallel", 4, 2, (*WHOLE, *TENSOR)),
     Case("hybrid x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
     Case("FSDP x tensor parallel, checkpointing", 4, 4, (*TENSOR, "--gradient_checkpointing"), slow=True),
+    Case("DDP, rows divided", 2, 8, ROWS, slow=True),
+    Case("FSDP, rows divided", 2, 8, (*FSDP, *ROWS)),
+    Case("FSDP, rows divided", 4, 2, (*FSDP, "--context_parallel", "4")),
+    Case("hybrid, rows divided, checkpointing", 4, 4, (*HYBRID, *ROWS, "--gradient_checkpointing"), slow=True),
     Case("DDP, checkpointing", 2, 4, ("--gradient_checkpointing",), slow=True),
     Case("FSDP, checkpointing", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")),
 ]
@@ -95,6 +101,7 @@ BF16_CASES = [
     Case("FSDP, bf16", 2, 4, (*FSDP, *BF16)),
     Case("FSDP, reduced in bf16", 2, 4, (*FSDP, "--reduce_dtype", "bfloat16")),
     Case("FSDP x tensor parallel, bf16", 4, 8, (*TENSOR, *BF16), slow=True),
+    Case("FSDP, rows divided, bf16", 2, 8, (*FSDP, *ROWS, *BF16), slow=True),
 ]
 
 GATES = Deviation(gradient=1e-6, loss=1e-5, grad_norm=1e-5, evaluation=1e-6, parameters=1e-5)
@@ -206,7 +213,7 @@ def main() -> None:
                 run = curve(case, [*options, *more], directory / f"{index}-{label}")
                 measured = dataclasses.astuple(deviation(run, references[label], first))
                 held = all(value <= gate for value, gate in zip(measured, dataclasses.astuple(GATES), strict=True))
-                readers = case.ranks // (2 if "--tensor_parallel" in case.options else 1)
+                readers = case.ranks // config.parse([*case.options]).ranks_a_row
                 shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // readers} | {label}"
                 lines.append(f"| {case.name} | {shape} | {' | '.join(f'{value:.1e}' for value in measured)} |")
                 _say(lines[-1:])

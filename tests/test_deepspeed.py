@@ -184,6 +184,11 @@ def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) ->
             [],
             {"tensor_parallel": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         ),
+        (
+            {"train_batch_size": 16, "sequence_parallel_size": 4},
+            [],
+            {"context_parallel": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+        ),
         ({"train_batch_size": 32}, [], {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}),
         ({"train_batch_size": 32}, [*TENSOR], {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}),
         (

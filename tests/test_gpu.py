@@ -54,6 +54,8 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--sync_each_batch"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--reshard_after_forward", "false"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--replicas", "2"]),
+        (2, ["--ddp_backend", "gloo", "--context_parallel", "2"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--context_parallel", "2", "--gradient_checkpointing"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--gradient_checkpointing", "--offload_activations"]),
         (1, ["--strategy", "fsdp", "--cpu_offload"]),
         (2, ["--ddp_backend", "gloo", "--strategy", "fsdp", "--cpu_offload"]),
@@ -61,6 +63,7 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         (1, ["--activation_memory_budget", "0.3"]),
         pytest.param(2, ["--strategy", "fsdp", "--tensor_parallel", "2"], marks=two_gpus),
         pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
+        pytest.param(2, ["--strategy", "fsdp", "--context_parallel", "2"], marks=two_gpus),
         pytest.param(2, ["--strategy", "fsdp", "--reshard_after_forward", "false"], marks=two_gpus),
         pytest.param(2, [], marks=two_gpus),
     ],
@@ -123,12 +126,20 @@ def test_float8_product(left_dtype: torch.dtype, dtype: torch.dtype, transposed:
         assert 1e-2 < ((ours - left @ right).norm() / (left @ right).norm()).item() < 8e-2
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=str)
-def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [
+        (1, []),
+        (1, ["--gradient_checkpointing"]),
+        (2, ["--ddp_backend", "gloo", "--context_parallel", "2"]),
+    ],
+    ids=str,
+)
+def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, world_size: int, more: list[str]) -> None:
     """Attention over variable lengths in compiled layers: the curve stays near that of a mask in plain fp32."""
     packed = [*tiny, "--packing", "documents", "--max_steps", 10]
     train_ok(1, *packed, "--output_dir", tmp_path / "plain", "--bf16", "false", "--torch_compile", "false")
-    train_ok(1, *packed, "--output_dir", tmp_path / "fast", *more)
+    train_ok(world_size, *packed, "--output_dir", tmp_path / "fast", *more)
     rows, references = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
@@ -308,7 +319,7 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
     assert 1e-4 < relative_l2(gradient, expected) < 2e-2
 
 
-@pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30])
+@pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30, 32, 33])
 def test_memory_is_as_foreseen(number: int) -> None:
     """Within a tenth of what the GPU allocates; `python -m compare.memory` has more of these."""
     with measuring(CASES[number]) as measured:

@@ -92,6 +92,8 @@ def record(path: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("FSDP, parameters kept after forward (ZeRO-2)", {"tensor_parallel": 2}),
+        ("FSDP (ZeRO-3)", {"context_parallel": 2}),
+        ("DDP", {"context_parallel": 4, "gradient_checkpointing": True}),
     ],
     ids=[
         *STAGES,
@@ -102,6 +104,8 @@ def record(path: Path) -> None:
         "2 x 2",
         "2 x 2, compiled",
         "1 x 2",
+        "rows of 2",
+        "rows of 4, DDP, checkpointing",
     ],
 )
 def test_a_stage(
@@ -109,13 +113,15 @@ def test_a_stage(
 ) -> None:
     """A step of it, in two micro-steps: bytes that rank 0 has, collectives and their bytes, all to the byte."""
     ranks, values = STAGES[name]
-    ranks += ranks % each.get("tensor_parallel", 1)
     values = values | each
+    ranks += -ranks % (each.get("tensor_parallel", 1) * each.get("context_parallel", 1))
     options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     options = dataclasses.replace(options, bf16=False, **{"torch_compile": False, **values})
-    assert stage_name(options) == (f"tensor parallel 2 x {name}" if options.tensor_parallel == 2 else name)
+    kind = "tensor" if options.tensor_parallel > 1 else "context"
+    shared = f"{kind} parallel {options.ranks_a_row} x " if options.ranks_a_row > 1 else ""
+    assert stage_name(options) == shared + name
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
-    more = ["--global_batch_size", 8 * ranks // options.tensor_parallel, "--max_steps", 4, "--logging_steps", 100]
+    more = ["--global_batch_size", 8 * ranks // options.ranks_a_row, "--max_steps", 4, "--logging_steps", 100]
     more += ["--trace_steps", 1, "--validation_split_percentage", 0]
     outcome = train(ranks, [*tiny, *argv, *more, "--output_dir", tmp_path], partial(record, tmp_path / "bytes.json"))
     assert outcome.exit_codes == [0] * ranks, outcome.output
@@ -243,11 +249,12 @@ def test_host_memory(meta_model: PreTrainedModel) -> None:
     assert outlook(meta_model, offloaded, 1, None).endswith(f"; in host memory {memory.readable(whole)}")
 
 
-def test_advice(meta_model: PreTrainedModel) -> None:
-    """The most is saved by what is named first, and each line keeps its promise."""
-    options = Options(block_size=256, per_device_train_batch_size=8, bf16=False, torch_compile=False)
+@pytest.mark.parametrize(("rows", "smaller"), [(8, "--per_device_train_batch_size"), (1, "--context_parallel")])
+def test_advice(meta_model: PreTrainedModel, rows: int, smaller: str) -> None:
+    """The most is saved by what is named first, and each line keeps its promise; a single row is divided itself."""
+    options = Options(block_size=256, per_device_train_batch_size=rows, bf16=False, torch_compile=False)
     lines = advice(meta_model, options, 4)
-    assert {"--gradient_checkpointing", "--bf16", "--strategy"} <= {line.split()[0] for line in lines}
+    assert {"--gradient_checkpointing", "--bf16", "--strategy", smaller} <= {line.split()[0] for line in lines}
     saved = []
     for line in lines:
         words = line.split(" saves ")[0].split()
@@ -258,6 +265,7 @@ def test_advice(meta_model: PreTrainedModel) -> None:
         saved.append(predict(meta_model, options, 4).total - predict(meta_model, changed, 4).total)
     assert saved == sorted(saved, reverse=True)
     assert saved[-1] > 0
+    assert "--context_parallel" not in " ".join(advice(meta_model, options, 3)), "three ranks are no pairs"
 
 
 def run_out_of_memory() -> None:

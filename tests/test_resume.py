@@ -121,6 +121,7 @@ def save_again(elsewhere: Path) -> None:
         (4, "fsdp --replicas 2"),
         (2, "fsdp --cpu_offload"),
         (4, "fsdp --tensor_parallel 2"),
+        (4, "fsdp --context_parallel 4"),
     ],
 )
 def test_other_ranks_and_strategies(

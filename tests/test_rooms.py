@@ -167,6 +167,16 @@ def test_every_option_has_a_help() -> None:
             "divided among 2 of them",
         ),
         (
+            ["--context_parallel", "2"],
+            "context parallel 2 x DDP: each rank holds parameters, moments and gradients, each row divided among 2 of "
+            "them",
+        ),
+        (
+            ["--strategy", "fsdp", "--context_parallel", "4", "--cpu_offload"],
+            "context parallel 4 x FSDP (ZeRO-3), its parts offloaded: parameters, gradients and moments sharded over "
+            "4 ranks, each row divided among 4 of them, shards and optimizer in host memory",
+        ),
+        (
             ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--sync_each_batch"],
             "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks",
         ),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import checkpoint
 import fsdp
 from config import OptionError, Options
-from fsdp.tensor_parallel import Group, _pad
+from fsdp.tensor_parallel import Group, pad_rows
 from model.build import build_model, check_divides, load_config_and_tokenizer, part_of
 from model.loss import IGNORED
 from model.objective import NextToken
@@ -155,7 +155,7 @@ def test_documents_of_padded_rows() -> None:
     tokens_BT = torch.arange(10).view(2, 5)
     ends = torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32)
     given = {"input_ids": tokens_BT, "labels": tokens_BT, "document_ends": ends}
-    _, padded = _pad(Group("", 2, 0), nn.Module(), (), given)
+    _, padded = pad_rows(Group("", 2, 0), nn.Module(), (), given)
     assert padded["document_ends"].tolist() == [0, 2, 6, 10, 12]
     assert padded["document_ends"].dtype == torch.int32
     assert padded["labels"].tolist() == [[0, 1, 2, 3, 4, IGNORED], [5, 6, 7, 8, 9, IGNORED]]
