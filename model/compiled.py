@@ -28,9 +28,9 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
 
     With gradient checkpointing, the second forward is compiled together with the backward, and leaves out what that
     does not need: most of all the layer's last matrix product. Elsewhere, transformers computes again a layer that is
-    compiled by itself: where its inputs are offloaded; where ranks divide it, because torch 2.11 would keep what they
-    gather; with dropout, which 2.11 cannot compile so on a GPU; and with experts, because a layer that is not one graph
-    would not be compiled at all.
+    compiled by itself: where its inputs are offloaded; where ranks divide it, or the rows, because torch 2.11 would
+    keep what they gather and exchange; with dropout, which 2.11 cannot compile so on a GPU; and with experts, because a
+    layer that is not one graph would not be compiled at all.
     """
     keep_less(options.activation_memory_budget)
     # DDP would have each layer cut where one of its buckets ends, so as to send it a little earlier. What passes
@@ -40,7 +40,7 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     # than 8, the default.
     torch._dynamo.config.recompile_limit = 64
     experts = any("experts" in name for name, _ in model.named_modules())
-    by_transformers = options.offload_activations or options.tensor_parallel > 1 or experts or drawn_at_random(model)
+    by_transformers = options.offload_activations or options.ranks_a_row > 1 or experts or drawn_at_random(model)
     for layer in layers_of(model):
         forward = layer.forward
         if layer.gradient_checkpointing and not by_transformers:

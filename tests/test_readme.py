@@ -167,8 +167,9 @@ def test_memory(place: Path) -> None:
 
 def test_stages() -> None:
     """The options of each line of the table of stages are those of a topology that the proofs run."""
-    lines = re.findall(r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor)[^|]*) \|([^|]*)\|", README, re.MULTILINE)
-    assert len(lines) == 9
+    stages = "DDP|FSDP|hybrid|offload|gradients|tensor|context"
+    lines = re.findall(rf"^\| ((?:{stages})[^|]*) \|([^|]*)\|", README, re.MULTILINE)
+    assert len(lines) == 10
     proved = {frozenset(case.options) for case in CASES}
     assert [name for name, options in lines if frozenset(options.strip(" `").split()) not in proved] == []
 
