@@ -37,8 +37,10 @@ test-gpu: $(DEVELOPMENT) ## the tests that need a GPU
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
 
-bench: $(DEVELOPMENT) ## this trainer and others on the same model and blocks (ARGS="options of compare.bench")
-	PYTHONPATH=. $(BIN)/python -m compare.bench $(ARGS)
+# The rows of the first table of docs/performance.md: model and micro-batch. Without a GPU there is one.
+ROWS ?= $(if $(shell command -v nvidia-smi),0.6B:4 0.6B:8 1.7B:4,0.6B:4)
+bench: $(DEVELOPMENT) ## this trainer and others on the same model and blocks (ARGS="options of compare.bench", ROWS=0.6B:4)
+	@set -e; for row in $(ROWS); do (set -x; PYTHONPATH=. $(BIN)/python -m compare.bench --model $${row%:*} --batch $${row#*:} $(ARGS)); done
 
 museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum

@@ -443,9 +443,24 @@ def check(options: Options, world_size: int) -> None:
 
 def _check_strategy(options: Options, world_size: int) -> None:
     """Refuse what the strategies cannot do, or cannot do together."""
-    if options.tensor_parallel > 1 and (options.strategy != "fsdp" or world_size % options.tensor_parallel):
+    if world_size % options.context_parallel:
         raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: needs --strategy fsdp, and {world_size} ranks are "
+            f"context_parallel {options.context_parallel}: {world_size} ranks are "
+            f"{world_size / options.context_parallel:.3g} groups of {options.context_parallel}\ngive a divisor of the "
+            "number of ranks"
+        )
+    if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
+        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "objective dpo"
+        raise OptionError(f"context_parallel {options.context_parallel}: not together with {name}; leave out one")
+    for name in ("tensor_parallel", "replicas"):
+        if getattr(options, name) > 1 and options.strategy != "fsdp":
+            raise OptionError(
+                f"{name} {getattr(options, name)}: needs --strategy fsdp, in a DeepSpeed file zero_optimization.stage "
+                "2 or 3\ngive that, or leave it out"
+            )
+    if world_size % options.tensor_parallel:
+        raise OptionError(
+            f"tensor_parallel {options.tensor_parallel}: {world_size} ranks are "
             f"{world_size / options.tensor_parallel:.3g} groups of {options.tensor_parallel}\ngive a divisor of the "
             "number of ranks"
         )
@@ -458,25 +473,17 @@ def _check_strategy(options: Options, world_size: int) -> None:
         raise OptionError(
             f"offload_activations true: not together with tensor_parallel {options.tensor_parallel}; leave it out"
         )
-    if options.context_parallel > 1 and world_size % options.context_parallel:
-        raise OptionError(
-            f"context_parallel {options.context_parallel}: {world_size} ranks are "
-            f"{world_size / options.context_parallel:.3g} groups of {options.context_parallel}\ngive a divisor of the "
-            "number of ranks"
-        )
-    if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
-        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "objective dpo"
-        raise OptionError(f"context_parallel {options.context_parallel}: not together with {name}; leave out one")
     if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
         name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"
         raise OptionError(
             f"optim muon: not with {name}: it needs each matrix whole, on a GPU\n"
             "leave that out, or give --optim adamw_torch_fused"
         )
-    world_size //= options.ranks_a_row
-    if options.replicas > 1 and (options.strategy != "fsdp" or world_size % options.replicas):
+    world_size //= options.tensor_parallel
+    if world_size % options.replicas:
+        sharing = readers(dataclasses.replace(options, context_parallel=1), world_size)
         raise OptionError(
-            f"replicas {options.replicas}: needs --strategy fsdp, and {readers(options, world_size)} are "
+            f"replicas {options.replicas}: {sharing} are "
             f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of their number"
         )
     if options.shard_optimizer and options.strategy != "ddp":
@@ -484,6 +491,10 @@ def _check_strategy(options: Options, world_size: int) -> None:
     if options.cpu_offload and options.strategy != "fsdp":
         raise OptionError(
             "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp, or leave it out"
+        )
+    if not options.reshard_after_forward and options.strategy != "fsdp":
+        raise OptionError(
+            "reshard_after_forward false: ddp shards no parameters; give --strategy fsdp, or leave it out"
         )
     if options.sync_each_batch and options.strategy != "fsdp":
         raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")

@@ -49,7 +49,7 @@ from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
 from model.context_parallel import divide_rows
 from model.loss import flops_per_token
-from model.memory import out_of_memory, outlook
+from model.memory import is_out_of_memory, out_of_memory, outlook
 from model.objective import NextToken, Preference
 from model.optimizer import build_optimizer, learning_rate
 from model.weights import fill, find_weights, fingerprint_files
@@ -88,9 +88,8 @@ def main(argv: list[str]) -> None:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
-    dist.init_process_group(
-        backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=options.ddp_timeout)
-    )
+    timeout = timedelta(seconds=options.ddp_timeout)
+    dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
     model_fingerprint = checkpoint.fingerprint_model(model)
     # Each rank has read its own files and options: on several hosts, they might differ.
     checkpoint.require_same_job(
@@ -109,7 +108,8 @@ def main(argv: list[str]) -> None:
     else:
         expect_one_document_a_row()
     if options.context_parallel > 1:  # rows, too, are divided, among ranks next to each other
-        divide_rows(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
+        ranks, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
+        divide_rows(objective, ranks)
     if options.torch_compile:
         compile_layers(model, options)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
@@ -425,15 +425,15 @@ def leave(exit_code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OptionError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, OptionError) and not is_out_of_memory(error):
+            traceback.print_exc()
+            leave(1)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
         if isinstance(error, OptionError):
             print(f"train.py: error: {error}", file=sys.stderr)
             leave(2)
         print(f"train.py: {out_of_memory(sys.argv[1:], int(os.environ['WORLD_SIZE']), error)}", file=sys.stderr)
-        leave(1)
-    except Exception:
-        traceback.print_exc()
         leave(1)
     leave(0)

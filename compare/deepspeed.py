@@ -297,17 +297,23 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
     ):
         if divided := file.number(key, int):
             file.want(key, option, divided)
-    if world_size is not None:  # those that read rows of their own; config.check refuses what is not whole
-        world_size = max(1, world_size // options.ranks_a_row)
-    _batch(file, world_size)
+    readers = shards = None  # those that read rows of their own, and that hold shards
+    if world_size is not None:  # config.check refuses what is not whole
+        readers = max(1, world_size // options.ranks_a_row)
+        shards = max(1, world_size // options.tensor_parallel)
+    _batch(file, readers)
     _optimizer(file)
     _scheduler(file)
+    if file.values.get("steps_per_print") == math.inf:  # as Accelerate writes it: never
+        file.explain("steps_per_print", f"our own logging_steps {options.logging_steps}")
     for key, (option, kind) in DIRECT.items():
+        if key in file.became:
+            continue
         value = file.switch(key) if kind is bool else file.number(key, kind)
-        if value is not None and key not in file.became:
+        if value is not None:
             file.want(key, option, value)
     _autocast(file)
-    _zero(file, world_size)
+    _zero(file, shards)
     _exchange(file)
     _activations(file)
     if file.switch("tensorboard.enabled"):
@@ -442,7 +448,8 @@ def _scheduler(file: File) -> None:
     file.want("scheduler.type", "lr_scheduler_type", kind)
     steps = f"{RATES}.warmup_num_steps"
     if steps not in file.values or file.says(steps) is not None:
-        file.want(steps, "warmup_steps", file.number(steps, int, least=1) or 1000)
+        number = file.number(steps, int)
+        file.want(steps, "warmup_steps", 1000 if number is None else number)
     # Where the schedule has a highest rate, that wins over the optimizer's.
     highest = f"{RATES}.warmup_max_lr"
     if kind != "WarmupCosineLR" and (
@@ -454,6 +461,8 @@ def _scheduler(file: File) -> None:
             file.explain(
                 f"{ADAM}.lr", f"the schedule's own highest rate wins: learning_rate {file.options.learning_rate}"
             )
+    elif highest in file.values:
+        file.explain(highest, f"no effect: the highest rate of {kind} is the optimizer's")
     parameters: dict[str, Any] = {}
     for name in SCHEDULE_PARAMETERS[kind]:
         key = f"{RATES}.{name}"
@@ -584,14 +593,23 @@ def _meaning(file: File, key: str, value: Any) -> str:
     if any(other.startswith(f"{key}.") for other in known):  # a section
         return "no effect: empty" if value == {} else f"{UNKNOWN}; it takes a mapping, as in DeepSpeed"
     section, _, name = key.rpartition(".")
-    switches = {other.rpartition(".")[2]: other for other in with_effect if other.rpartition(".")[0] == section}
-    if close := difflib.get_close_matches(name, switches, n=1, cutoff=0.75) if key not in NO_EFFECT else []:
-        return f"{UNKNOWN}; did you mean {switches[close[0]]}?"
+
+    def close(words: set[str], word: str) -> str:
+        return "".join(difflib.get_close_matches(word, words, n=1, cutoff=0.75))
+
+    def within(section: str, keys: set[str]) -> set[str]:
+        return {other.rpartition(".")[2] for other in keys - {key} if other.rpartition(".")[0] == section}
+
+    # A switch that has an effect may be meant even where all else in its section has none.
+    if key not in NO_EFFECT and (meant := close(within(section, with_effect), name)):
+        return f"{UNKNOWN}; did you mean {'.'.join(filter(None, [section, meant]))}?"
     for parent in [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]:
         if parent in NO_EFFECT:
             return f"no effect: {NO_EFFECT[parent]}"
-    close = difflib.get_close_matches(key, known - {key}, n=1, cutoff=0.8)
-    return UNKNOWN + (f"; did you mean {close[0]}?" if close else "")
+    sections = {other.rpartition(".")[0] for other in known} | within("", known)
+    section = section if section in sections else close(sections, section)
+    meant = close(within(section, known), name)
+    return UNKNOWN + (f"; did you mean {'.'.join(filter(None, [section, meant]))}?" if meant else "")
 
 
 def _shown(value: Any) -> str:

@@ -62,7 +62,7 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     if (group := options.context_parallel) > 1:
         piece = of_piece(options)
         kept, heads = count(model, piece), heads_of(model.config)
-        given = heads.queries + 2 * max(0, group - heads.keys)
+        given = heads.queries + 2 * (math.lcm(heads.keys, group) - heads.keys)
         of_layer = rows_of(piece) * (piece.block_size or 0) * given * heads.entries * (BF16 if options.bf16 else FP32)
         return dataclasses.replace(
             kept,

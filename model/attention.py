@@ -4,35 +4,111 @@ Shapes: B rows of a micro-batch, H heads of queries, K heads of keys and values,
 """
 
 import inspect
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
+from config import first_line
+from model.layers import layers_of
+
 NAME = "within_documents"
 CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
+
+
+# What transformers passes on to attention functions without a meaning for them, or with one that is understood here.
+UNDERSTOOD = {
+    "scaling",
+    "document_ends",
+    "use_cache",
+    "position_ids",
+    "output_router_logits",
+    "output_attentions",
+}
 
 
 def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     """Make `model` attend within documents without computing what lies between them, where that can be done.
 
     That is flash attention over sequences of variable length: on a GPU, in bf16. Elsewhere, and for a model whose
-    attention has dropout or caps its scores, transformers gives scaled_dot_product_attention a mask of [B, 1, T, T],
-    which it makes from position ids that start again; the result is the same.
+    attention is `unusual`, transformers gives scaled_dot_product_attention a mask of [B, 1, T, T], which it makes from
+    position ids that start again; the result is the same.
     """
-    config = model.config.get_text_config()
-    plain = not getattr(config, "attention_dropout", 0.0) and not getattr(config, "attn_logit_softcapping", None)
-    if (
-        {"scale", "window_size"} <= CAN
-        and device.type == "cuda"
-        and bf16
-        and plain
-        and config._attn_implementation == "sdpa"
-    ):
+    usual = model.config.get_text_config()._attn_implementation == "sdpa"
+    if usual and knows_lengths(device, torch.bfloat16 if bf16 else torch.float32) and not unusual(model):
         AttentionInterface.register(NAME, attend)
         model.set_attn_implementation(NAME)
+
+
+def knows_lengths(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend` works there."""
+    return {"scale", "window_size"} <= CAN and device.type == "cuda" and dtype == torch.bfloat16
+
+
+def unusual(model: PreTrainedModel) -> str:
+    """What the attention of `model` is beside softmax over what comes before, in a window or not; "" for nothing.
+
+    In words, and found by trying, on tensors that have shapes and no values: what does each layer give the attention
+    function that its configuration names? An attention function of ours would not see what else the model does, or
+    ignore what else it is given. Costs up to a second, and no memory.
+    """
+    calls: list[tuple[int | None, set[str]]] = []
+
+    def record(
+        module: nn.Module,
+        query_BHTE: Tensor,
+        key_BKTE: Tensor,
+        value_BKTE: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        given = {
+            name
+            for name, value in others.items()
+            if value is not None and value is not False and name not in UNDERSTOOD
+        }
+        given -= {"dropout"} if others.get("dropout") == 0 else set()
+        given |= {"a mask of its own"} if attention_mask is not None else set()
+        given |= {"values of another width"} if value_BKTE.shape[-1] != query_BHTE.shape[-1] else set()
+        given |= {"no ends of documents"} if others.get("document_ends") is None else set()
+        calls.append((sliding_window, given))
+        return query_BHTE.new_zeros(*query_BHTE.transpose(1, 2).shape[:3], value_BKTE.shape[-1]), None
+
+    experts = [module for name, module in model.named_modules() if name.endswith("experts")]
+    before, device = model.config._attn_implementation, next(model.parameters()).device
+    AttentionInterface.register("recorded", record)
+    model.set_attn_implementation("recorded")
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
+    try:
+        for module in experts:  # they do not run so, and look at one position at a time
+            module.forward = lambda hidden, *others: torch.zeros_like(hidden)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=device)
+            positions_BT = torch.arange(2, device=device)[None]
+            model(input_ids=ids_BT, position_ids=positions_BT, document_ends=ids_BT[0], use_cache=False)
+    except Exception as error:
+        return f"it does not run without values: {first_line(error)}"
+    finally:
+        model.set_attn_implementation(before)
+        for module in experts:
+            del module.forward
+
+    layers, kinds = len(layers_of(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if other := set(kinds) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {min(other)}"
+    if len(calls) != layers:
+        return f"its {layers} layers call an attention function that can be exchanged {len(calls)} times"
+    if given := set().union(*(given for _, given in calls)):
+        return f"its attention is given {min(given)}"
+    windows = sum(window is not None for window, _ in calls)
+    if kinds and windows != list(kinds).count("sliding_attention"):
+        return f"{windows} of its layers pass on their window"
+    return ""
 
 
 def expect_one_document_a_row() -> None:

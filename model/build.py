@@ -24,6 +24,7 @@ from transformers import (
 
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
+from model.attention import unusual
 from model.float8 import compute_in_float8
 from model.layers import drawn_at_random, heads_of, planned
 
@@ -73,7 +74,10 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     if options.block_size is None:
         options.block_size = min(1024, positions)
     if options.block_size > positions:
-        raise OptionError(f"block_size {options.block_size}: the model has {positions} positions; give at most that")
+        raise OptionError(
+            f"block_size {options.block_size}: the model has {positions} positions\ngive at most that, or a model "
+            "whose max_position_embeddings allow more"
+        )
     highest = max(tokenizer.get_vocab().values())
     if highest >= text_config.vocab_size:
         raise OptionError(
@@ -113,27 +117,25 @@ def check_divides(config: PretrainedConfig, ranks: int) -> None:
 def check_heads(config: PretrainedConfig, ranks: int) -> None:
     """Refuse a model whose rows `ranks` ranks cannot divide as model/context_parallel.py does. Raises OptionError.
 
-    Its layers must look at other positions in their attention alone, and that be plain, with a whole number of heads
-    for each rank. A plan of how its layers are divided is taken for a sign of the former: families that also look
-    elsewhere say so in the kinds of their layers.
+    Its layers must look at other positions in their attention alone: a plan of how they are divided is taken for a sign
+    of that, and `unusual` in model/attention.py looks at what they do. Each rank must get as many heads, together with
+    those of keys that these share.
     """
-    name, kinds = config.model_type, set(getattr(config, "layer_types", None) or ())
-    heads, keys, _ = heads_of(config)
-    reason = None
+    name, remedy = config.model_type, "leave it out; --gradient_checkpointing is for long rows, too"
     if not config.base_model_tp_plan:
-        reason = f"it is not known where {name} looks at other positions"
-    elif other := kinds - {"full_attention", "sliding_attention"}:
-        reason = f"{name} has layers of {min(other)}, which ranks cannot divide here"
-    elif getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
-        reason = f"the attention of {name} has dropout, or caps its scores"
-    elif heads % ranks:
-        reason = f"{name} has {heads} attention heads, and {heads} / {ranks} = {heads / ranks:,.6g}"
-    elif keys % ranks and ranks % keys:
-        reason = f"{name} has {keys} heads of keys and values, and {keys} / {ranks} = {keys / ranks:,.6g}"
-    if reason:
+        raise OptionError(f"context_parallel {ranks}: it is not known where {name} looks at other positions\n{remedy}")
+    if "longrope" in repr(getattr(config, "rope_parameters", None)):
         raise OptionError(
-            f"context_parallel {ranks}: {reason}\ngive a divisor of {math.gcd(heads, keys)}, or leave it out: "
-            "--gradient_checkpointing and --offload_activations are for long rows, too"
+            f"context_parallel {ranks}: {name} rotates long rows in another way than short ones (longrope), and each "
+            f"rank would decide for its piece\n{remedy}"
+        )
+    heads, keys, _ = heads_of(config)
+    if heads % (shared := math.lcm(keys, ranks)):
+        fitting = [str(other) for other in range(2, heads + 1) if heads % math.lcm(keys, other) == 0]
+        raise OptionError(
+            f"context_parallel {ranks}: {name} has {heads} attention heads and {keys} of keys and values, which "
+            f"{ranks} ranks share as {shared}; {heads} / {shared} = {heads / shared:,.6g}\n"
+            + (f"give {', '.join(fitting)}, or {remedy}" if fitting else remedy)
         )
 
 
@@ -232,6 +234,11 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.tensor_parallel > 1:
         check_plan(model, options.tensor_parallel)
+    if options.context_parallel > 1 and (reason := unusual(model)):
+        raise OptionError(
+            f"context_parallel {options.context_parallel}: {model.config.model_type} cannot be divided so: {reason}\n"
+            "leave it out; --gradient_checkpointing is for long rows, too"
+        )
     if options.float8:
         compute_in_float8(model)
     return model.train()

@@ -13,6 +13,7 @@ where pieces of one causal attention would not be alike.
 Weights know nothing of it: for DDP and FSDP, these are ranks like all others, and gradients are exchanged as ever.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from fsdp.tensor_parallel import Group, pad_rows
-from model import attention
+from model.attention import attend, knows_lengths
 
 NAME = "context_parallel"
 
@@ -39,8 +40,7 @@ def divide_rows(objective: nn.Module, ranks: dist.ProcessGroup) -> None:
     objective.register_forward_pre_hook(partial(pad_rows, group), with_kwargs=True)
     objective.register_forward_pre_hook(partial(_take_piece, group), with_kwargs=True)
     objective.register_forward_hook(lambda objective, inputs, loss: loss * group.size)
-    by_lengths = model.config._attn_implementation == attention.NAME
-    AttentionInterface.register(NAME, partial(_attend, group, by_lengths))
+    AttentionInterface.register(NAME, partial(_attend, group))
     model.set_attn_implementation(NAME)
 
 
@@ -88,7 +88,6 @@ def _exchange(pieces: Tensor, group: Group) -> Tensor:
 
 def _attend(
     group: Group,
-    by_lengths: bool,
     module: nn.Module,
     query_BHPE: Tensor,
     key_BKPE: Tensor,
@@ -100,8 +99,8 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The signature is that of transformers' attention functions; the first result is [B, P, H, E]."""
-    # A head of keys that several ranks need goes to each of them.
-    copies = max(1, group.size // key_BKPE.shape[1])
+    # Each rank gets as many heads of keys; one that several ranks need goes to each of them.
+    copies = math.lcm(key_BKPE.shape[1], group.size) // key_BKPE.shape[1]
     key_BKPE, value_BKPE = (part.repeat_interleave(copies, dim=1) for part in (key_BKPE, value_BKPE))
     # Norms and rotations in fp32 have raised queries and keys to it; under autocast, values are bf16.
     parts = [_by_rank(part.to(value_BKPE.dtype), group) for part in (query_BHPE, key_BKPE, value_BKPE)]
@@ -109,15 +108,22 @@ def _attend(
     whole = pieces.permute(1, 2, 0, 3, 4).flatten(2, 3)  # all positions, and of all heads those of this rank
     query_BhTE, key_BkTE, value_BkTE = whole.split([part.shape[2] for part in parts], dim=1)
 
-    if by_lengths:
-        assert document_ends is not None
-        attended_BThE, _ = attention.attend(
-            module, query_BhTE, key_BkTE, value_BkTE, None, document_ends, scaling, sliding_window
-        )
-    else:
-        mask = visible(whole, document_ends, sliding_window)
+    rows, _, tokens, _ = whole.shape
+    window = sliding_window if sliding_window and sliding_window < tokens else None
+    if document_ends is None and window is None:
         attended_BThE = functional.scaled_dot_product_attention(
-            query_BhTE, key_BkTE, value_BkTE, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            query_BhTE, key_BkTE, value_BkTE, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+    elif knows_lengths(whole.device, whole.dtype):
+        if document_ends is None:  # each row is one
+            document_ends = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=whole.device)
+        attended_BThE, _ = attend(module, query_BhTE, key_BkTE, value_BkTE, None, document_ends, scaling, window)
+    else:
+        mask = visible(rows, tokens, whole.device, document_ends, window)
+        groups = query_BhTE.shape[1] // key_BkTE.shape[1]
+        key_BhTE, value_BhTE = (part.repeat_interleave(groups, dim=1) for part in (key_BkTE, value_BkTE))
+        attended_BThE = functional.scaled_dot_product_attention(
+            query_BhTE, key_BhTE, value_BhTE, mask, scale=scaling
         ).transpose(1, 2)
 
     pieces = _Exchange.apply(_by_rank(attended_BThE, group), group)  # type: ignore[no-untyped-call]  # [N, B, P, h, E]
@@ -129,19 +135,15 @@ def _by_rank(parts: Tensor, group: Group) -> Tensor:
     return parts.reshape(len(parts), group.size, -1, *parts.shape[2:]).movedim(1, 0)
 
 
-def visible(whole: Tensor, document_ends: Tensor | None, window: int | None) -> Tensor | None:
-    """Which positions of rows [B, h, T, E] each position sees: those before it, in its document and in the window.
-
-    Bool [B, 1, T, T], or None where that is all that come before.
-    """
-    rows, _, tokens, _ = whole.shape
-    if document_ends is None and (window is None or window >= tokens):
-        return None
-    position_T = torch.arange(tokens, device=whole.device)
-    distance_TT = position_T[:, None] - position_T
-    seen_BTT = ((distance_TT >= 0) & (distance_TT < (window or tokens))).expand(rows, tokens, tokens)
+def visible(rows: int, tokens: int, device: torch.device, document_ends: Tensor | None, window: int | None) -> Tensor:
+    """Which positions each position sees, bool [B, 1, T, T]: those before it, in its document and in the window."""
+    position_T = torch.arange(tokens, device=device)
+    seen_TT = position_T[:, None] >= position_T
+    if window is not None:
+        seen_TT = seen_TT & (position_T[:, None] < position_T + window)
+    seen_BTT = seen_TT.expand(rows, tokens, tokens)
     if document_ends is not None:
-        in_a_line = torch.arange(rows * tokens, device=whole.device)
+        in_a_line = torch.arange(rows * tokens, device=device)
         document_BT = torch.searchsorted(document_ends, in_a_line, right=True).view(rows, tokens)
         seen_BTT = seen_BTT & (document_BT[:, :, None] == document_BT[:, None])
     return seen_BTT[:, None]

@@ -138,7 +138,10 @@ def attended(model: PreTrainedModel, options: Options) -> dict[str, Collectives]
     heads, width = heads_of(model.config), BF16 if options.bf16 else FP32
     tokens = rows_of(options) * (of_piece(options).block_size or 0)
     of_head = width * tokens * heads.entries
-    there, back = of_head * (heads.queries + 2 * max(heads.keys, options.context_parallel)), of_head * heads.queries
+    there, back = (
+        of_head * (heads.queries + 2 * math.lcm(heads.keys, options.context_parallel)),
+        of_head * heads.queries,
+    )
     calls = options.gradient_accumulation_steps * len(layers_of(model))
     again = options.gradient_checkpointing
     return {"all_to_all": Collectives(calls * (4 + 2 * again), calls * (2 + again) * (there + back))}

@@ -107,7 +107,7 @@ def stages(options: Options, ranks: int) -> list[Options]:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
         inputs["activation_memory_budget"] = None  # it is one or the other
         offloaded.append(dataclasses.replace(offloaded[0], **inputs))
-    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.ranks_a_row
+    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
     hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
     kept = dataclasses.replace(sharded, reshard_after_forward=False)
     return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded, *offloaded]
@@ -302,7 +302,9 @@ def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int 
     """For the start block: what a rank will need in its stage, and, if its GPU has less, the stage that would fit."""
     try:
         memory, host = predict(model, options, ranks), host_memory(model, options, ranks)
-        predicted = f"predicted {memory}" + (f"; in host memory {readable(host)}" if host else "")
+        predicted = f"predicted {memory}{_beside(model, options)}" + (
+            f"; in host memory {readable(host)}" if host else ""
+        )
         if capacity is None or memory.fits(capacity):
             return predicted
         fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
@@ -310,6 +312,18 @@ def outlook(model: PreTrainedModel, options: Options, ranks: int, capacity: int 
         return f"{predicted}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
     except OptionError as error:
         return str(error)
+
+
+def _beside(model: PreTrainedModel, options: Options) -> str:
+    """What the prediction leaves out: a window that is shorter than a row comes as a mask, where one is made."""
+    text_config = model.config.get_text_config()
+    window, kinds = getattr(text_config, "sliding_window", None), getattr(text_config, "layer_types", None)
+    tokens = options.block_size or 0
+    if not window or window >= tokens or (kinds and "sliding_attention" not in kinds):
+        return ""
+    if options.packing == "documents" or options.context_parallel > 1:
+        return ""
+    return f", without masks of {tokens} x {tokens} in layers with a window"
 
 
 def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
@@ -362,7 +376,12 @@ def _can_divide(model: PreTrainedModel, options: Options, ranks: int) -> bool:
     return True
 
 
-def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) -> str:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is why it was raised: of a GPU's, or of host memory, for which torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(argv: list[str], ranks: int, error: Exception) -> str:
     """What to say of it, in a few lines: what was predicted for the options `argv`, what there is, what would help."""
     lines = [f"out of memory: {config.first_line(error)}"]
     if torch.cuda.is_available():
@@ -378,6 +397,8 @@ def out_of_memory(argv: list[str], ranks: int, error: torch.OutOfMemoryError) ->
             f"{stage_name(stage)} {readable(predict(model, stage, ranks).total)}" for stage in stages(options, ranks)
         ]
         lines.append(f"for each stage: {'; '.join(needed)}")
+        if host := host_memory(model, options, ranks):
+            lines.append(f"in host memory: {readable(host)} a rank, and in a save a copy unless --async_save false")
         lines += advice(model, options, ranks)[:3]
     except OptionError as unknown:
         lines.append(str(unknown))

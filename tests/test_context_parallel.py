@@ -11,16 +11,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DogeConfig,
+    GPT2Config,
+    GraniteSWAConfig,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 from config import OptionError, Options
 from data.batches import collate
 from data.rows import Row
-from model.build import check_heads
+from model.attention import unusual
+from model.build import build_model, check_heads
 from model.compiled import compile_layers
 from model.context_parallel import divide_rows, visible
 from model.objective import NextToken
-from tests.families import FAMILIES, make_family
+from tests.families import EXPERTS, FAMILIES, SIZES, make_family
 from tests.launch import train
 from tests.proof import GATES, relative_l2
 
@@ -120,40 +133,96 @@ def test_family(findings: dict[str, Any], name: str) -> None:
 
 def test_what_is_seen() -> None:
     """Two rows of five: a window of three, documents that end after two and after nine of ten positions."""
-    rows = torch.zeros(2, 1, 5, 8)
-    assert visible(rows, None, None) is None
-    assert visible(rows, None, 5) is None
-    window = visible(rows, None, 3)
-    assert window is not None
+    window = visible(2, 5, torch.device("cpu"), None, 3)
     assert window[1, 0].sum(dim=1).tolist() == [1, 2, 3, 3, 3]
-    documents = visible(rows, torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32), None)
-    assert documents is not None
+    documents = visible(2, 5, torch.device("cpu"), torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32), None)
     assert documents.sum(dim=-1).squeeze(1).tolist() == [[1, 2, 1, 2, 3], [1, 2, 3, 4, 1]]
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "expected"),
+    ("heads", "ranks", "expected"),
     [
-        ("qwen3", 3, "qwen3 has 4 attention heads, and 4 / 3 = 1.33333\ngive a divisor of 2, or leave it out"),
-        ("six heads", 6, "qwen3 has 4 heads of keys and values, and 4 / 6 = 0.666667\ngive a divisor of 2"),
-        ("gemma2", 2, "the attention of gemma2 has dropout, or caps its scores"),
-        ("qwen3 next", 2, "qwen3_next has layers of linear_attention, which ranks cannot divide here"),
-        ("gpt2", 2, "it is not known where gpt2 looks at other positions"),
+        ((4, 2), 2, None),
+        ((4, 2), 4, None),  # each head of keys goes to two ranks
+        ((40, 10), 4, None),
+        ((4, 2), 3, "as 6; 4 / 6 = 0.666667\ngive 2, 4, or leave it out"),
+        ((6, 4), 2, "as 4; 6 / 4 = 1.5\nleave it out"),
     ],
 )
-def test_what_cannot_be_divided(name: str, ranks: int, expected: str) -> None:
-    """Before any process group: the arithmetic, or what is not known here."""
-    others = {"gpt2": GPT2Config(n_layer=1), "qwen3 next": Qwen3NextConfig(num_hidden_layers=4)}
-    config = others.get(name) or copy.deepcopy(FAMILIES["qwen3" if name == "six heads" else name][0])
-    if name == "six heads":
-        config.num_attention_heads, config.num_key_value_heads = 6, 4
+def test_heads_of_each_rank(heads: tuple[int, int], ranks: int, expected: str | None) -> None:
+    """As many of queries, with those of keys that these share; else the arithmetic, and what would do."""
+    config = copy.deepcopy(FAMILIES["qwen3"][0])
+    config.num_attention_heads, config.num_key_value_heads = heads
+    if expected is None:
+        check_heads(config, ranks)
+        return
     with pytest.raises(OptionError) as error:
         check_heads(config, ranks)
-    assert f"context_parallel {ranks}: {expected}" in str(error.value)
+    text = f"context_parallel {ranks}: qwen3 has {heads[0]} attention heads and {heads[1]} of keys and values"
+    assert str(error.value).startswith(text)
+    assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 
 
-def test_heads_that_ranks_share() -> None:
-    """Two heads of keys are enough for four ranks: each goes to two of them."""
-    check_heads(FAMILIES["qwen3"][0], 4)
-    check_heads(FAMILIES["qwen3"][0], 2)
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+SMALL = {**SIZES, "num_key_value_heads": 4}
+OTHERS = {
+    "gpt2": (GPT2Config(n_layer=1), "it is not known where gpt2 looks at other positions"),
+    "mamba": (MambaConfig(num_hidden_layers=1), "it is not known where mamba looks at other positions"),
+    "longrope": (
+        LlamaConfig(**SIZES, rope_parameters={**LONGROPE, "rope_theta": 1e4, "original_max_position_embeddings": 64}),
+        "llama rotates long rows in another way than short ones (longrope)",
+    ),
+    "capped": (FAMILIES["gemma2"][0], "gemma2 cannot be divided so: its attention is given softcap"),
+    "dropout": (Qwen3Config(**SIZES, attention_dropout=0.1), "its attention is given dropout"),
+    "sinks": (GraniteSWAConfig(**SIZES), "its attention is given s_aux"),
+    "a mask of its own": (DogeConfig(**SIZES), "its attention is given a mask of its own"),
+    "windows in masks alone": (
+        Qwen2MoeConfig(
+            **SIZES, **EXPERTS, use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2
+        ),
+        "qwen2_moe cannot be divided so: 0 of its layers pass on their window",
+    ),
+    "linear attention": (
+        Qwen3NextConfig(**SIZES, layer_types=["linear_attention", "full_attention"]),
+        "layers of linear",
+    ),
+    "narrow values": (
+        DeepseekV3Config(**SMALL, n_routed_experts=4, num_experts_per_tok=1, qk_rope_head_dim=8, v_head_dim=4),
+        "deepseek_v3 cannot be divided so: its attention is given values of another width",
+    ),
+}
+
+
+def build(config: PretrainedConfig) -> None:
+    """As train.py does."""
+    check_heads(config, 2)
+    build_model(Options(context_parallel=2), config)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_cannot_be_divided(name: str) -> None:
+    """Before any process group: what a rank could not know, or would not see, in its piece of a row."""
+    config, expected = OTHERS[name]
+    with pytest.raises(OptionError) as error:
+        build(config)
+    assert str(error.value).startswith("context_parallel 2: ")
+    assert expected in str(error.value)
+    assert str(error.value).endswith("leave it out; --gradient_checkpointing is for long rows, too")
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_what_is_usual(name: str) -> None:
+    """No family that can be divided is refused; and the model is left as it was."""
+    model = build_model(Options(context_parallel=2), copy.deepcopy(FAMILIES[name][0]))
+    assert model.config._attn_implementation == "sdpa"
+    assert unusual(model) == ""
+
+
+def test_attention_that_cannot_be_exchanged() -> None:
+    """A model with attention of its own would go on attending to its piece alone."""
+    model = build_model(Options(), copy.deepcopy(FAMILIES["qwen3"][0]))
+    attention = model.get_submodule("model.layers.1.self_attn")
+    attention.forward = lambda hidden_states, **others: (hidden_states, None)
+    assert unusual(model) == "its 2 layers call an attention function that can be exchanged 1 times"

@@ -323,6 +323,20 @@ def test_every_key_is_named(
     ("content", "key", "meaning"),
     [
         ({"bf16": {"enable": True}}, "bf16.enable", "unknown; did you mean bf16.enabled?"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation.stage", "unknown; did you mean zero_optimization.st"),
+        ({"moe": {"enabled": True}}, "moe.enabled", "unknown"),
+        ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo", "unknown"),
+        ({"steps_per_print": float("inf")}, "steps_per_print", "our own logging_steps 10"),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
+            "scheduler.params.warmup_max_lr",
+            "no effect: the highest rate of WarmupCosineLR is the optimizer's",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+            "scheduler.params.warmup_num_steps",
+            "warmup_steps 0",
+        ),
         ({"fp16": {"enabeld": True}}, "fp16.enabeld", "unknown; did you mean fp16.enabled?"),
         (
             {"tensor_parallel": {"tp_size": 2}},
@@ -360,6 +374,7 @@ def test_meaning_of_a_key(
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
     expected = meaning.replace("unknown", UNKNOWN)
     assert told[key].split(maxsplit=1)[1].startswith(expected)
+    assert ("did you mean" in told[key]) == ("did you mean" in expected)
 
 
 def test_options_of_ours_exist() -> None:
@@ -448,6 +463,26 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
     )
     assert ours == pytest.approx(theirs, abs=GATES.loss)
     assert ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "stage"),
+    [
+        (STAGE_3_OFFLOADED, "FSDP (ZeRO-3), its parts and inputs of layers offloaded"),
+        (ALL_AUTO, "FSDP (ZeRO-3)"),
+    ],
+)
+def test_the_other_shapes_run(content: dict[str, Any], stage: str, tiny: list[object], tmp_path: Path) -> None:
+    """Stage 3 with offload, and all-auto, on four ranks: the stage that their tables name, and a loss that falls."""
+    (tmp_path / "ds.json").write_text(json.dumps(content).replace("1e-05", "0.01"))  # a rate for so small a model
+    options = options_beside(tiny, *BY_FILE, "max_grad_norm", "bf16", "gradient_accumulation_steps", "logging_steps")
+    options += ["--max_steps", 4, "--logging_steps", 1, "--output_dir", tmp_path / "run"]
+    options += ["--learning_rate", "1e-2"] if content is ALL_AUTO else []
+    printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json")
+    assert f"strategy      {stage}: " in printed
+    losses = [row["loss"] for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
 
 
 def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int]]], output_dir: Path) -> None:

@@ -65,6 +65,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
             "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
         ),
+        (["--reshard_after_forward", "false"], "reshard_after_forward false: ddp shards no parameters"),
         (["--context_parallel", "3"], "context_parallel 3: 2 ranks are 0.667 groups of 3"),
         (["--context_parallel", "2", "--objective", "dpo"], "context_parallel 2: not together with objective dpo"),
         (

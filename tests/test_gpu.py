@@ -321,10 +321,13 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
 
 @pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30, 32, 33])
 def test_memory_is_as_foreseen(number: int) -> None:
-    """Within a tenth of what the GPU allocates; `python -m compare.memory` has more of these."""
+    """Within a tenth of what the GPU allocates, and of a rank of several, a twentieth.
+
+    `python -m compare.memory` has more of these.
+    """
     with measuring(CASES[number]) as measured:
         foreseen = foresee(CASES[number])
-        assert foreseen.total / GIB == pytest.approx(measured.result(), rel=0.1)
+        assert foreseen.total / GIB == pytest.approx(measured.result(), rel=0.05 if CASES[number].ranks > 1 else 0.1)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from model.exchange import Collectives, exchanged
 from model.float8 import compute_in_float8
 from model.memory import advice, moments, outlook, predict, stage_name, stages
 from model.objective import passing_through
+from tests.families import FAMILIES
 from tests.launch import ROOT, Ranks, train
 
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -236,6 +237,19 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert outlook(meta_model, divided, 8, room) == unknown
 
 
+def test_windows_are_not_foreseen() -> None:
+    """A mask of a whole row in each layer that has a window is not counted, and that is said where one is made."""
+    short = Options(block_size=16, bf16=False, torch_compile=False)
+    long, packed = (dataclasses.replace(short, block_size=64, packing=packing) for packing in ("concat", "documents"))
+    model = build_model(short, FAMILIES["mistral"][0])
+    said = [
+        ", without masks of 64 x 64 in layers with a window" in outlook(model, each, 1, None)
+        for each in (short, long, packed)
+    ]
+    assert said == [False, True, False]
+    assert "without masks" not in outlook(build_model(short, FAMILIES["qwen3"][0]), long, 1, None)
+
+
 def test_host_memory(meta_model: PreTrainedModel) -> None:
     """What offload moves there: 16 bytes for each parameter of a rank's part, and a line in the start block says it."""
     whole = 16 * sum(parameter.numel() for parameter in meta_model.parameters())
@@ -268,19 +282,22 @@ def test_advice(meta_model: PreTrainedModel, rows: int, smaller: str) -> None:
     assert "--context_parallel" not in " ".join(advice(meta_model, options, 3)), "three ranks are no pairs"
 
 
-def run_out_of_memory() -> None:
-    """Let every rank meet the end of its memory in a forward, as CUDA's allocator says it."""
+def run_out_of_memory(of_host: bool) -> None:
+    """Let every rank meet the end of its memory in a forward: of a GPU, as CUDA's allocator says it, or of the host."""
     from model.objective import NextToken
 
     time.sleep = threading.Event().wait  # type: ignore[assignment]  # all of it, which tests/launch.py would shorten
 
     def forward(*args: object, **kwargs: object) -> None:
+        if of_host:
+            torch.empty(2**50)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     NextToken.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def test_out_of_memory(tiny: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_host", [False, True])
+def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> None:
     """It is said once for all ranks, without a traceback, with three options."""
 
     def like_torchrun(ranks: Ranks) -> None:
@@ -288,12 +305,14 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path) -> None:
         ranks[1].kill()
 
     options = [*tiny, "--output_dir", tmp_path, "--per_device_train_batch_size", 8]
-    outcome = train(2, options, before=run_out_of_memory, meanwhile=like_torchrun)
+    options += ["--strategy", "fsdp", "--cpu_offload"] if of_host else []
+    outcome = train(2, options, before=partial(run_out_of_memory, of_host), meanwhile=like_torchrun)
     assert outcome.exit_codes == [1, -signal.SIGKILL], outcome.output
     said = outcome.output[outcome.output.index("train.py: out of memory") :]
     assert outcome.output.count("out of memory: ") == 1
     assert "Traceback" not in outcome.output
-    assert "predicted for DDP: " in said
+    assert ("predicted for FSDP (ZeRO-3), its parts offloaded: " if of_host else "predicted for DDP: ") in said
+    assert bool(re.search(r"^in host memory: [\d.]+ MiB a rank, and in a save a copy", said, re.M)) == of_host
     assert re.search(
         r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* inputs of layers offloaded [\d.]+ MiB$", said, re.M
     )
@@ -331,8 +350,11 @@ def test_scaling(meta_model: PreTrainedModel) -> None:
 
 @pytest.mark.slow
 def test_the_commands_run() -> None:
-    """Those of docs/scaling.md that need neither a model nor a GPU."""
-    for line in re.findall(r"^(python -m compare.*)$", (ROOT / "docs" / "scaling.md").read_text(), re.MULTILINE):
+    """Those of docs/scaling.md that need neither a model nor a GPU: they print what stands there."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for line in re.findall(r"^(python -m compare.*)$", page, re.MULTILINE):
         run = subprocess.run([sys.executable, *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        assert "| FSDP (ZeRO-3)" in run.stdout
+        printed = [row for row in run.stdout.splitlines() if row.startswith("| ")]
+        assert len(printed) > 30
+        assert [row for row in printed if row not in page] == []
