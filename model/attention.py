@@ -18,6 +18,7 @@ from model.layers import layers_of
 
 NAME = "within_documents"
 CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
+LOOKS_BACK = {"scale", "window_size"} <= CAN
 
 
 # What transformers passes on to attention functions without a meaning for them, or with one that is understood here.
@@ -46,7 +47,7 @@ def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: 
 
 def knows_lengths(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attend` works there."""
-    return {"scale", "window_size"} <= CAN and device.type == "cuda" and dtype == torch.bfloat16
+    return LOOKS_BACK and device.type == "cuda" and dtype == torch.bfloat16
 
 
 def unusual(model: PreTrainedModel) -> str:

@@ -69,7 +69,10 @@ def try_all(families: dict[str, Path], findings: Path) -> None:
         }
         for name, path in families.items()
     }
-    found["compiled"] = {"2": try_one(next(iter(families.values())), groups[2], documents=False, compiled=True)}
+    first = next(iter(families.values()))
+    found["compiled"] = {
+        f"documents {documents}": try_one(first, groups[2], documents, compiled=True) for documents in (False, True)
+    }
     if dist.get_rank() == 0:
         findings.write_text(json.dumps(found))
     dist.barrier()
