@@ -107,9 +107,9 @@ def main(argv: list[str]) -> None:
         attend_within_documents(model, device, options.bf16)
     else:
         expect_one_document_a_row()
-    if options.context_parallel > 1:  # rows, too, are divided, among ranks next to each other
-        ranks, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
-        divide_rows(objective, ranks)
+    if options.context_parallel > 1:  # rows are divided, too, among neighbours
+        neighbours, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
+        divide_rows(objective, neighbours)
     if options.torch_compile:
         compile_layers(model, options)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
