@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, H heads of queries, K heads of keys and values,
 
 import inspect
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from model.layers import layers_of
 NAME = "within_documents"
 CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
 LOOKS_BACK = {"scale", "window_size"} <= CAN
-
-
 # What transformers passes on to attention functions without a meaning for them, or with one that is understood here.
 UNDERSTOOD = {
     "scaling",
@@ -53,11 +51,36 @@ def knows_lengths(device: torch.device, dtype: torch.dtype) -> bool:
 def unusual(model: PreTrainedModel) -> str:
     """What the attention of `model` is beside softmax over what comes before, in a window or not; "" for nothing.
 
-    In words, and found by trying, on tensors that have shapes and no values: what does each layer give the attention
-    function that its configuration names? An attention function of ours would not see what else the model does, or
-    ignore what else it is given. Costs up to a second, and no memory.
+    In words, and found by trying: what does each layer give the attention function that its configuration names? One of
+    ours would not see what else the model does, or ignore what else it is given. Costs up to a second, and no memory.
     """
-    calls: list[tuple[int | None, set[str]]] = []
+    try:
+        calls = _calls_of_attention(model)
+    except Exception as error:
+        return f"it does not run without values: {first_line(error)}"
+    layers, kinds = len(layers_of(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if other := set(kinds) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {min(other)}"
+    if len(calls) != layers:
+        return f"its {layers} layers call an attention function that can be exchanged {len(calls)} times"
+    if given := set().union(*(call.given for call in calls)):
+        return f"its attention is given {min(given)}"
+    windows = sum(call.window is not None for call in calls)
+    if kinds and windows != list(kinds).count("sliding_attention"):
+        return f"{windows} of its layers pass on their window"
+    return ""
+
+
+class Call(NamedTuple):
+    """What a layer has given its attention function, beside queries, keys and values as usual."""
+
+    window: int | None
+    given: set[str]  # what no attention function of ours understands, in words
+
+
+def _calls_of_attention(model: PreTrainedModel) -> list[Call]:
+    """Those of one forward, on tensors that have shapes and no values. The model is left as it was."""
+    calls: list[Call] = []
 
     def record(
         module: nn.Module,
@@ -77,7 +100,7 @@ def unusual(model: PreTrainedModel) -> str:
         given |= {"a mask of its own"} if attention_mask is not None else set()
         given |= {"values of another width"} if value_BKTE.shape[-1] != query_BHTE.shape[-1] else set()
         given |= {"no ends of documents"} if others.get("document_ends") is None else set()
-        calls.append((sliding_window, given))
+        calls.append(Call(sliding_window, given))
         return query_BHTE.new_zeros(*query_BHTE.transpose(1, 2).shape[:3], value_BKTE.shape[-1]), None
 
     experts = [module for name, module in model.named_modules() if name.endswith("experts")]
@@ -92,24 +115,11 @@ def unusual(model: PreTrainedModel) -> str:
             ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=device)
             positions_BT = torch.arange(2, device=device)[None]
             model(input_ids=ids_BT, position_ids=positions_BT, document_ends=ids_BT[0], use_cache=False)
-    except Exception as error:
-        return f"it does not run without values: {first_line(error)}"
     finally:
         model.set_attn_implementation(before)
         for module in experts:
             del module.forward
-
-    layers, kinds = len(layers_of(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if other := set(kinds) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of {min(other)}"
-    if len(calls) != layers:
-        return f"its {layers} layers call an attention function that can be exchanged {len(calls)} times"
-    if given := set().union(*(given for _, given in calls)):
-        return f"its attention is given {min(given)}"
-    windows = sum(window is not None for window, _ in calls)
-    if kinds and windows != list(kinds).count("sliding_attention"):
-        return f"{windows} of its layers pass on their window"
-    return ""
+    return calls
 
 
 def expect_one_document_a_row() -> None:

@@ -129,7 +129,10 @@ def check_heads(config: PretrainedConfig, ranks: int) -> None:
             f"context_parallel {ranks}: {name} rotates long rows in another way than short ones (longrope), and each "
             f"rank would decide for its piece\n{remedy}"
         )
-    heads, keys, _ = heads_of(config)
+    try:
+        heads, keys, _ = heads_of(config)
+    except RuntimeError as error:  # transformers' answer where layers differ (Gemma 4)
+        raise OptionError(f"context_parallel {ranks}: the layers of {name} have different heads\n{remedy}") from error
     if heads % (shared := math.lcm(keys, ranks)):
         fitting = [str(other) for other in range(2, heads + 1) if heads % math.lcm(keys, other) == 0]
         raise OptionError(

@@ -2,9 +2,11 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -57,6 +59,12 @@ FAMILIES: dict[str, tuple[PretrainedConfig, torch.dtype, str]] = {
     "gemma2": (Gemma2Config(**SIZES, **TIED, sliding_window=16), torch.float32, "5GB"),
     "gemma3": (Gemma3TextConfig(**SIZES, **TIED, sliding_window=16), torch.bfloat16, "40KB"),
 }
+
+
+def asked_for(request: pytest.FixtureRequest, test: Callable[..., None]) -> list[str]:
+    """The names for which `test`, which takes a `name`, is to run in this session."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [str(item.callspec.params["name"]) for item in items if item.function is test]
 
 
 def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Path:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DogeConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GraniteSWAConfig,
     LlamaConfig,
@@ -33,7 +34,7 @@ from model.build import build_model, check_heads
 from model.compiled import compile_layers
 from model.context_parallel import divide_rows, visible
 from model.objective import NextToken
-from tests.families import EXPERTS, FAMILIES, SIZES, make_family
+from tests.families import EXPERTS, FAMILIES, SIZES, asked_for, make_family
 from tests.launch import train
 from tests.proof import GATES, relative_l2
 
@@ -47,10 +48,8 @@ def findings(
     request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What four ranks found of each family that is asked for, in two groups and in one; of the first, also compiled."""
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names: list[Any] = [item.callspec.params["name"] for item in asked if item.function is test_family]
     directory = tmp_path_factory.mktemp("rows")
-    families = {name: make_family(name, directory, model_dir) for name in names}
+    families = {name: make_family(name, directory, model_dir) for name in asked_for(request, test_family)}
     outcome = train(RANKS, [], before=partial(try_all, families, directory / "findings.json"))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
@@ -176,6 +175,7 @@ OTHERS = {
         LlamaConfig(**SIZES, rope_parameters={**LONGROPE, "rope_theta": 1e4, "original_max_position_embeddings": 64}),
         "llama rotates long rows in another way than short ones (longrope)",
     ),
+    "heads that differ": (Gemma4TextConfig(), "the layers of gemma4_text have different heads"),
     "capped": (FAMILIES["gemma2"][0], "gemma2 cannot be divided so: its attention is given softcap"),
     "dropout": (Qwen3Config(**SIZES, attention_dropout=0.1), "its attention is given dropout"),
     "sinks": (GraniteSWAConfig(**SIZES), "its attention is given s_aux"),

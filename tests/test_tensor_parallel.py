@@ -23,7 +23,7 @@ from model.build import build_model, check_divides, load_config_and_tokenizer, p
 from model.loss import IGNORED
 from model.objective import NextToken
 from model.weights import Stored, fill, find_weights
-from tests.families import FAMILIES, make_family
+from tests.families import FAMILIES, asked_for, make_family
 from tests.launch import train
 from tests.proof import GATES, relative_l2
 from tests.test_models import everything, same, stored
@@ -38,13 +38,11 @@ def findings(
     request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What 2 x 2 ranks found when they loaded each family that is asked for, took a gradient and exported it."""
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names: list[Any] = [item.callspec.params["name"] for item in asked if item.function is test_family]
     directory = tmp_path_factory.mktemp("divided")
     # Half of the vocabulary is an odd number: the second rank of a shard has a row less. One token's row of the
     # embedding learns nothing; where a family can have biases, it has them.
     sizes = {"vocab_size": 390, "pad_token_id": 201, "attention_bias": True, "mlp_bias": True}
-    families = {name: make_family(name, directory, model_dir, **sizes) for name in names}
+    families = {name: make_family(name, directory, model_dir, **sizes) for name in asked_for(request, test_family)}
     outcome = train(RANKS, [], before=partial(try_all, families, directory))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
