@@ -4,8 +4,8 @@ Names and meanings are those of transformers' `TrainingArguments` and of `run_cl
 `reshard_after_forward`, `replicas`, `tensor_parallel`, `context_parallel`, `cpu_offload`, `sync_each_batch`,
 `reduce_dtype`, `shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`,
 `train_mixture`, `packing`, `text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`,
-`data_cache_dir`, `max_skipped_steps`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`, `ledger`,
-`trace_steps`, `scale_learning_rate`, `reference_batch_size` and `prompt`.
+`data_cache_dir`, `max_skipped_steps`, `bf16_residual`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`,
+`ledger`, `trace_steps`, `scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
 
 import dataclasses
@@ -257,6 +257,11 @@ class Options:
     bf16: bool = HfArg(
         default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
     )
+    bf16_residual: bool = HfArg(
+        default=False,
+        help="With bf16: the sum that layers add to is bf16, too, as it is with fsdp in any case. Faster, less "
+        "is kept, and each addition is rounded.",
+    )
     float8: bool = HfArg(
         default=False,
         help="With bf16: matrix products of the decoder layers in float8, scaled per tensor (model/float8.py), not "
@@ -323,6 +328,15 @@ class Options:
     def ranks_a_row(self) -> int:
         """How many ranks, next to each other, read the same rows, because they divide each layer or each row."""
         return self.tensor_parallel * self.context_parallel
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether layers multiply with bf16 copies of their weights (model/linear.py): not where memory is to be saved.
+
+        Nor where parameters are sharded, and so are cast as they are gathered.
+        """
+        saves_memory = self.gradient_checkpointing or self.activation_memory_budget is not None
+        return self.bf16 and self.strategy == "ddp" and not self.float8 and not saves_memory
 
 
 class _Parser(HfArgumentParser):
@@ -403,6 +417,8 @@ def check(options: Options, world_size: int) -> None:
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
         raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
     _check_strategy(options, world_size)
+    if options.bf16_residual and not options.bf16:
+        raise OptionError("bf16_residual true: it needs --bf16 true")
     if options.float8 and (options.tensor_parallel > 1 or not options.bf16):
         needs = "is for whole layers; leave out one of it and tensor_parallel" if options.bf16 else "needs --bf16 true"
         raise OptionError(f"float8 true: it {needs}")

@@ -187,14 +187,17 @@ def main(argv: list[str]) -> None:
             # row as often as ranks have read it (options.ranks_a_row), which cancels out.
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
-        grad_norm = strategy.clip_grad_norm(wrapped, options.max_grad_norm)
+        grad_norm = strategy.grad_norm(wrapped)
 
         # A gradient that is not finite, or comes from no target at all, must change nothing. Every rank sees the same
-        # norm, so all decide alike; the fused optimizer reads the flag where it lies (the hook that torch's GradScaler
-        # uses), and nobody waits for the GPU.
+        # norm, so all decide alike.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
+        # The fused optimizer reads both where they lie, by the hooks of torch's GradScaler: nobody waits for the GPU.
+        # Clipping is a division on its way, and no pass of its own over all gradients; torch adds that 1e-6, too.
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        if options.max_grad_norm:
+            optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
 
         rate = learning_rate(step, plan.total_steps, options)
         for group in optimizer.param_groups:

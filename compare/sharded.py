@@ -57,7 +57,8 @@ class Rank(NamedTuple):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
                 loss = self.wrapped(input_ids=tokens_BT, labels=tokens_BT)
             (loss / tokens_BT.numel()).backward()
-        self.strategy.clip_grad_norm(self.wrapped, self.options.max_grad_norm)
+        norm = self.strategy.grad_norm(self.wrapped)
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.strategy.gather_parameters(self.optimizer)
         self.wrapped.zero_grad()

@@ -3,8 +3,8 @@
 Plain functions over raw torch calls: no options, no files, no loop.
 """
 
-from ddp.gradients import clip_grad_norm, set_gradient_sync
+from ddp.gradients import grad_norm, set_gradient_sync
 from ddp.optimizer import gather_parameters, shard_optimizer
 from ddp.wrap import wrap
 
-__all__ = ["clip_grad_norm", "gather_parameters", "set_gradient_sync", "shard_optimizer", "wrap"]
+__all__ = ["gather_parameters", "grad_norm", "set_gradient_sync", "shard_optimizer", "wrap"]

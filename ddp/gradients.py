@@ -10,12 +10,9 @@ def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
         wrapped.require_backward_grad_sync = enabled
 
 
-def clip_grad_norm(wrapped: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients down to a total L2 norm of `max_norm`, and return the norm before: a scalar on the device.
+def grad_norm(wrapped: nn.Module) -> Tensor:
+    """The L2 norm of the whole gradient: a scalar on the device, in fp32.
 
-    `max_norm` 0 only measures. Costs no communication: every rank holds the full gradient.
+    Costs no communication: every rank holds the full gradient.
     """
-    parameters = list(wrapped.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
-    return norm
+    return nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None])

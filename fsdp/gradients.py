@@ -24,21 +24,18 @@ def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
         unit.set_reshard_after_backward(enabled, recurse=False)
 
 
-def clip_grad_norm(wrapped: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients down to a total L2 norm of `max_norm`, and return the norm before: a scalar on the device.
+def grad_norm(wrapped: nn.Module) -> Tensor:
+    """The L2 norm of the whole gradient: a scalar on the device, in fp32.
 
-    `max_norm` 0 only measures. Every rank must call: the squares of the shards' norms are summed over ranks. What
-    several ranks have alike, as replicas do, counts once.
+    Every rank must call: the squares of the shards' norms are summed over ranks. What several ranks have alike, as
+    replicas do, counts once.
     """
-    parameters = list(wrapped.parameters())
     shards: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that have the same one
-    for parameter in parameters:
+    for parameter in wrapped.parameters():
         if isinstance(parameter.grad, DTensor):
             axes = zip(parameter.grad.device_mesh.shape, parameter.grad.placements, strict=True)
             alike = math.prod(size for size, placement in axes if placement.is_replicate())
             shards[alike].append(parameter.grad.to_local())
     squares = torch.stack([nn.utils.get_total_norm(same) ** 2 / alike for alike, same in shards.items()]).sum()
     dist.all_reduce(squares)
-    norm = squares.sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
-    return norm
+    return squares.sqrt()

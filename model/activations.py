@@ -51,7 +51,7 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     """What the forward of a micro-batch keeps, without gradient checkpointing. Costs no memory, and a second or three.
 
     A copy of the model runs on tensors that have shapes and no values, and what autograd saves is added up. FSDP gives
-    layers parameters and inputs in bf16; elsewhere torch.autocast casts, and casts of weights are kept too. What a
+    layers parameters and inputs in bf16; elsewhere torch.autocast casts, and there are copies of weights. What a
     compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
     rows to have no padding. Where ranks divide each layer, they have a part of the positions of its input and of the
     sum in its middle, and all of what they gather of both. Where ranks divide each row, a layer keeps what its
@@ -141,7 +141,6 @@ def _count(
         for layer in layers:
             layer.register_forward_pre_hook(enter, with_kwargs=True)
             layer.register_forward_hook(leave)
-        own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         ids_BT = torch.zeros(rows, length, dtype=torch.int64)
         with (
             passing_through(model.get_output_embeddings()),
@@ -149,6 +148,7 @@ def _count(
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):
             model(input_ids=ids_BT, use_cache=False)
+        own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     sizes = [(size, where) for key, (_, size, where) in saved.items() if key not in own]
     by_layer = [sum(size for size, where in sizes if where is layer) for layer in layers]
     return Kept(
@@ -172,25 +172,26 @@ def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
         nonlocal traced
         leaves, structure = pytree.tree_flatten((args, kwargs))
 
-        def run(parameters: dict[str, Tensor], tensors: list[Tensor]) -> Any:
+        def run(own: dict[str, Tensor], tensors: list[Tensor]) -> Any:
             rest = iter(tensors)
             filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, structure)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return torch.func.functional_call(twin, parameters, args, kwargs)
+                return torch.func.functional_call(twin, own, args, kwargs)
 
         def partition(*args: Any, **kwargs: Any) -> Any:
-            there_anyway = list(range(len(list(twin.parameters()))))  # so that it keeps no casts of parameters
+            there_anyway = list(range(len(own)))  # so that it keeps no casts of parameters
             kwargs["static_lifetime_input_indices"] = there_anyway
             return min_cut_rematerialization_partition(*args, **kwargs)
 
+        own = dict(layer.named_parameters()) | dict(layer.named_buffers())
         traced = traced or aot_function(
             run,
             fw_compiler=lambda graph, _: graph,
             partition_fn=partition,
             decompositions=select_decomp_table(),
         )
-        return traced(dict(layer.named_parameters()), [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return traced(own, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     return forward
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +27,8 @@ from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.attention import unusual
 from model.float8 import compute_in_float8
-from model.layers import drawn_at_random, heads_of, planned
+from model.layers import compute_dtype, drawn_at_random, heads_of, layers_of, planned
+from model.linear import multiply_with_copies
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -244,7 +246,17 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.float8:
         compute_in_float8(model)
+    if options.copies_weights:
+        multiply_with_copies(model)
+    for layer in layers_of(model) if options.bf16_residual else ():
+        layer.register_forward_pre_hook(_cast_hidden)
     return model.train()
+
+
+def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a layer is given, it adds to, in its dtype: with this, that of torch.autocast where it is on."""
+    hidden_BTD, *others = inputs
+    return hidden_BTD.to(compute_dtype(hidden_BTD)), *others
 
 
 def complete(directory: Path, prompt: str, trust_remote_code: bool, new_tokens: int = 48) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from config import OptionError
-from model.layers import layers_of
+from model.layers import compute_dtype, layers_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # what torch._scaled_mm wants of each side of a factor that it sums along, or lays out in columns
@@ -50,14 +50,11 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., O] of `input` [..., I], in the dtype of torch.autocast where that is on, or of the input."""
-        device = input.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
         input_NI = input.flatten(0, -2)
         tokens = input_NI.shape[0]
         if tokens % MULTIPLE:  # the gradient of the weight is a sum along them
             input_NI = functional.pad(input_NI, (0, 0, 0, -tokens % MULTIPLE))
-        output_NO = _Linear.apply(input_NI, self.weight, dtype)[:tokens]  # type: ignore[no-untyped-call]
+        output_NO = _Linear.apply(input_NI, self.weight, compute_dtype(input))[:tokens]  # type: ignore[no-untyped-call]
         output: Tensor = output_NO.view(*input.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 

@@ -3,7 +3,8 @@
 import re
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -11,6 +12,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a matrix product of `tensor` is in: the dtype of torch.autocast where that is on, or its own."""
+    device = tensor.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
 
 
 class Heads(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.layers import heads_of
+from model.layers import compute_dtype, heads_of
 
 IGNORED = -100
 """The label of a position that is no target: padding, or text that is given and not learned."""
@@ -44,8 +44,7 @@ def head_and_loss_sum(
     the dtype of torch.autocast where that is on, all else is in fp32. `cross_entropy_` is the function of that name
     below; or, where each rank has other rows of the weight, one that also knows of the others.
     """
-    device = hidden_BTD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    device, dtype = hidden_BTD.device.type, compute_dtype(weight_VD)
     targets_BT = next_tokens(labels_BT)[:, : hidden_BTD.shape[1]]
     # Positions that are no target must not reach the weight: there, the head is given zeros.
     hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORED).unsqueeze(-1), 0)
@@ -79,21 +78,22 @@ class _HeadAndLoss(torch.autograd.Function):
         cross_entropy_: InPlace,
     ) -> Tensor:
         d_hidden_ND = torch.empty_like(hidden_ND)
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        d_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
         weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
-        losses = []
+        losses: list[Tensor] = []
         for hidden_CD, d_hidden_CD, targets_C in zip(
             torch.split(hidden_ND, size), torch.split(d_hidden_ND, size), torch.split(targets_N, size), strict=True
         ):
             hidden_CD = hidden_CD.to(dtype)
             d_logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
-            losses.append(_target_sum(cross_entropy_, d_logits_CV, targets_C))
+            loss = _target_sum(cross_entropy_, d_logits_CV, targets_C)
             d_hidden_CD.copy_(d_logits_CV @ weight_VD)
             if d_weight_VD is not None:
-                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD)
+                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=1 if losses else 0)  # 0: nothing was there
             if d_bias_V is not None:
                 d_bias_V += (targets_C != IGNORED).to(dtype) @ d_logits_CV
+            losses.append(loss)
             del d_logits_CV  # or the next chunk's would be there beside it
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
         return torch.stack(losses).sum()
@@ -138,12 +138,12 @@ def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple
     return weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, with sums in fp32 however the factors are kept."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """total = beta x total + left @ right, with sums in fp32 however the factors are kept."""
     if total.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
 
 
 def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

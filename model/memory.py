@@ -30,6 +30,7 @@ from config import OptionError, Options
 from model.activations import BF16, FP32, Kept, count, of_piece, rows_of
 from model.build import build_model, check_heads, load_config_and_tokenizer, part_of
 from model.layers import layers_of, matrices_of
+from model.linear import linear_modules
 from model.loss import CHUNK_LOGITS
 from model.objective import ends_with_head
 
@@ -44,7 +45,7 @@ class Memory:
     """Bytes of one rank, the one with most, at the moment of a step at which it has most."""
 
     moment: str
-    parameters: int  # fp32: all of them under DDP; the rows of this rank under FSDP
+    parameters: int  # fp32: all of them under DDP, and copies in bf16; the rows of this rank under FSDP
     gradients: int  # fp32, as parameters, as far as they are there at this moment
     optimizer: int  # two moments, fp32, of all parameters or of this rank's rows; one of what Muon updates
     activations: int  # what layers keep for their backward, and what the backward of one works with
@@ -148,6 +149,8 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Kept | N
     layer = max((numel(layer.parameters()) for layer in layers_of(model)), default=0)
     root = whole - sum(numel(layer.parameters()) for layer in layers_of(model))
     of_rank = FP32 * numel(model.parameters(), shards)
+    if options.copies_weights:
+        of_rank += BF16 * numel(module.weight for module in linear_modules(model))
     offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
     state, after = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     gradients = FP32 * numel(parameters, shards)

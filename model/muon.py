@@ -35,6 +35,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. Where `found_inf` is 1, nothing changes. Every rank must call.
 
+        Gradients are divided by `grad_scale` first, where that is set. Both are AdamW's, and torch's.
         Whole matrices alone can be orthogonalised. Of those that are sharded by rows, each of W ranks gets another one
         whole: two exchanges for every W matrices, together twice their elements. Of those that each rank has whole,
         all ranks orthogonalise all.
@@ -49,12 +50,13 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         skip = getattr(self, "found_inf", torch.zeros((), device=parameters[0].device))
+        scale = getattr(self, "grad_scale", 1.0)
         rate = group["lr"] * (1 - skip)  # a tensor, for which the GPU need not be waited for
         ranks = _sharing_ranks(parameters[0])
         at_a_time = ranks.size() if ranks else 1
         for first in range(0, len(parameters), at_a_time):
             members = parameters[first : first + at_a_time]
-            directions = [self._direction(parameter, group["momentum"], skip) for parameter in members]
+            directions = [self._direction(parameter, group["momentum"], skip, scale) for parameter in members]
             if ranks:
                 shapes = [parameter.shape for parameter in members]
                 directions = orthogonalise_shards(directions, shapes, ranks)
@@ -65,14 +67,14 @@ class Muon(torch.optim.AdamW):
                 values_RC.mul_(1 - rate * group["weight_decay"])
                 values_RC.sub_(direction_RC.to(values_RC.dtype) * (rate * 0.2 * max(parameter.shape) ** 0.5))
 
-    def _direction(self, parameter: Tensor, decay: float, skip: Tensor) -> Tensor:
+    def _direction(self, parameter: Tensor, decay: float, skip: Tensor, scale: Tensor | float) -> Tensor:
         """Takes the gradient into the momentum; gives Nesterov's mean of both, of this rank's rows, in `dtype`."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum_RC = _local(state["momentum_buffer"])
         assert parameter.grad is not None
-        gradient_RC = _local(parameter.grad).masked_fill(skip > 0, 0)  # or a NaN, times nothing, would be one
+        gradient_RC = (_local(parameter.grad) / scale).masked_fill_(skip > 0, 0)  # a NaN, times nothing, would be one
         momentum_RC.lerp_(gradient_RC, (1 - decay) * (1 - skip))
         return gradient_RC.lerp_(momentum_RC, decay).to(self.dtype)
 

@@ -17,10 +17,15 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from config import Options
+from model.build import build_model
+from model.weights import fill
 
 # Sizes that four ranks cannot divide: the last one has fewer rows of the vocabulary, and no expert at all.
 SIZES: dict[str, Any] = {
@@ -85,3 +90,13 @@ def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Pa
     model.generation_config = GenerationConfig(temperature=0.6, top_k=20, do_sample=True, eos_token_id=[0, 1])
     model.save_pretrained(path, max_shard_size=largest_file)
     return path
+
+
+def drawn(options: Options, config: PretrainedConfig) -> PreTrainedModel:
+    """The model that train.py builds for `options`, on the CPU: with the same values each time."""
+    model = build_model(options, copy.deepcopy(config))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    torch.manual_seed(0)
+    fill(model, {})
+    return model

@@ -98,6 +98,7 @@ CASES = [
 ]
 BF16_CASES = [
     Case("DDP, bf16", 2, 4, BF16),
+    Case("DDP, bf16, the residual too", 2, 4, (*BF16, "--bf16_residual")),
     Case("FSDP, bf16", 2, 4, (*FSDP, *BF16)),
     Case("FSDP, reduced in bf16", 2, 4, (*FSDP, "--reduce_dtype", "bfloat16")),
     Case("FSDP x tensor parallel, bf16", 4, 8, (*TENSOR, *BF16), slow=True),

@@ -77,6 +77,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
             "optim muon: not with tensor_parallel 2: it needs each matrix whole",
         ),
         (["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"], "optim muon: not with cpu_offload true: it needs"),
+        (["--bf16_residual", "--bf16", "false"], "bf16_residual true: it needs --bf16 true"),
         (["--float8", "--bf16", "false"], "float8 true: it needs --bf16 true"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--float8", "--bf16", "true"],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import config
 import ddp
@@ -29,10 +29,9 @@ from model.activations import Kept, count
 from model.build import build_model
 from model.compiled import compile_layers
 from model.exchange import Collectives, exchanged
-from model.float8 import compute_in_float8
 from model.memory import advice, moments, outlook, predict, stage_name, stages
 from model.objective import passing_through
-from tests.families import FAMILIES
+from tests.families import FAMILIES, drawn
 from tests.launch import ROOT, Ranks, train
 
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -47,7 +46,7 @@ STAGES: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def meta_model(model_dir: Path) -> PreTrainedModel:
     """The model of tests/world.py as it is before wrapping: shapes without values."""
-    return build_model(Options(), AutoModelForCausalLM.from_pretrained(model_dir).config)
+    return build_model(Options(), AutoConfig.from_pretrained(model_dir))
 
 
 def record(path: Path) -> None:
@@ -140,27 +139,24 @@ def test_a_stage(
     assert counted == exchanged(meta_model, options, ranks)
 
 
-@pytest.mark.parametrize(("bf16", "float8"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("more", [{"bf16": False}, {}, {"bf16_residual": True}, {"float8": True}], ids=str)
 @pytest.mark.parametrize(
     ("compiled", "budget"),
     [(False, None), pytest.param(True, None, marks=pytest.mark.slow), pytest.param(True, 0.5, marks=pytest.mark.slow)],
 )
-def test_activations(
-    model_dir: Path, meta_model: PreTrainedModel, bf16: bool, float8: bool, compiled: bool, budget: float | None
-) -> None:
+def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budget: float | None) -> None:
     """What a real forward on the CPU saves, and what is counted without values: the same, to the byte.
 
     Within a budget, what is kept is the solution of a knapsack of estimates: it is the same within a tenth. So it is of
     compiled layers in float8, where the choice between a tensor and what it was cast to is a close one.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_dir).train()
-    if float8:
-        meta_model = build_model(Options(float8=True), model.config)
-        compute_in_float8(model)
+    options = Options(per_device_train_batch_size=3, block_size=64, torch_compile=compiled)
+    options = dataclasses.replace(options, activation_memory_budget=budget, **{"bf16": True, **more})
+    shape = AutoConfig.from_pretrained(model_dir)
+    model = drawn(options, shape)
     if compiled:
         torch.compiler.reset()
-        compile_layers(model, Options(activation_memory_budget=budget))
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+        compile_layers(model, options)
     saved = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -172,15 +168,14 @@ def test_activations(
     with (
         passing_through(model.get_output_embeddings()),
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
     ):
         model(input_ids=ids_BT, use_cache=False)
-    options = Options(per_device_train_batch_size=3, block_size=64, bf16=bf16, torch_compile=compiled)
-    options.activation_memory_budget = budget
-    kept = count(meta_model, options)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = count(build_model(options, shape), options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
     actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
-    chosen = budget or (compiled and float8)
+    chosen = budget or (compiled and options.float8)
     assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
 
 

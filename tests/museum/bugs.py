@@ -351,7 +351,7 @@ BUGS = [
             "train.py",
             "            loss_sum += loss.detach()\n",
             "            loss_sum += loss.detach()\n"
-            "            strategy.clip_grad_norm(wrapped, options.max_grad_norm)\n",
+            "            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), options.max_grad_norm)\n",
         ),
         curve_test("single-1x4"),
         Curve(2, ("--max_grad_norm", 0.1)),
