@@ -259,8 +259,8 @@ class Options:
     )
     bf16_residual: bool = HfArg(
         default=False,
-        help="With bf16: the sum that layers add to is bf16, too, as it is with fsdp in any case. Faster, less "
-        "is kept, and each addition is rounded.",
+        help="With bf16: what a layer is given, and adds to, is bf16, too, as it is with fsdp in any case. Faster, "
+        "less is kept, and each sum is rounded.",
     )
     float8: bool = HfArg(
         default=False,

@@ -348,7 +348,7 @@ def start_block(
     masters = dtype_names(parameters)
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
     compute = "bfloat16" if options.bf16 else masters
-    compute += ", the sum that layers add to as well" * options.bf16_residual
+    compute += ", what layers are given, too" * options.bf16_residual
     compute += ", matrix products of layers float8" * options.float8 + ", layers compiled" * options.torch_compile
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
     tokens = plan.global_batch_size * row_tokens(data, plan.block_size)

@@ -48,6 +48,7 @@ from model.attention import attend_within_documents, expect_one_document_a_row
 from model.build import build_model, complete, load_config_and_tokenizer
 from model.compiled import compile_layers
 from model.context_parallel import divide_rows
+from model.linear import multiply_with_copies
 from model.loss import flops_per_token
 from model.memory import is_out_of_memory, out_of_memory, outlook
 from model.objective import NextToken, Preference
@@ -110,6 +111,8 @@ def main(argv: list[str]) -> None:
     if options.context_parallel > 1:  # rows are divided, too, among neighbours
         neighbours, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
         divide_rows(objective, neighbours)
+    if options.copies_weights:
+        multiply_with_copies(model)
     if options.torch_compile:
         compile_layers(model, options)
     # `wrapped` is what is called, model and loss in one forward; `model` is the same parameters by their own names.
@@ -193,8 +196,9 @@ def main(argv: list[str]) -> None:
         # norm, so all decide alike.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
-        # The fused optimizer reads both where they lie, by the hooks of torch's GradScaler: nobody waits for the GPU.
-        # Clipping is a division on its way, and no pass of its own over all gradients; torch adds that 1e-6, too.
+        # The fused optimizer reads two scalars where they lie, by the hooks of torch's GradScaler: nobody waits for the
+        # GPU. Where found_inf is 1, it changes nothing. It divides gradients by grad_scale on its way, which clips them
+        # without a pass of its own: by norm / max_grad_norm, where that is above 1 (1e-6 is torch's way).
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         if options.max_grad_norm:
             optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
@@ -385,8 +389,10 @@ def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Op
             table /= options.tensor_parallel
         return reference
 
-    dtype = "bf16" if options.bf16 else "fp32"
-    path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{dtype}.safetensors"
+    # In bf16, how the model computes shows in the third digit.
+    bf16 = ["bf16", options.strategy, "float8" * options.float8, "residual" * options.bf16_residual]
+    computed = "-".join(filter(None, bf16)) if options.bf16 else "fp32"
+    path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{computed}.safetensors"
     for name, table in checkpoint.computed_once(path, compute).items():
         splits[name].reference = table
     return dataclasses.replace(data, fingerprint=fingerprint)

@@ -30,6 +30,7 @@ from model.attention import expect_one_document_a_row
 from model.build import build_model
 from model.compiled import compile_layers
 from model.context_parallel import divide_rows
+from model.linear import multiply_with_copies
 from model.loss import flops_per_token
 from model.objective import NextToken
 from model.optimizer import build_optimizer
@@ -78,6 +79,8 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     expect_one_document_a_row()
     if options.context_parallel > 1:
         divide_rows(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
+    if options.copies_weights:
+        multiply_with_copies(model)
     if options.torch_compile:
         compile_layers(model, options)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]

@@ -15,4 +15,4 @@ def grad_norm(wrapped: nn.Module) -> Tensor:
 
     Costs no communication: every rank holds the full gradient.
     """
-    return nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None]).float()

@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from model.layers import change_hidden
+
 
 class Group(NamedTuple):
     """The ranks that divide a layer, in values that a compiled layer can hold."""
@@ -196,21 +198,14 @@ class _Share(torch.autograd.Function):
         return _join(d_part, ctx.group), None, None
 
 
-def _change_hidden(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The inputs of a module of transformers with other hidden states, which come first, or by their name."""
-    if inputs:
-        return (change(inputs[0]), *inputs[1:]), named
-    return inputs, named | {"hidden_states": change(named["hidden_states"])}
-
-
 def _gather_input(group: Group, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    return _change_hidden(lambda part: _Join.apply(part, group, True), inputs, named)  # type: ignore[no-untyped-call]
+    return change_hidden(lambda part: _Join.apply(part, group, True), inputs, named)  # type: ignore[no-untyped-call]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _take_positions(group: Group, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Before the first layer, all ranks have all positions: what transformers makes of their number would be wrong."""
-    return _change_hidden(lambda whole: _Share.apply(whole, group, False), inputs, named)  # type: ignore[no-untyped-call]
+    return change_hidden(lambda whole: _Share.apply(whole, group, False), inputs, named)  # type: ignore[no-untyped-call]
 
 
 class _ProjectBack(nn.Linear):

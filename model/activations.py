@@ -19,6 +19,7 @@ from config import OptionError, Options
 from model.build import part_of
 from model.compiled import keep_less
 from model.layers import heads_of, layers_of
+from model.linear import multiply_with_copies
 from model.objective import passing_through
 
 FP32, BF16 = 4, 2  # bytes
@@ -87,7 +88,8 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
     cast = options.bf16 and options.strategy == "fsdp"
     try:
         compiled, budget = options.torch_compile, options.activation_memory_budget
-        return _count(model, rows_of(options), options.block_size, options.bf16, cast, compiled, budget)
+        copies = options.copies_weights
+        return _count(model, rows_of(options), options.block_size, options.bf16, cast, copies, compiled, budget)
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
@@ -97,13 +99,22 @@ def count(model: PreTrainedModel, options: Options) -> Kept:
 
 @functools.lru_cache(maxsize=32)
 def _count(
-    model: PreTrainedModel, rows: int, length: int, bf16: bool, cast: bool, compiled: bool, budget: float | None
+    model: PreTrainedModel,
+    rows: int,
+    length: int,
+    bf16: bool,
+    cast: bool,
+    copies: bool,
+    compiled: bool,
+    budget: float | None,
 ) -> Kept:
     AttentionInterface.register("fused", _fused_attention)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
     model.set_attn_implementation("fused")
+    if copies:
+        multiply_with_copies(model)
     saved: dict[int, tuple[object, int, nn.Module | None]] = {}  # by storage, which must live on: the next takes its id
     inputs: dict[int, tuple[object, int]] = {}
     running: list[nn.Module] = []

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,8 +26,7 @@ from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
 from model.attention import unusual
 from model.float8 import compute_in_float8
-from model.layers import compute_dtype, drawn_at_random, heads_of, layers_of, planned
-from model.linear import multiply_with_copies
+from model.layers import change_hidden, compute_dtype, drawn_at_random, heads_of, layers_of, planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.
@@ -246,17 +244,18 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.float8:
         compute_in_float8(model)
-    if options.copies_weights:
-        multiply_with_copies(model)
+    if options.bf16_residual and not layers_of(model):
+        raise OptionError(
+            f"bf16_residual true: {type(model).__name__} has no layers that are known as such\nleave it out"
+        )
     for layer in layers_of(model) if options.bf16_residual else ():
-        layer.register_forward_pre_hook(_cast_hidden)
+        layer.register_forward_pre_hook(_cast_hidden, with_kwargs=True)
     return model.train()
 
 
-def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """What a layer is given, it adds to, in its dtype: with this, that of torch.autocast where it is on."""
-    hidden_BTD, *others = inputs
-    return hidden_BTD.to(compute_dtype(hidden_BTD)), *others
+    return change_hidden(lambda hidden_BTD: hidden_BTD.to(compute_dtype(hidden_BTD)), inputs, named)
 
 
 def complete(directory: Path, prompt: str, trust_remote_code: bool, new_tokens: int = 48) -> str:

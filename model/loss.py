@@ -90,7 +90,8 @@ class _HeadAndLoss(torch.autograd.Function):
             loss = _target_sum(cross_entropy_, d_logits_CV, targets_C)
             d_hidden_CD.copy_(d_logits_CV @ weight_VD)
             if d_weight_VD is not None:
-                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=1 if losses else 0)  # 0: nothing was there
+                there = 1 if losses else 0  # at first, it has memory and no values
+                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=there)
             if d_bias_V is not None:
                 d_bias_V += (targets_C != IGNORED).to(dtype) @ d_logits_CV
             losses.append(loss)

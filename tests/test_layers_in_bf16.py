@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CTRLConfig, GPT2Config
 
-from config import Options
+from config import OptionError, Options
 from model.build import build_model
 from model.layers import layers_of
-from model.linear import Linear, linear_modules
+from model.linear import CopiedLinear, linear_modules
 from model.objective import NextToken
 from tests.families import FAMILIES, drawn
 from tests.proof import relative_l2
@@ -21,7 +22,7 @@ BATCH = {name: torch.arange(96).view(3, 32) * 3 % 380 for name in ("input_ids", 
 def test_what_autocast_makes(name: str, bf16: bool) -> None:
     """The CPU has no product of bf16 with a result in fp32: all is as it is without, but for sums of biases."""
     plain, ours = (drawn(Options(bf16=copied), FAMILIES[name][0]) for copied in (False, True))
-    assert {type(module) for module in linear_modules(ours)} == {Linear}
+    assert {type(module) for module in linear_modules(ours)} == {CopiedLinear}
     assert type(ours.get_output_embeddings()) is nn.Linear
     (expected_loss, expected), (loss, gradient) = (loss_and_gradient(model, [BATCH], bf16) for model in (plain, ours))
     assert loss == expected_loss
@@ -41,22 +42,42 @@ def test_copies_are_never_stale() -> None:
         change()
         loss_and_gradient(model, [BATCH], bf16=True)
         for module in modules:
-            assert torch.equal(module.get_buffer("copy"), module.weight.bfloat16())
+            assert torch.equal(module.get_buffer("weight_copy"), module.weight.bfloat16())
     assert model.state_dict().keys() == names
+
+
+def test_copies_are_what_is_multiplied() -> None:
+    model = drawn(Options(bf16=True), FAMILIES["qwen3"][0])
+    loss_and_gradient(model, [BATCH], bf16=True)
+    first = linear_modules(model)[0]
+    input_BTD = torch.randn(2, 3, first.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = first(input_BTD)
+        first.get_buffer("weight_copy").mul_(2)
+        assert torch.equal(first(input_BTD), 2 * before)
+    torch.testing.assert_close(first(input_BTD), nn.functional.linear(input_BTD, first.weight))
+
+
+def test_layers_without_linear_modules() -> None:
+    """They have nothing to copy, and train as before."""
+    gpt2 = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+    (_, expected), (_, gradient) = (
+        loss_and_gradient(drawn(Options(bf16=bf16), gpt2), [BATCH], bf16) for bf16 in (False, True)
+    )
+    assert 1e-4 < relative_l2(gradient, expected) < 2e-2
 
 
 def test_which_have_copies() -> None:
     """Layers whose parameters are whole, and fp32, while their matrix products are bf16; unless memory is saved."""
-    for options, expected in (
-        (Options(bf16=True), True),
-        (Options(bf16=True, strategy="fsdp"), False),
-        (Options(bf16=False), False),
-        (Options(bf16=True, float8=True), False),
-        (Options(bf16=True, gradient_checkpointing=True), False),
-        (Options(bf16=True, torch_compile=True, activation_memory_budget=0.5), False),
+    assert Options(bf16=True).copies_weights
+    for other in (
+        Options(bf16=True, strategy="fsdp"),
+        Options(bf16=False),
+        Options(bf16=True, float8=True),
+        Options(bf16=True, gradient_checkpointing=True),
+        Options(bf16=True, torch_compile=True, activation_memory_budget=0.5),
     ):
-        model = build_model(options, FAMILIES["qwen3"][0])
-        assert any(type(module) is Linear for module in model.modules()) == expected
+        assert not other.copies_weights
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -78,3 +99,14 @@ def test_bf16_residual(name: str) -> None:
         _, gradient = loss_and_gradient(built, [BATCH], bf16=True)
         assert seen == {dtype}
         assert 1e-4 < relative_l2(gradient, expected) < 2e-2
+
+
+def test_layers_that_are_called_by_name() -> None:
+    """Such code may come with a model; and one that has no layers has nothing to round."""
+    layer = layers_of(drawn(Options(bf16=True, bf16_residual=True), FAMILIES["qwen3"][0]))[0]
+    hidden_BTD, rotation = torch.randn(1, 2, 32), (torch.ones(1, 2, 8), torch.zeros(1, 2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        output_BTD = layer(hidden_states=hidden_BTD, position_embeddings=rotation, attention_mask=None)
+    assert output_BTD.dtype == torch.bfloat16
+    with pytest.raises(OptionError, match="bf16_residual true: CTRLLMHeadModel has no layers"):
+        build_model(Options(bf16=True, bf16_residual=True), CTRLConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=1))

@@ -29,6 +29,7 @@ from model.activations import Kept, count
 from model.build import build_model
 from model.compiled import compile_layers
 from model.exchange import Collectives, exchanged
+from model.linear import linear_modules
 from model.memory import advice, moments, outlook, predict, stage_name, stages
 from model.objective import passing_through
 from tests.families import FAMILIES, drawn
@@ -177,6 +178,23 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
     actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
     chosen = budget or (compiled and options.float8)
     assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_of_weights(meta_model: PreTrainedModel, compiled: bool) -> None:
+    """Where layers have them, they are two bytes a weight; what is foreseen of a stage is so for whatever was built."""
+    plain = Options(block_size=64, bf16=True, torch_compile=compiled)
+    saving = dataclasses.replace(plain, gradient_checkpointing=True)
+    layers = sum(module.weight.numel() for module in linear_modules(meta_model))
+    whole = 4 * sum(parameter.numel() for parameter in meta_model.parameters())
+    built = [
+        build_model(options, meta_model.config)
+        for options in (plain, saving, dataclasses.replace(plain, strategy="fsdp"))
+    ]
+    for options, expected in ((plain, whole + 2 * layers), (saving, whole)):
+        foreseen = [moments(model, options, 1) for model in built]
+        assert {memory.parameters for each in foreseen for memory in each} == {expected}
+        assert foreseen[0] == foreseen[1] == foreseen[2]
 
 
 @pytest.mark.slow

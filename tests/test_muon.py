@@ -73,6 +73,23 @@ def test_singular_values(dtype: torch.dtype) -> None:
         assert (near - torch.diag(near.diag())).abs().max() < 0.05
 
 
+def test_gradients_are_divided() -> None:
+    """By `grad_scale`, as AdamW does it, and before they go into the momentum: a power of two, so to the bit."""
+    torch.manual_seed(0)
+    plain, scaled = (Qwen3ForCausalLM(Qwen3Config(**EMBEDDED_MODEL, vocab_size=64)) for _ in range(2))
+    scaled.load_state_dict(plain.state_dict())
+    optimizers = [build_optimizer(model, Options(optim="muon", learning_rate=1e-2)) for model in (plain, scaled)]
+    optimizers[1].grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+    for _ in range(2):
+        for parameter, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = 4 * parameter.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for parameter, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
 def test_as_torch_does() -> None:
     """Five steps of all matrices against torch.optim.Muon, in bf16; of all others against AdamW, to the bit."""
     torch.manual_seed(0)

@@ -272,6 +272,13 @@ def not_again() -> None:
     checkpoint.computed_once = lambda path, compute: computed_once(path, lambda: pytest.fail("computed again"))
 
 
+def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path) -> None:
+    """In bf16, one made in another way would be another model's: the loss would not begin at ln 2."""
+    for name, more in {"one": [], "other": ["--bf16_residual"]}.items():
+        train_ok(1, *dpo, "--bf16", "true", *more, "--max_steps", 1, "--output_dir", tmp_path / name)
+        assert metrics.read_rows(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "lost"])
 def test_resumed_to_the_bit(
     dpo: list[object], model_with_dropout: Path, unbroken: Path, tmp_path: Path, kept: bool
