@@ -29,8 +29,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.layers import change_hidden
-
 
 class Group(NamedTuple):
     """The ranks that divide a layer, in values that a compiled layer can hold."""
@@ -196,6 +194,13 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_part: Tensor) -> tuple[Tensor | None, ...]:
         return _join(d_part, ctx.group), None, None
+
+
+def change_hidden(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The inputs of a module of transformers with other hidden states, which come first, or by their name."""
+    if inputs:
+        return (change(inputs[0]), *inputs[1:]), named
+    return inputs, named | {"hidden_states": change(named["hidden_states"])}
 
 
 def _gather_input(group: Group, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:

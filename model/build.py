@@ -24,9 +24,10 @@ from transformers import (
 
 from config import OptionError, Options, first_line
 from data.corpus import embedded_tokenizer
+from fsdp.tensor_parallel import change_hidden
 from model.attention import unusual
 from model.float8 import compute_in_float8
-from model.layers import change_hidden, compute_dtype, drawn_at_random, heads_of, layers_of, planned
+from model.layers import compute_dtype, drawn_at_random, heads_of, layers_of, planned
 
 # The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
 # run is too short to grow them.

@@ -1,8 +1,7 @@
 """The decoder layers of a model, and what of them is treated apart from the rest."""
 
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,6 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     device = tensor.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else tensor.dtype
-
-
-def change_hidden(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The inputs of a module of transformers with other hidden states, which come first, or by their name."""
-    if inputs:
-        return (change(inputs[0]), *inputs[1:]), named
-    return inputs, named | {"hidden_states": change(named["hidden_states"])}
 
 
 class Heads(NamedTuple):

@@ -274,8 +274,9 @@ def not_again() -> None:
 
 def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path) -> None:
     """In bf16, one made in another way would be another model's: the loss would not begin at ln 2."""
+    options = [*dpo, "--data_cache_dir", tmp_path, "--bf16", "true", "--max_steps", 1]
     for name, more in {"one": [], "other": ["--bf16_residual"]}.items():
-        train_ok(1, *dpo, "--bf16", "true", *more, "--max_steps", 1, "--output_dir", tmp_path / name)
+        train_ok(1, *options, *more, "--output_dir", tmp_path / name)
         assert metrics.read_rows(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
 
 
