@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     if options.context_parallel > 1:  # rows are divided, too, among neighbours
         neighbours, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
         divide_rows(objective, neighbours)
-    if options.copies_weights:
+    if options.copies_weights:  # all weights of the layers are cast at once, before each forward
         multiply_with_copies(model)
     if options.torch_compile:
         compile_layers(model, options)
@@ -389,7 +389,7 @@ def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Op
             table /= options.tensor_parallel
         return reference
 
-    # In bf16, how the model computes shows in the third digit.
+    # In bf16, how the model computes shows in the fourth digit.
     bf16 = ["bf16", options.strategy, "float8" * options.float8, "residual" * options.bf16_residual]
     computed = "-".join(filter(None, bf16)) if options.bf16 else "fp32"
     path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{computed}.safetensors"
