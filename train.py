@@ -9,54 +9,58 @@ writes. They meet only in collectives (all_reduce, broadcast, barrier, and what 
 and backward), which every rank must enter.
 """
 
-import dataclasses
-import hashlib
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import NoReturn
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.data import DataLoader, DistributedSampler
-from tqdm import tqdm
+from torch.utils.data import DistributedSampler
 
-import checkpoint
-import config
 import ddp
 import fsdp
-import metrics
-from config import OptionError, Options, Plan
-from data.batches import collate, collate_pairs, micro_batches, validation_batches
+from checkpoint.export import export_model
+from checkpoint.identity import Progress, fingerprint_model, require_same_run
+from checkpoint.load import choose_checkpoint, load_checkpoint
+from checkpoint.output_dir import claim_output_dir, clean_output_dir
+from checkpoint.rng import seed_rank
+from checkpoint.save import Saver
+from config.checks import check, check_skipped
+from config.command_line import parse
+from config.errors import OptionError
+from config.options import Options
+from config.plan import Plan, mesh_shape, plan_run
+from data.batches import Batch, data_parallel_rank_and_size, make_loader, micro_batches, to_device
 from data.ledger import Ledger
-from data.prepare import prepare
-from data.rows import Data, Mixture, Row, Rows
-from data.show import show
-from data.stream import Cursor, Stream
-from model.attention import attend_within_documents, expect_one_document_a_row
-from model.build import build_model, complete, load_config_and_tokenizer
-from model.compiled import compile_layers
-from model.context_parallel import divide_rows
+from data.prepare import prepare_data
+from data.sequences import Mixture, PreparedDataset, show_examples
+from data.stream import Cursor, StreamingDataset
+from estimate.flops import flops_per_token
+from estimate.stages import explain_out_of_memory, is_out_of_memory, memory_forecast
+from estimate.start_block import start_block
+from loss.dpo import Preference
+from loss.dpo_reference import add_reference
+from loss.evaluation import forward_no_grad
+from loss.next_token import NextToken
+from metrics.hardware import gpu_memory
+from metrics.recorder import Recorder
+from model.attention import attend_within_documents, expect_one_document_per_sequence
+from model.build import build_model, generate_completion, load_config_and_tokenizer
+from model.compile import compile_layers
 from model.linear import multiply_with_copies
-from model.loss import flops_per_token
-from model.memory import is_out_of_memory, out_of_memory, outlook
-from model.objective import NextToken, Preference
-from model.optimizer import build_optimizer, learning_rate
-from model.weights import fill, find_weights, fingerprint_files
-
-Batch = dict[str, Tensor]
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from model.weights import find_weights, fingerprint_files, load_weights
+from optim.adamw import build_optimizer
+from optim.schedule import learning_rate
+from parallel.context import apply_context_parallel
+from runtime import exit_process, listen_for_stop_signals, rank_from_environment
 
 
 def main(argv: list[str]) -> None:
@@ -65,16 +69,16 @@ def main(argv: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, or intended
     rank, world_size, local_rank = rank_from_environment()
-    options = config.parse(argv, world_size)
-    config.check(options, world_size)
+    options = parse(argv, world_size)
+    check(options, world_size)
     if options.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
         torch.use_deterministic_algorithms(True)
     output_dir = Path(options.output_dir)
-    lock = checkpoint.claim_output_dir(options) if rank == 0 else None
+    lock = claim_output_dir(options) if rank == 0 else None
     model_config, tokenizer = load_config_and_tokenizer(options)
-    data = prepare(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
-    plan = config.plan(options, len(data.train), world_size)
+    data = prepare_data(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
+    plan = plan_run(options, len(data.train), world_size)
     model = build_model(options, model_config)  # shapes without values, which cost no memory
     weights = find_weights(options, model)  # which file holds which of its tensors
     if options.objective == "dpo":
@@ -91,26 +95,26 @@ def main(argv: list[str]) -> None:
     gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
-    model_fingerprint = checkpoint.fingerprint_model(model)
+    model_fingerprint = fingerprint_model(model)
     # Each rank has read its own files and options: on several hosts, they might differ.
-    checkpoint.require_same_job(
+    require_same_run(
         options, plan=plan, data=data.fingerprint, model=model_fingerprint, weights=fingerprint_files(weights)
     )
     # The ranks as a grid, with a process group for each line of it: who holds the same, a part, a slice of a layer.
     mesh = init_device_mesh(
-        device.type, config.mesh_shape(options, world_size), mesh_dim_names=("replicate", "shard", "tensor")
+        device.type, mesh_shape(options, world_size), mesh_dim_names=("replicate", "shard", "tensor")
     )
 
     # === The model, replicated or sharded, and its optimizer. =======================================================
     model_flops = flops_per_token(model, plan.block_size)
-    memory = outlook(model, options, world_size, metrics.gpu_memory(device)) if rank == 0 else ""
+    memory = memory_forecast(model, options, world_size, gpu_memory(device)) if rank == 0 else ""
     if data.packing == "documents":
         attend_within_documents(model, device, options.bf16)
     else:
-        expect_one_document_a_row()
+        expect_one_document_per_sequence()
     if options.context_parallel > 1:  # rows are divided, too, among neighbours
         neighbours, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
-        divide_rows(objective, neighbours)
+        apply_context_parallel(objective, neighbours)
     if options.copies_weights:  # all weights of the layers are cast at once, before each forward
         multiply_with_copies(model)
     if options.torch_compile:
@@ -121,19 +125,19 @@ def main(argv: list[str]) -> None:
     wrapped: nn.Module = strategy.wrap(
         objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
-    resumed_from = checkpoint.choose(options)
+    resumed_from = choose_checkpoint(options)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random weights
     # A checkpoint brings its own, and a large model is then not read or drawn in vain; but dpo refers to how it began.
-    fill(model, None if resumed_from and options.objective != "dpo" else weights)
+    load_weights(model, None if resumed_from and options.objective != "dpo" else weights)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     if options.objective == "dpo":  # the reference is the model as it is now, before a checkpoint is loaded
-        data = with_reference(data, wrapped, model, options, device)
-    checkpoint.seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
+        data = add_reference(data, wrapped, model, options, device)
+    seed_rank(options.seed, 0, rank)  # from here on different: dropout must not repeat on all ranks
 
     # === Where it starts: at the beginning, or where a checkpoint left off. =========================================
-    progress = checkpoint.Progress(
+    progress = Progress(
         step=0,
         tokens_seen=0,
         skipped_steps=0,
@@ -144,19 +148,19 @@ def main(argv: list[str]) -> None:
         optim=options.optim,
     )
     if resumed_from:
-        progress = checkpoint.load(resumed_from, model, optimizer, expected=progress)
+        progress = load_checkpoint(resumed_from, model, optimizer, expected=progress)
     if rank == 0:
-        checkpoint.make_room(options, progress.step)
-    recorder = metrics.Recorder(options, plan, rank, device, model_flops)
-    recorder.say(metrics.start_block(options, plan, data, model, weights, optimizer, device, resumed_from, memory))
+        clean_output_dir(options, progress.step)
+    recorder = Recorder(options, plan, rank, device, model_flops)
+    recorder.say(start_block(options, plan, data, model, weights, optimizer, device, resumed_from, memory))
     if options.show_examples:
-        recorder.say(show(data.train, options.show_examples, tokenizer))
+        recorder.say(show_examples(data.train, options.show_examples, tokenizer))
     recorder.start(progress.step, progress.tokens_seen)
-    saver = checkpoint.Saver(options)
+    saver = Saver(options)
     ledger = None
     if options.ledger and rank % options.ranks_a_row == 0:
         ledger = Ledger(output_dir, rank, plan, data.train, progress.step)
-    stop_requested = listen_for_stop()
+    stop_requested = listen_for_stop_signals()
     if progress.step == 0 and data.validation:
         with recorder.pause("evaluate"):
             recorder.evaluation(0, *evaluate(wrapped, data.validation, options, device))
@@ -185,7 +189,7 @@ def main(argv: list[str]) -> None:
             # Gradients add up on each rank; only the last backward exchanges them, while it still computes.
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                loss = wrapped(**on_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
+                loss = wrapped(**to_device(batch, device))  # the sum over the targets, in fp32: model/objective.py
             # DDP and FSDP average over ranks; what is meant is the sum over ranks divided by all targets. Both count a
             # row as often as ranks have read it (options.ranks_a_row), which cancels out.
             (loss * (world_size / max(1, targets))).backward()
@@ -215,14 +219,14 @@ def main(argv: list[str]) -> None:
             dist.all_reduce(loss_sum)
             # Here the GPU is waited for.
             recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate, int(skipped.item()))
-            config.check_skipped(options, step, int(skipped_in_a_row.item()))
+            check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
             with recorder.pause("evaluate"):
                 recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             progress.step, progress.tokens_seen = step, recorder.tokens_seen
             progress.skipped_steps = int(skipped.item())
-            progress.cursor = cursor_of(step_batches, options)
+            progress.cursor = gather_cursor(step_batches, options)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress)
         if stop:
@@ -234,10 +238,10 @@ def main(argv: list[str]) -> None:
     if progress.step == plan.total_steps:
         # So that `generate` stops where the documents ended.
         model.generation_config.eos_token_id = data.stop_tokens or tokenizer.eos_token_id
-        checkpoint.export(options, model, tokenizer)
+        export_model(options, model, tokenizer)
         recorder.say(f"saved {output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
-            completion = complete(output_dir, options.prompt, options.trust_remote_code)
+            completion = generate_completion(output_dir, options.prompt, options.trust_remote_code)
             recorder.say(f"--- completion of {options.prompt!r} ---\n{completion}\n---")
     else:
         recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
@@ -247,36 +251,8 @@ def main(argv: list[str]) -> None:
         lock.close()
 
 
-def rank_from_environment() -> tuple[int, int, int]:
-    """Rank, world size and rank on this host, as torchrun sets them; alone, the only process is rank 0 of 1."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-
-
-def listen_for_stop() -> threading.Event:
-    """An event that SIGTERM or Ctrl-C sets: the step is finished and saved. A second signal ends the process."""
-    stop_requested = threading.Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop_requested.set()
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, signal.SIG_DFL)
-
-    for stop in STOP_SIGNALS:
-        signal.signal(stop, request)
-    return stop_requested
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """For a worker process of a loader: signals reach whole process groups, but the step still needs its rows."""
-    for stop in STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_IGN)
-
-
 def training_batches(
-    rows: Rows | Mixture | Stream, plan: Plan, options: Options, steps_done: int, cursor: Cursor
+    rows: PreparedDataset | Mixture | StreamingDataset, plan: Plan, options: Options, steps_done: int, cursor: Cursor
 ) -> Iterator[Batch]:
     """This rank's micro-batches without end, from those of the step after `steps_done`.
 
@@ -286,15 +262,15 @@ def training_batches(
     Of a mixture, an epoch holds the share of each source instead of every row once: data/rows.py. A stream has no
     epochs, and goes on at `cursor`: data/stream.py.
     """
-    if isinstance(rows, Stream):
-        share = rows.share(*share_of_rows(options), plan.global_batch_size, cursor)
+    if isinstance(rows, StreamingDataset):
+        share = rows.share(*data_parallel_rank_and_size(options), plan.global_batch_size, cursor)
         workers = min(1, options.dataloader_num_workers)  # a second one would read all of the text again
         try:
-            yield from load(share, None, options, workers)
+            yield from make_loader(share, None, options, workers)
         except OptionError as error:  # a loader's process puts its traceback before what there is to say
             raise OptionError(str(error).rpartition("OptionError: ")[2].strip()) from error
         return
-    reader, readers = share_of_rows(options)
+    reader, readers = data_parallel_rank_and_size(options)
     sampler: DistributedSampler[int] = DistributedSampler(
         rows, num_replicas=readers, rank=reader, shuffle=True, seed=options.seed, drop_last=True
     )
@@ -310,41 +286,15 @@ def training_batches(
 
     # One loader for all epochs: its workers are forked once, before there is a thread that saves, whose locks they
     # would inherit.
-    yield from load(rows, indices(), options, options.dataloader_num_workers)
+    yield from make_loader(rows, indices(), options, options.dataloader_num_workers)
 
 
-def share_of_rows(options: Options) -> tuple[int, int]:
-    """Which share of the rows this rank reads, and of how many: each rank its own, or each group that divides them."""
-    return dist.get_rank() // options.ranks_a_row, dist.get_world_size() // options.ranks_a_row
-
-
-def load(
-    rows: Rows | Mixture | Stream, batches: Iterable[list[int]] | None, options: Options, workers: int
-) -> DataLoader[Row]:
-    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes.
-
-    A stream has no numbers to choose from: micro-batches are its rows as they come.
-    """
-    return DataLoader(
-        rows,
-        batch_sampler=batches,  # any iterable of lists will do
-        batch_size=1 if batches else options.per_device_train_batch_size,  # 1 where batches are given
-        collate_fn={
-            "sft": partial(collate, documents_of=rows.documents_of),
-            "dpo": partial(collate_pairs, reference=rows.reference),
-        }[options.objective],
-        worker_init_fn=outlive_stop_signals,
-        num_workers=workers,
-        prefetch_factor=options.dataloader_prefetch_factor if workers else None,
-        pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
-        generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
-    )
-
-
-def evaluate(wrapped: nn.Module, rows: Rows | Mixture, options: Options, device: torch.device) -> tuple[float, int]:
+def evaluate(
+    wrapped: nn.Module, rows: PreparedDataset | Mixture, options: Options, device: torch.device
+) -> tuple[float, int]:
     """The mean loss of all targets of `rows`, and their number; each counts once. Every rank must call."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
-    for batch, loss in without_learning(wrapped, rows, options, device):
+    for batch, loss in forward_no_grad(wrapped, rows, options, device):
         totals[0] += loss
         totals[1] += batch["targets"]
     dist.all_reduce(totals)
@@ -352,59 +302,7 @@ def evaluate(wrapped: nn.Module, rows: Rows | Mixture, options: Options, device:
     return loss / max(1, targets), int(targets) // options.ranks_a_row  # as many ranks have read the same row
 
 
-def without_learning(
-    wrapped: nn.Module, rows: Rows | Mixture, options: Options, device: torch.device
-) -> Iterator[tuple[Batch, Tensor]]:
-    """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
-    wrapped.eval()
-    indices = validation_batches(len(rows), *share_of_rows(options), options.per_device_eval_batch_size)
-    for batch in load(rows, indices, options, workers=0):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            result = wrapped(**on_device(batch, device))
-        yield batch, result
-    wrapped.train()
-
-
-def with_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Options, device: torch.device) -> Data:
-    """Pairs with the log-probabilities that the model gives them as it is now. Every rank must call.
-
-    They cost a forward pass over all pairs, once for the same pairs and weights: they are kept in `data_cache_dir`. The
-    data are then other data if the weights are others, so that no run goes on with another reference.
-    """
-    fingerprint = hashlib.sha256(f"{data.fingerprint} {checkpoint.fingerprint_weights(model)}".encode()).hexdigest()
-    splits = {
-        name: rows
-        for name, rows in (("train", data.train), ("validation", data.validation))
-        if isinstance(rows, Rows | Mixture)
-    }
-
-    def compute() -> dict[str, Tensor]:
-        reference = {name: torch.zeros(2, len(rows)) for name, rows in splits.items()}
-        for name, table in reference.items():
-            results = without_learning(wrapped, splits[name], options, device)
-            for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0):
-                pairs = len(batch["rows"])
-                table[:, batch["rows"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
-            dist.all_reduce(table)  # each column was filled by one rank, or alike by those of a tensor-parallel group
-            table /= options.tensor_parallel
-        return reference
-
-    # In bf16, how the model computes shows in the fourth digit.
-    bf16 = ["bf16", options.strategy, "float8" * options.float8, "residual" * options.bf16_residual]
-    computed = "-".join(filter(None, bf16)) if options.bf16 else "fp32"
-    path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{computed}.safetensors"
-    for name, table in checkpoint.computed_once(path, compute).items():
-        splits[name].reference = table
-    return dataclasses.replace(data, fingerprint=fingerprint)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
-    taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
-    return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
-
-
-def cursor_of(batches: list[Batch], options: Options) -> Cursor:
+def gather_cursor(batches: list[Batch], options: Options) -> Cursor:
     """How far the lanes of a stream have come on all ranks; empty for other rows. Every rank must call."""
     if "cursor" not in batches[0]:
         return []
@@ -419,30 +317,18 @@ def sum_of(batches: list[Batch], name: str) -> Tensor:
     return torch.stack([batch[name].sum() for batch in batches]).sum(dim=0, keepdim=True)
 
 
-def leave(exit_code: int) -> NoReturn:
-    """End the process, and leave the rest to the operating system: files are closed, peers have passed the barrier.
-
-    There is no destroy_process_group, and no teardown by Python: both destroy gloo's process group while they hold the
-    interpreter's lock, and wait for gloo's threads, which may just then need that lock to release a tensor. Such a run
-    hung once in some hundred, or aborted ("terminate called without an active exception").
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:
         if not isinstance(error, OptionError) and not is_out_of_memory(error):
             traceback.print_exc()
-            leave(1)
+            exit_process(1)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks for all: torchrun ends this process as soon as rank 0 has ended
         if isinstance(error, OptionError):
             print(f"train.py: error: {error}", file=sys.stderr)
-            leave(2)
-        print(f"train.py: {out_of_memory(sys.argv[1:], int(os.environ['WORLD_SIZE']), error)}", file=sys.stderr)
-        leave(1)
-    leave(0)
+            exit_process(2)
+        print(f"train.py: {explain_out_of_memory(sys.argv[1:], int(os.environ['WORLD_SIZE']), error)}", file=sys.stderr)
+        exit_process(1)
+    exit_process(0)

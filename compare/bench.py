@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-import config
 from compare.packing import QWEN3_600M, TRAIN
 from compare.peers import PEERS, WINDOW, WINDOWS
-from metrics import read_rows
+from config.command_line import parse
+from estimate.flops import flops_per_token
+from metrics.records import read_records
 from model.build import load_config_and_tokenizer
-from model.loss import flops_per_token
 
 ON_GPU = torch.cuda.is_available()
 SHAPES: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def main() -> None:
         if ON_GPU:
             (Path(name) / "config.json").write_text(json.dumps(SHAPES[arguments.model]))
             argv += ["--config_name", name, "--block_size", "4096"]
-        options = config.parse([*argv, *more])  # a word that is no option ends here
+        options = parse([*argv, *more])  # a word that is no option ends here
         model_config, _ = load_config_and_tokenizer(options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
@@ -172,7 +172,7 @@ def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
     with started(ranks, [str(TRAIN), *argv, *steps, *OURS[variant]], f"{argv[-1]}.log") as processes:
         while len(rows) < WINDOWS and all(process.poll() is None for process in processes):
             time.sleep(0.2)
-            rows = read_rows(Path(argv[-1]) / "metrics.jsonl")
+            rows = read_records(Path(argv[-1]) / "metrics.jsonl")
             if rows:
                 first_seen = first_seen or time.monotonic()
     if len(rows) < WINDOWS:

@@ -20,7 +20,7 @@ import torch
 
 from compare.bench import started
 from compare.packing import TRAIN
-from metrics import read_rows
+from metrics.records import read_records
 
 VARIANTS = {
     "AdamW": [],
@@ -51,7 +51,7 @@ def main() -> None:
                     processes[0].communicate()
                 if processes[0].returncode:
                     sys.exit(Path(f"{name}/log").read_text()[-2000:])
-                curve = evaluations(read_rows(Path(name) / "metrics.jsonl"))
+                curve = evaluations(read_records(Path(name) / "metrics.jsonl"))
             reached = first_at(arguments.loss, curve)
             steps, seconds = (f"{reached[0]:,.0f}", f"{reached[1]:.0f}") if reached else ("never", "")
             end = f"{curve[-1][2]:.3f} | {curve[-1][1]:.0f}"

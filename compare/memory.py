@@ -20,9 +20,11 @@ from transformers import Qwen3Config
 
 from compare.bench import ON_GPU, SHAPES
 from compare.sharded import build
-from config import Options, first_line
+from config.errors import first_line
+from config.options import Options
+from estimate.memory import GIB, Memory, predict
+from estimate.stages import stage_name
 from model.build import build_model
-from model.memory import GIB, Memory, predict, stage_name
 
 # Processes are forked from a server that has imported torch, and has no CUDA context, which would not outlive that.
 PROCESSES = multiprocessing.get_context("forkserver")

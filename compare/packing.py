@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import model.attention
-from metrics import read_rows
+from metrics.records import read_records
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 QWEN3_600M = {
@@ -82,7 +82,7 @@ def main(options: list[str]) -> None:
             output = ["--output_dir", str(directory / variant.replace(" ", "-"))]
             arguments = [*("--config_name", name), *data, *steps, *options, *output]
             subprocess.run([sys.executable, "-m", "compare.packing", "--variant", variant, *arguments], check=True)
-            rows = [row for row in read_rows(Path(output[1]) / "metrics.jsonl") if "loss" in row][1:]
+            rows = [row for row in read_records(Path(output[1]) / "metrics.jsonl") if "loss" in row][1:]
             results[variant] = statistics.median(row["tokens_per_second"] for row in rows), rows[-1]["peak_memory_gib"]
     reference = results["padded to the longest"][0]
     for variant, (speed, memory) in results.items():

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import config
-from config import Options
+from config.command_line import parse
+from config.options import Options
 from data.batches import collate
-from data.prepare import prepare
-from data.rows import Row, Rows
-from metrics import peak_memory_gib
+from data.prepare import prepare_data
+from data.sequences import PreparedDataset, Sequence
+from metrics.hardware import peak_memory_gib
 from model.build import load_config_and_tokenizer
 
 WINDOW = 5 if torch.cuda.is_available() else 50  # steps between two readings of the clock
@@ -43,13 +43,13 @@ class Clock:
             self.times.append(time.perf_counter())
 
 
-def inputs(rows: list[Row]) -> dict[str, Tensor]:
+def inputs(rows: list[Sequence]) -> dict[str, Tensor]:
     """What transformers' own loss takes: the labels are shifted inside of the model."""
     batch = collate(rows)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 
-def hf_trainer(model: PreTrainedModel, rows: Rows, options: Options, clock: Clock, compiled: bool) -> None:
+def hf_trainer(model: PreTrainedModel, rows: PreparedDataset, options: Options, clock: Clock, compiled: bool) -> None:
     """transformers.Trainer."""
 
     class Step(TrainerCallback):
@@ -77,7 +77,7 @@ def hf_trainer(model: PreTrainedModel, rows: Rows, options: Options, clock: Cloc
     Trainer(model=model, args=arguments, train_dataset=rows, data_collator=inputs, callbacks=[Step()]).train()
 
 
-def accelerate(model: PreTrainedModel, rows: Rows, options: Options, clock: Clock, compiled: bool) -> None:
+def accelerate(model: PreTrainedModel, rows: PreparedDataset, options: Options, clock: Clock, compiled: bool) -> None:
     """The loop of Accelerate's documentation."""
     from accelerate import Accelerator  # optional
 
@@ -115,10 +115,10 @@ PEERS: dict[str, tuple[Callable[..., None], bool]] = {
 
 def main(name: str, argv: list[str]) -> None:
     """Train, and print what was measured."""
-    options = config.parse(argv)
+    options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config, tokenizer = load_config_and_tokenizer(options)
-    rows = prepare(options, tokenizer).train
+    rows = prepare_data(options, tokenizer).train
     torch.manual_seed(options.seed)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).to(device)
     trainer, compiled = PEERS[name]

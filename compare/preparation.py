@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from datasets import load_dataset
 
-import config
+from config.command_line import parse
 from model.build import load_config_and_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def prepare(path: Path, options: list[str]) -> Cost:
 
 def map_alone(path: Path, options: list[str]) -> float:
     """Seconds that this process computes while `datasets.map` tokenises a file in batches."""
-    arguments = config.parse(["--data_cache_dir", f"{path}-cache", *options])
+    arguments = parse(["--data_cache_dir", f"{path}-cache", *options])
     _, tokenizer = load_config_and_tokenizer(arguments)
     rows = load_dataset("json", data_files=str(path), cache_dir=f"{path}-datasets", split="train")
     started = time.process_time()

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-from metrics import read_rows
+import checkpoint.load
+from metrics.records import read_records
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -36,7 +36,7 @@ def stalls(options: list[str], output_dir: Path) -> list[float]:
     subprocess.run(
         [sys.executable, TRAIN, *options, *STEPS, "--output_dir", output_dir], check=True, stdout=subprocess.DEVNULL
     )
-    rows = [row for row in read_rows(output_dir / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_records(output_dir / "metrics.jsonl") if "loss" in row]
     return [row["save_seconds"] for row in rows][2:]
 
 
@@ -60,7 +60,8 @@ def run_timed(options: list[str]) -> None:
 
         return call
 
-    checkpoint.choose, checkpoint.load = timed(checkpoint.choose), timed(checkpoint.load)
+    checkpoint.load.choose_checkpoint = timed(checkpoint.load.choose_checkpoint)
+    checkpoint.load.load_checkpoint = timed(checkpoint.load.load_checkpoint)
     sys.argv = ["train.py", *options]
     runpy.run_path(str(TRAIN), run_name="__main__")
 

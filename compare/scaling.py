@@ -30,11 +30,12 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel, Qwen3Config
 
 from compare.memory import LENGTH, MODELS
-from config import Options
+from config.options import Options
+from estimate.communication import Collectives, predict_collectives
+from estimate.flops import flops_per_token
+from estimate.memory import GIB, numel, predict
+from estimate.stages import stage_name
 from model.build import build_model
-from model.exchange import Collectives, exchanged
-from model.loss import flops_per_token
-from model.memory import GIB, numel, predict, stage_name
 
 HOST = 8  # ranks
 ROWS = {"0.6B": 8, "1.7B": 4, "8B": 2, "32B": 1}  # of a micro-batch
@@ -100,7 +101,7 @@ def compared(options: Options, ranks: int) -> Iterator[Options]:
 
 def row(model: PreTrainedModel, options: Options, ranks: int, flops: float, machine: Machine) -> str:
     """A line of the table; tokens per second are those of all ranks."""
-    collectives = exchanged(model, options, ranks)
+    collectives = predict_collectives(model, options, ranks)
     sent = {kind: traffic(kind, one, options, ranks) for kind, one in collectives.items()}
     matrix = flops / machine.flops
     exchange = sum(size / link(kind, options, ranks, machine) for kind, size in sent.items())

@@ -20,21 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel, Qwen3Config
 
-import config
 import ddp
 import fsdp
 from compare.bench import ON_GPU, SHAPES, matmul_rate
-from config import Options
-from metrics import peak_memory_gib
-from model.attention import expect_one_document_a_row
+from config.options import Options
+from config.plan import mesh_shape
+from estimate.flops import flops_per_token
+from loss.next_token import NextToken
+from metrics.hardware import peak_memory_gib
+from model.attention import expect_one_document_per_sequence
 from model.build import build_model
-from model.compiled import compile_layers
-from model.context_parallel import divide_rows
+from model.compile import compile_layers
 from model.linear import multiply_with_copies
-from model.loss import flops_per_token
-from model.objective import NextToken
-from model.optimizer import build_optimizer
-from model.weights import fill, find_weights
+from model.weights import find_weights, load_weights
+from optim.adamw import build_optimizer
+from parallel.context import apply_context_parallel
 
 TINY = {**SHAPES["8B"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 STEPS = 5
@@ -76,17 +76,15 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
     model = build_model(options, Qwen3Config(**shape))
     objective = NextToken(model, options.torch_compile)
-    expect_one_document_a_row()
+    expect_one_document_per_sequence()
     if options.context_parallel > 1:
-        divide_rows(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
+        apply_context_parallel(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
     if options.copies_weights:
         multiply_with_copies(model)
     if options.torch_compile:
         compile_layers(model, options)
     strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
-    mesh = init_device_mesh(
-        device.type, config.mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor")
-    )
+    mesh = init_device_mesh(device.type, mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor"))
     reduce_dtype = getattr(torch, options.reduce_dtype)
     wrapped = strategy.wrap(
         objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
@@ -120,7 +118,7 @@ def main() -> None:
 
     rank = build(options, TINY if arguments.tiny else SHAPES["8B"], arguments.ranks)
     flops = flops_per_token(rank.model, length) or 0.0
-    fill(rank.model, find_weights(options, rank.model))
+    load_weights(rank.model, find_weights(options, rank.model))
     tokens_BT = torch.randint(0, 512, (arguments.batch, length), device=rank.device)
     start = 0.0
     for step in range(3 + STEPS):

@@ -1,6 +1,7 @@
-"""What the model learns from: documents (corpus), conversations (chat), their tokens (encode), and rows of these.
+"""What the model learns from. Data moves one way through these files:
 
-Rows are packed (packing), prepared ahead (prepare, rows) or made while they are learned from (stream); which rank reads
-which is in batches, what was read in ledger, and how a row looks in show.
+sources (find files) -> records (read them) -> conversations and tokens (detect the shape, render, tokenize) ->
+packing (make sequences) -> prepare (write them once) or stream (make them while training) -> batches.
+
 Nothing here knows a process group: rank and world size are plain integers.
 """

@@ -4,13 +4,59 @@ Shapes: B rows, T tokens of the longest row.
 """
 
 import math
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from data.rows import Row
-from model.loss import IGNORED, next_tokens
+from config.options import Options
+from data.sequences import Mixture, PreparedDataset, Sequence
+from data.stream import StreamingDataset
+from runtime import ignore_stop_signals
+
+Batch = dict[str, Tensor]
+
+
+def data_parallel_rank_and_size(options: Options) -> tuple[int, int]:
+    """Which share of the rows this rank reads, and of how many: each rank its own, or each group that divides them."""
+    return dist.get_rank() // options.ranks_a_row, dist.get_world_size() // options.ranks_a_row
+
+
+def make_loader(
+    rows: PreparedDataset | Mixture | StreamingDataset,
+    batches: Iterable[list[int]] | None,
+    options: Options,
+    workers: int,
+) -> DataLoader[Sequence]:
+    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes.
+
+    A stream has no numbers to choose from: micro-batches are its rows as they come.
+    """
+    return DataLoader(
+        rows,
+        batch_sampler=batches,  # any iterable of lists will do
+        batch_size=1 if batches else options.per_device_train_batch_size,  # 1 where batches are given
+        collate_fn={
+            "sft": partial(collate, documents_of=rows.documents_of),
+            "dpo": partial(collate_pairs, reference=rows.reference),
+        }[options.objective],
+        worker_init_fn=ignore_stop_signals,
+        num_workers=workers,
+        prefetch_factor=options.dataloader_prefetch_factor if workers else None,
+        pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
+        generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
+    taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
+    return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 
 def micro_batches(indices: list[int], size: int, first: int, end: int) -> list[list[int]]:
@@ -31,7 +77,7 @@ def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list
     return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
 
 
-def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
+def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
     """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
 
     Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; `targets`, a scalar, how
@@ -77,7 +123,7 @@ def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tenso
     return batch
 
 
-def collate_pairs(rows: list[Row], reference: Tensor | None = None) -> dict[str, Tensor]:
+def collate_pairs(rows: list[Sequence], reference: Tensor | None = None) -> dict[str, Tensor]:
     """Pairs as a batch of single sequences, all [2B, T]: the chosen one of each of the B rows, then the rejected ones.
 
     As `collate` does, but for `tokens`, which is [2B], and `targets`: a pair is one target. `reference` [2, R], for all
@@ -91,8 +137,18 @@ def collate_pairs(rows: list[Row], reference: Tensor | None = None) -> dict[str,
     return batch
 
 
-def _piece(row: Row, index: int) -> Row:
+def _piece(row: Sequence, index: int) -> Sequence:
     """One of the pieces of a row, as a row."""
     end = sum(row.lengths[: index + 1])
     part = slice(end - row.lengths[index], end)
-    return Row(row.number, row.tokens[part], row.learned[part], [row.lengths[index]])
+    return Sequence(row.number, row.tokens[part], row.learned[part], [row.lengths[index]])
+
+
+IGNORED = -100
+
+"""The label of a position that is no target: padding, or text that is given and not learned."""
+
+
+def next_tokens(labels_BT: Tensor) -> Tensor:
+    """What position t has to predict: label t + 1; nothing at the last position of a row."""
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)

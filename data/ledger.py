@@ -22,26 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Plan
-from data.rows import Mixture, Rows
-from data.stream import ENDLESS, Stream
-from metrics import drop_rows_beyond, read_rows
+from config.plan import Plan
+from data.sequences import Mixture, PreparedDataset
+from data.stream import ENDLESS, StreamingDataset
+from metrics.records import drop_records_beyond, read_records
 
 Entry = tuple[int, int, str]
+
 Batch = dict[str, Tensor]
 
 
 class Ledger:
     """Writes one rank's part. A step is written when all ranks have begun it, before its forward."""
 
-    def __init__(self, output_dir: Path, rank: int, plan: Plan, rows: Rows | Mixture | Stream, step: int) -> None:
+    def __init__(
+        self, output_dir: Path, rank: int, plan: Plan, rows: PreparedDataset | Mixture | StreamingDataset, step: int
+    ) -> None:
         """Goes on after `step`. Rank 0 removes what an earlier run, on any number of ranks, wrote beyond it."""
         folder = output_dir / "ledger"
         folder.mkdir(exist_ok=True)
         self.path = folder / f"rank-{rank}.jsonl"
         if rank == 0:
             for path in folder.glob("rank-*.jsonl"):
-                drop_rows_beyond(path, step)
+                drop_records_beyond(path, step)
             about = {
                 "rows": len(rows),
                 "sources": rows.sources,
@@ -70,7 +73,7 @@ def read(output_dir: Path) -> dict[int, list[Entry]]:
     """
     steps: dict[int, list[Entry]] = defaultdict(list)
     for path in (output_dir / "ledger").glob("rank-*.jsonl"):
-        for line in read_rows(path):
+        for line in read_records(path):
             steps[line["step"]] += [tuple(row) for row in line["rows"]]
     last = max(steps, default=0)
     if steps and len(steps[last]) < _about(output_dir)["global_batch_size"]:

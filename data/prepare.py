@@ -33,22 +33,28 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import config
-from config import OptionError, Options
-from data.corpus import CHUNK, START, Position, Raw, Source, cache_directory, chunks, find_sources, read, size_of
-from data.encode import GIVEN, Encoded, Fate, document_lengths, encoder, parsed, readable, recognise
+from config.checks import check_data
+from config.command_line import parse
+from config.errors import OptionError
+from config.options import Options
 from data.packing import pack_in_parts
-from data.rows import Data, Mixture, Rows, Split, total
-from data.stream import Stream
-from metrics import data_lines
+from data.records import CHUNK, START, Position, Raw, chunks, read, size_of
+from data.sequences import Data, Mixture, PreparedDataset, Split, describe_data, total
+from data.sources import Source, cache_directory, find_sources
+from data.stream import StreamingDataset
+from data.tokens import MASKED, Encoded, Fate, detect_shape, document_lengths, encoder, parsed, readable
 from model.build import load_config_and_tokenizer
 
 FORMAT = 4  # raised when prepared files of an older version can no longer be read
+
 RECORD = np.dtype([("tokens", "<i8"), ("learned", "<i8"), ("last_learned", "<u4"), ("fate", "u1")])
+
 SYNC = 1.0  # seconds of work that a preparation loses at most when it is cut off
+
 ABANDONED = 7 * 24 * 3600  # seconds after which what is left of one that was cut off is removed
 
 Records = NDArray[np.void]  # of RECORD: what was counted of each record
+
 Tokenised = tuple[NDArray[np.uint32], Records]
 
 
@@ -72,7 +78,7 @@ class Done(NamedTuple):
     after: Position
 
 
-def prepare(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
+def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     """The rows that `options` ask for, from the cache or made now. Raises OptionError.
 
     Every rank may call this before there is a process group: the first one to come prepares, the others wait for its
@@ -87,16 +93,19 @@ def prepare(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     if any(part.packing != packing for part in parts):
         raise OptionError("train_mixture: conversations and texts would be packed in different ways; give --packing")
     documents_of = options.block_size if packing == "documents" else None
-    train = [Rows(part.folder / "train", documents_of) for part in parts]
+    train = [PreparedDataset(part.folder / "train", documents_of) for part in parts]
     counts = {"train": total([part.counts["train"] for part in parts])}
-    validation: list[Rows] = []
+    validation: list[PreparedDataset] = []
     fingerprints = [part.fingerprint for part in parts]
     if held_out:
         prepared = _prepare_source(held_out, 0, packing, options, tokenizer)
-        validation, counts["validation"] = [Rows(prepared.folder / "train", documents_of)], prepared.counts["train"]
+        validation, counts["validation"] = (
+            [PreparedDataset(prepared.folder / "train", documents_of)],
+            prepared.counts["train"],
+        )
         fingerprints.append(prepared.fingerprint)
     elif percentage:
-        validation = [Rows(part.folder / "validation", documents_of) for part in parts]
+        validation = [PreparedDataset(part.folder / "validation", documents_of) for part in parts]
         counts["validation"] = total([part.counts["validation"] for part in parts])
     weights = [source.weight for source in sources]
     return Data(
@@ -113,15 +122,18 @@ def prepare(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 def _stream(source: Source, held_out: Source | None, options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Training rows that are made while they are learned from, and validation rows that are prepared."""
-    shape = recognise(source, next(read(source), None), options)
+    shape = detect_shape(source, next(read(source), None), options)
     packing = options.packing or ("concat" if shape == "text" else "documents")
-    train = Stream(source, shape, packing, options, tokenizer)
+    train = StreamingDataset(source, shape, packing, options, tokenizer)
     counts: dict[str, Split] = {}
     validation = None
     keys = [_cache_key(source, 0, packing, options, tokenizer)]
     if held_out:
         prepared = _prepare_source(held_out, 0, packing, options, tokenizer)
-        validation, counts["validation"] = Rows(prepared.folder / "train", train.documents_of), prepared.counts["train"]
+        validation, counts["validation"] = (
+            PreparedDataset(prepared.folder / "train", train.documents_of),
+            prepared.counts["train"],
+        )
         keys.append(prepared.fingerprint)
     return Data(
         source=f"{source.name}, streamed",
@@ -202,7 +214,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Prepare a source into `folder`, with what was counted in about.json."""
-    shape = recognise(source, next(read(source), None), options)
+    shape = detect_shape(source, next(read(source), None), options)
     packing = packing or {"text": "concat", "preference": "pairs"}.get(shape, "documents")
     _write_tokens(folder, source, encoder(shape, options, tokenizer), options.preprocessing_num_workers)
     records: Records = np.fromfile(folder / "records.bin", RECORD)
@@ -322,7 +334,7 @@ def _count(encoded: Encoded) -> Tokenised:
     tokens = np.fromiter(chain.from_iterable(row for row, _ in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
     records["tokens"], records["fate"] = lengths, [fate for _, fate in encoded]
-    starts, learned = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < GIVEN
+    starts, learned = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
     records["learned"][lengths > 0] = np.add.reduceat(learned, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(learned, np.arange(len(tokens)), 0), starts)
     records["last_learned"][lengths > 0] = tokens[last]
@@ -397,11 +409,11 @@ def _write_rows(
 def main(argv: list[str]) -> None:
     """Prepare, and print what there is. Raises OptionError."""
     transformers.utils.logging.set_verbosity_error()
-    options = config.parse(argv)
-    config.check_data(options)
-    data = prepare(options, load_config_and_tokenizer(options)[1])
+    options = parse(argv)
+    check_data(options)
+    data = prepare_data(options, load_config_and_tokenizer(options)[1])
     assert options.block_size
-    print("\n".join(f"{key:<13} {value}" for key, value in data_lines(data, options.block_size).items()))
+    print("\n".join(f"{key:<13} {value}" for key, value in describe_data(data, options.block_size).items()))
 
 
 if __name__ == "__main__":

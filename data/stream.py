@@ -25,21 +25,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from config import OptionError, Options
-from data.corpus import START, Position, Raw, Source, chunks, read
-from data.encode import GIVEN, Encoded, document_lengths, encoder
+from config.errors import OptionError
+from config.options import Options
 from data.packing import pack
-from data.rows import Row
+from data.records import START, Position, Raw, chunks, read
+from data.sequences import Sequence
+from data.sources import Source
+from data.tokens import MASKED, Encoded, document_lengths, encoder
 
 CHUNK = 1 << 16  # bytes; what a lane holds of the text, and what a resumed one tokenises again
+
 BARREN = 1000  # chunks in a row without a row, after which a stream is given up
+
 ENDLESS = 1 << 62  # rows
 
 Cursor = list[list[int]]
 
 
 @dataclass
-class Stream(torch.utils.data.IterableDataset[Row]):
+class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
     """The rows that a rank learns from, without end. `share` gives a rank its own."""
 
     source: Source
@@ -64,12 +68,12 @@ class Stream(torch.utils.data.IterableDataset[Row]):
     def documents_of(self) -> int | None:
         return self.options.block_size if self.packing == "documents" else None
 
-    def share(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "Stream":
+    def share(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "StreamingDataset":
         """The rows of one rank, after those that `cursor` says."""
         lanes = range(rank, global_batch_size, world_size)
         return replace(self, lanes=lanes, global_batch_size=global_batch_size, cursor=cursor)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Sequence]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a loader's process is forked, and may have no threads of it
         encode = encoder(self.shape, self.options, self.tokenizer)
         last = {cursor[4] % self.global_batch_size: cursor for cursor in self.cursor}
@@ -79,7 +83,7 @@ class Stream(torch.utils.data.IterableDataset[Row]):
         dealt = self._chunks(number=first[4], epoch=first[0], position=(first[1], first[2], first[3]))
         waiting: dict[int, deque[tuple[int, list[int], list[Raw]]]] = {lane: deque() for lane in self.lanes}
 
-        def rows_of(lane: int) -> Iterator[Row]:
+        def rows_of(lane: int) -> Iterator[Sequence]:
             barren = 0
             while barren < BARREN:
                 while not waiting[lane]:
@@ -110,7 +114,7 @@ class Stream(torch.utils.data.IterableDataset[Row]):
                 number, position = number + 1, records[-1].after
             epoch, position = epoch + 1, START
 
-    def _rows(self, encoded: Encoded) -> list[Row]:
+    def _rows(self, encoded: Encoded) -> list[Sequence]:
         """The rows of one chunk, as yet without their numbers."""
         assert self.options.block_size
         tokens = torch.tensor([token for row, _ in encoded for token in row], dtype=torch.int64)
@@ -123,5 +127,5 @@ class Stream(torch.utils.data.IterableDataset[Row]):
         for first, end in zip(packed.first_pieces[:-1], packed.first_pieces[1:], strict=True):
             pieces = packed.pieces[first:end]
             row = torch.cat([tokens[start:stop] for start, stop in pieces])
-            rows.append(Row(0, row & ~GIVEN, row < GIVEN, (pieces[:, 1] - pieces[:, 0]).tolist()))
+            rows.append(Sequence(0, row & ~MASKED, row < MASKED, (pieces[:, 1] - pieces[:, 0]).tolist()))
         return rows

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from fsdp.tensor_parallel import divide_layers
+from parallel.tensor import apply_tensor_parallel
 
 
 def wrap(
@@ -38,7 +38,7 @@ def wrap(
     model: PreTrainedModel = objective.model
     decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if mesh["tensor"].size() > 1:
-        divide_layers(objective, decoder_layers, mesh["tensor"])
+        apply_tensor_parallel(objective, decoder_layers, mesh["tensor"])
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
     home, offload = device, OffloadPolicy()
     if cpu_offload:

@@ -13,12 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
-from config import first_line
-from model.layers import layers_of
+from config.errors import first_line
+from model.layers import decoder_layers
 
 NAME = "within_documents"
+
 CAN = inspect.signature(varlen_attn).parameters.keys()  # it has learned to look back a window, and to share keys
+
 LOOKS_BACK = {"scale", "window_size"} <= CAN
+
 # What transformers passes on to attention functions without a meaning for them, or with one that is understood here.
 UNDERSTOOD = {
     "scaling",
@@ -38,12 +41,12 @@ def attend_within_documents(model: PreTrainedModel, device: torch.device, bf16: 
     position ids that start again; the result is the same.
     """
     usual = model.config.get_text_config()._attn_implementation == "sdpa"
-    if usual and knows_lengths(device, torch.bfloat16 if bf16 else torch.float32) and not unusual(model):
+    if usual and supports_variable_length(device, torch.bfloat16 if bf16 else torch.float32) and not unusual(model):
         AttentionInterface.register(NAME, attend)
         model.set_attn_implementation(NAME)
 
 
-def knows_lengths(device: torch.device, dtype: torch.dtype) -> bool:
+def supports_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attend` works there."""
     return LOOKS_BACK and device.type == "cuda" and dtype == torch.bfloat16
 
@@ -58,7 +61,7 @@ def unusual(model: PreTrainedModel) -> str:
         calls = _calls_of_attention(model)
     except Exception as error:
         return f"it does not run without values: {first_line(error)}"
-    layers, kinds = len(layers_of(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layers, kinds = len(decoder_layers(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
     if other := set(kinds) - {"full_attention", "sliding_attention"}:
         return f"it has layers of {min(other)}"
     if len(calls) != layers:
@@ -122,7 +125,7 @@ def _calls_of_attention(model: PreTrainedModel) -> list[Call]:
     return calls
 
 
-def expect_one_document_a_row() -> None:
+def expect_one_document_per_sequence() -> None:
     """For this process: no row holds several documents, so that transformers need not look for them.
 
     In each forward it would compare the positions of a row, and ask the GPU for the answer. To wait for that is to let

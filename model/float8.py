@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from config import OptionError
-from model.layers import compute_dtype, layers_of
+from config.errors import OptionError
+from model.layers import compute_dtype, decoder_layers
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
 MULTIPLE = 16  # what torch._scaled_mm wants of each side of a factor that it sums along, or lays out in columns
+
 CAPABILITY = (8, 9)  # the first GPUs with such products: Ada and Hopper
 
 
@@ -32,7 +34,7 @@ def compute_in_float8(model: PreTrainedModel) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         raise OptionError(f"float8 true: {torch.cuda.get_device_name()} has no such matrix products\n{remedy}")
     found = 0
-    for layer in layers_of(model):
+    for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             if type(module) is not nn.Linear:
                 continue

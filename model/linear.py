@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.layers import compute_dtype, layers_of
+from model.layers import compute_dtype, decoder_layers
 
 
 def multiply_with_copies(model: PreTrainedModel) -> None:
@@ -31,7 +31,7 @@ def multiply_with_copies(model: PreTrainedModel) -> None:
 
 def linear_modules(model: nn.Module) -> list[nn.Linear]:
     """The linear modules of the decoder layers, each once; not what is like one and does more."""
-    modules = dict.fromkeys(module for layer in layers_of(model) for module in layer.modules())
+    modules = dict.fromkeys(module for layer in decoder_layers(model) for module in layer.modules())
     return [module for module in modules if isinstance(module, nn.Linear) and type(module) in (nn.Linear, CopiedLinear)]
 
 

@@ -30,12 +30,15 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from config import OptionError, Options, first_line
+from config.errors import OptionError, first_line
+from config.options import Options
 
 ROWS = 4096  # of a tensor, that are read at once to compare two
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Place = tuple[slice, ...]
+
 """Where a part lies in a whole tensor: a slice of each dimension; () is the whole."""
 
 
@@ -87,10 +90,8 @@ class Source:
 
 
 Weights = dict[str, Source]
+
 """The source of each parameter and saved buffer; none of random weights."""
-
-
-# --- Finding --------------------------------------------------------------------------------------------------------
 
 
 def find_weights(options: Options, model: PreTrainedModel) -> Weights:
@@ -215,11 +216,8 @@ def fingerprint_files(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-# --- Reading --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def fill(model: PreTrainedModel, weights: Weights | None) -> None:
+def load_weights(model: PreTrainedModel, weights: Weights | None) -> None:
     """Give each parameter and buffer of a model its values, in place: those of the files, or initial ones.
 
     Without `weights`, only what no checkpoint holds, buffers that are not saved: the rest is to come from one.

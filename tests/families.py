@@ -23,10 +23,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from config import Options
+from config.options import Options
 from model.build import build_model
 from model.linear import multiply_with_copies
-from model.weights import fill
+from model.weights import load_weights
 
 # Sizes that four ranks cannot divide: the last one has fewer rows of the vocabulary, and no expert at all.
 SIZES: dict[str, Any] = {
@@ -101,5 +101,5 @@ def drawn(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     model.to_empty(device="cpu")
     model.tie_weights()
     torch.manual_seed(0)
-    fill(model, {})
+    load_weights(model, {})
     return model

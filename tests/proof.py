@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-import config
 import data.batches
-import metrics
-import model.loss
-import model.objective
-from data.rows import Row
+import loss.next_token
+from config.command_line import parse
+from data.batches import IGNORED, next_tokens
+from data.sequences import Sequence
+from metrics.records import read_records
 from tests import world
 from tests.launch import ROOT, train
 
@@ -144,7 +144,7 @@ def first_gradient(case: Case, options: list[object], output_dir: Path, before: 
 
 def deviation(run: Path, reference: Path, gradient: float) -> Deviation:
     """The largest deviations of a run from the reference, beside that of its first gradient."""
-    rows, expected = metrics.read_rows(run / "metrics.jsonl"), metrics.read_rows(reference / "metrics.jsonl")
+    rows, expected = read_records(run / "metrics.jsonl"), read_records(reference / "metrics.jsonl")
     for key in ("step", "tokens_seen", "eval_tokens"):
         assert [row.get(key) for row in rows] == [row.get(key) for row in expected], key
     steps = [(row, other) for row, other in zip(rows, expected, strict=True) if "loss" in other]
@@ -176,16 +176,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def mean_of_means() -> None:
     """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
-    loss_sum, collate = model.objective.head_and_loss_sum, data.batches.collate
+    loss_sum, collate = loss.next_token.head_and_loss_sum, data.batches.collate
 
     def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
-        targets = (model.loss.next_tokens(labels_BT) != model.loss.IGNORED).sum()
+        targets = (next_tokens(labels_BT) != IGNORED).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
-    def count_micro_batches(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
+    def count_micro_batches(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
         return collate(rows, documents_of) | {"targets": torch.tensor(1)}
 
-    model.objective.head_and_loss_sum = mean
+    loss.next_token.head_and_loss_sum = mean
     data.batches.collate = count_micro_batches
 
 
@@ -214,7 +214,7 @@ def main() -> None:
                 run = curve(case, [*options, *more], directory / f"{index}-{label}")
                 measured = dataclasses.astuple(deviation(run, references[label], first))
                 held = all(value <= gate for value, gate in zip(measured, dataclasses.astuple(GATES), strict=True))
-                readers = case.ranks // config.parse([*case.options]).ranks_a_row
+                readers = case.ranks // parse([*case.options]).ranks_a_row
                 shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // readers} | {label}"
                 lines.append(f"| {case.name} | {shape} | {' | '.join(f'{value:.1e}' for value in measured)} |")
                 _say(lines[-1:])

@@ -8,10 +8,10 @@ import pytest
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import config
-import data.ledger
-import metrics
-from data.prepare import prepare
+from config.command_line import parse
+from data.ledger import read
+from data.prepare import prepare_data
+from metrics.records import read_records
 from model.build import load_config_and_tokenizer
 from tests.launch import PROCESSES, train_ok
 
@@ -65,9 +65,9 @@ def test_same_curve_as_trainer(tiny: list[object], model_dir: Path, tmp_path: Pa
     """20 steps in fp32 on two ranks here, on one process there: losses within 1e-4."""
     options = [*tiny, "--packing", "concat", "--block_size", 32, "--output_dir", tmp_path / "ours", "--ledger"]
     train_ok(2, *options, "--max_steps", STEPS)
-    parsed = config.parse(list(map(str, options)))
-    rows = prepare(parsed, load_config_and_tokenizer(parsed)[1]).train
-    steps = data.ledger.read(tmp_path / "ours")
+    parsed = parse(list(map(str, options)))
+    rows = prepare_data(parsed, load_config_and_tokenizer(parsed)[1]).train
+    steps = read(tmp_path / "ours")
     assert len(rows) > STEPS * ACCUMULATION * MICRO_BATCH, "no block comes twice"
     blocks = [rows[number].tokens.tolist() for entries in steps.values() for number, *_ in entries]
     (tmp_path / "theirs").mkdir()
@@ -76,7 +76,7 @@ def test_same_curve_as_trainer(tiny: list[object], model_dir: Path, tmp_path: Pa
     process.join()
     assert process.exitcode == 0
     theirs = json.loads((tmp_path / "theirs" / "losses.json").read_text())
-    ours = [row["loss"] for row in metrics.read_rows(tmp_path / "ours" / "metrics.jsonl") if "loss" in row]
+    ours = [row["loss"] for row in read_records(tmp_path / "ours" / "metrics.jsonl") if "loss" in row]
     assert len(ours) == len(theirs) == STEPS
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < ours[0] - 0.3

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import checkpoint
+import checkpoint.save
+from checkpoint.load import problems
 from tests.launch import train, train_ok
 from tests.test_resume import trajectory
 
@@ -32,7 +33,7 @@ def killed_at(event: int, rank: int) -> None:
     """
     if os.environ["RANK"] != str(rank):
         return
-    write, seen = checkpoint._write, 0
+    write, seen = checkpoint.save._write, 0
 
     def count(original: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +51,7 @@ def killed_at(event: int, rank: int) -> None:
         write(snapshot, options, group)
         os._exit(NOT_REACHED)
 
-    checkpoint._write = watched_write
+    checkpoint.save._write = watched_write
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +72,23 @@ def half_way(short: list[object], tmp_path_factory: pytest.TempPathFactory) -> P
     output_dir = tmp_path_factory.mktemp("half")
     outcome = train(1, [*short, "--output_dir", output_dir], before=die_after_first_save)
     assert outcome.exit_codes == [9], outcome.output
-    assert checkpoint.problems(output_dir / "checkpoint-2") == []
+    assert problems(output_dir / "checkpoint-2") == []
     return output_dir
 
 
 def die_after_first_save() -> None:
-    write = checkpoint._write
+    write = checkpoint.save._write
 
     def write_and_die(snapshot: Any, options: Any, group: Any) -> None:
         write(snapshot, options, group)
         os._exit(9)
 
-    checkpoint._write = write_and_die
+    checkpoint.save._write = write_and_die
 
 
 def check_survived(run: Path, short: list[object], unbroken: Path) -> None:
     """Exactly one valid checkpoint is chosen, and the resumed run ends as the unbroken one did."""
-    valid = [path for path in run.glob("checkpoint-*") if checkpoint.problems(path) == []]
+    valid = [path for path in run.glob("checkpoint-*") if problems(path) == []]
     assert valid
     train_ok(1, *short, "--output_dir", run, "--resume_from_checkpoint", "auto")
     assert trajectory(run) == trajectory(unbroken)
@@ -122,5 +123,5 @@ def test_one_of_two_ranks_killed(
     outcome = train(2, options, before=partial(killed_at, 2, rank))
     assert outcome.exit_codes[rank] == 9, outcome.output
     assert outcome.exit_codes[1 - rank] not in (0, 9)
-    assert checkpoint.problems(run / "checkpoint-2") == []
+    assert problems(run / "checkpoint-2") == []
     assert not (run / "checkpoint-4").exists()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from config import OptionError, Options
-from data.chat import Conversation
-from data.encode import encode_messages
-from data.prepare import prepare
-from data.rows import Data
-from data.show import GIVEN, LEARNED, show
+from config.errors import OptionError
+from config.options import Options
+from data.conversations import Conversation
+from data.prepare import prepare_data
+from data.sequences import GRAY, GREEN, Data, show_examples
+from data.tokens import encode_messages
 from tests.launch import train_ok
 from tests.world import PLAIN, with_markers, without_markers
 
@@ -115,7 +115,7 @@ def prepare_records(
     path = directory / "chat.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = {"block_size": 64, "validation_split_percentage": 0, **options}
-    return prepare(Options(train_file=str(path), data_cache_dir=str(directory / "cache"), **settings), tokenizer)
+    return prepare_data(Options(train_file=str(path), data_cache_dir=str(directory / "cache"), **settings), tokenizer)
 
 
 def rows_of(data: Data) -> list[tuple[list[int], list[bool]]]:
@@ -249,9 +249,9 @@ def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Learned and given tokens are told apart."""
-    text = show(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
-    assert f"{LEARNED}that<|im_end|>" in text
-    assert f"{GIVEN}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
+    text = show_examples(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
+    assert f"{GREEN}that<|im_end|>" in text
+    assert f"{GRAY}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
 
 
 def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
     output = train_ok(2, *tiny, *options, *more)
     assert "180 documents (messages)" in output
     assert "packing documents" in output
-    assert re.search(re.escape(LEARNED) + r"\d+<eos>", output)
+    assert re.search(re.escape(GREEN) + r"\d+<eos>", output)
     exported = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert exported.chat_template == (tmp_path / "template.jinja").read_text()
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["eos_token_id"] == [

@@ -25,15 +25,16 @@ from transformers import (
     Qwen3Config,
 )
 
-import config
 import ddp
-import metrics
-from config import OptionError, Options
-from model import compiled
+import model.compile
+from config.checks import check
+from config.errors import OptionError
+from config.options import Options
+from loss.next_token import NextToken
+from metrics.records import read_records
 from model.build import build_model
-from model.compiled import Shape, compile_layers, keep_less
-from model.layers import drawn_at_random
-from model.objective import NextToken
+from model.compile import Shape, _operations_of_attention, compile_layers, set_recomputation
+from model.layers import random_noise
 from tests.families import FAMILIES
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, relative_l2
@@ -59,7 +60,7 @@ def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str], of_the
     options = [*tiny, *extra, "--max_steps", 5]
     train_ok(2, *options, "--output_dir", tmp_path / "plain")
     train_ok(2, *options, "--output_dir", tmp_path / "compiled", "--torch_compile", "true", *of_the_compiler)
-    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain"))
+    ours, theirs = (read_records(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain"))
     for row, expected in zip(ours, theirs, strict=True):
         for key in {"loss", "eval_loss", "grad_norm"} & expected.keys():
             assert row[key] == pytest.approx(expected[key], abs=1e-5)
@@ -203,7 +204,7 @@ def test_what_is_drawn_at_random(config: PretrainedConfig, expected: str) -> Non
     config.num_hidden_layers = 1
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = drawn_at_random(model)
+    found = random_noise(model)
     assert expected in found
     assert bool(found) == bool(expected)
 
@@ -216,9 +217,9 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
-    original = compiled._operations_of_attention
-    monkeypatch.setattr(compiled, "_operations_of_attention", count)
-    keep_less(0.5)
+    original = _operations_of_attention
+    monkeypatch.setattr(model.compile, "_operations_of_attention", count)
+    set_recomputation(0.5)
     query_BHTE, key_BKTE = (2, 4, 8, 16), (2, 2, 8, 16)
     two_products = 2 * (2 * 4 * 8 * 8 * 16) * 2
     count_of_torch: Callable[..., int] = flop_counter.sdpa_flop_count
@@ -229,6 +230,6 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """It trains nevertheless, and says so once."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     options = Options(torch_compile=True)
-    config.check(options, world_size=1)
+    check(options, world_size=1)
     assert not options.torch_compile
     assert capsys.readouterr().err.startswith("torch_compile: off, because a C compiler is not here")

@@ -26,14 +26,16 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from config import OptionError, Options
+from config.errors import OptionError
+from config.options import Options
 from data.batches import collate
-from data.rows import Row
+from data.sequences import Sequence
+from loss.next_token import NextToken
 from model.attention import unusual
-from model.build import build_model, check_heads
-from model.compiled import compile_layers
-from model.context_parallel import divide_rows, visible
-from model.objective import NextToken
+from model.build import build_model
+from model.compile import compile_layers
+from parallel.checks import check_context_parallel
+from parallel.context import apply_context_parallel, visible_mask
 from tests.families import EXPERTS, FAMILIES, SIZES, asked_for, make_family
 from tests.launch import train
 from tests.proof import GATES, relative_l2
@@ -78,9 +80,9 @@ def try_all(families: dict[str, Path], findings: Path) -> None:
     os._exit(0)
 
 
-def row(tokens: Tensor, documents: list[int]) -> Row:
+def row(tokens: Tensor, documents: list[int]) -> Sequence:
     """Tokens of documents of these lengths, all of them learned."""
-    return Row(0, tokens, torch.ones(len(tokens), dtype=torch.bool), documents)
+    return Sequence(0, tokens, torch.ones(len(tokens), dtype=torch.bool), documents)
 
 
 def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: bool = False) -> dict[str, float]:
@@ -89,7 +91,7 @@ def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: boo
         NextToken(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").train())
         for _ in "12"
     )
-    divide_rows(objective, group)
+    apply_context_parallel(objective, group)
     if compiled:
         compile_layers(objective.model, Options())
     # 33 positions, which the ranks cannot divide, some of them padding, in documents that end anywhere.
@@ -135,9 +137,9 @@ def test_family(findings: dict[str, Any], name: str) -> None:
 
 def test_what_is_seen() -> None:
     """Two rows of five: a window of three, documents that end after two and after nine of ten positions."""
-    window = visible(2, 5, torch.device("cpu"), None, 3)
+    window = visible_mask(2, 5, torch.device("cpu"), None, 3)
     assert window[1, 0].sum(dim=1).tolist() == [1, 2, 3, 3, 3]
-    documents = visible(2, 5, torch.device("cpu"), torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32), None)
+    documents = visible_mask(2, 5, torch.device("cpu"), torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32), None)
     assert documents.sum(dim=-1).squeeze(1).tolist() == [[1, 2, 1, 2, 3], [1, 2, 3, 4, 1]]
 
 
@@ -156,10 +158,10 @@ def test_heads_of_each_rank(heads: tuple[int, int], ranks: int, expected: str | 
     config = copy.deepcopy(FAMILIES["qwen3"][0])
     config.num_attention_heads, config.num_key_value_heads = heads
     if expected is None:
-        check_heads(config, ranks)
+        check_context_parallel(config, ranks)
         return
     with pytest.raises(OptionError) as error:
-        check_heads(config, ranks)
+        check_context_parallel(config, ranks)
     text = f"context_parallel {ranks}: qwen3 has {heads[0]} attention heads and {heads[1]} of keys and values"
     assert str(error.value).startswith(text)
     assert expected in str(error.value)
@@ -199,7 +201,7 @@ OTHERS = {
 
 def build(config: PretrainedConfig) -> None:
     """As train.py does."""
-    check_heads(config, 2)
+    check_context_parallel(config, 2)
     build_model(Options(context_parallel=2), config)
 
 

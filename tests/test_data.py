@@ -14,13 +14,14 @@ from tokenizers import processors
 from torch.utils.data import DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from config import OptionError, Options
-from data.batches import collate, micro_batches, validation_batches
-from data.corpus import PIECE, find_sources, read
-from data.prepare import prepare
-from data.rows import Data, Mixture, Rows
-from data.stream import Stream
-from model.loss import IGNORED
+from config.errors import OptionError
+from config.options import Options
+from data.batches import IGNORED, collate, micro_batches, validation_batches
+from data.prepare import prepare_data
+from data.records import FRAGMENT, read
+from data.sequences import Data, Mixture, PreparedDataset
+from data.sources import find_sources
+from data.stream import StreamingDataset
 from tests import world
 
 
@@ -34,8 +35,8 @@ def options(tmp_path: Path) -> Options:
     return Options(data_cache_dir=str(tmp_path / "cache"), block_size=32, validation_split_percentage=0)
 
 
-def tokens_of(rows: Rows | Mixture | Stream | None) -> list[int]:
-    assert isinstance(rows, Rows | Mixture)
+def tokens_of(rows: PreparedDataset | Mixture | StreamingDataset | None) -> list[int]:
+    assert isinstance(rows, PreparedDataset | Mixture)
     return [int(token) for index in range(len(rows)) for token in rows[index].tokens]
 
 
@@ -69,7 +70,7 @@ def test_no_token_is_lost(
     """Rows are the documents with an EOS after each; only the last partial row is dropped, and counted."""
     options.train_file = str(write(tmp_path / f"text{suffix}", documents))
     options.preprocessing_num_workers = workers
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     expected = expected_tokens(tokenizer, ["".join(documents)] if suffix == ".txt" else documents)
     counts = data.counts["train"]
     assert tokens_of(data.train) == expected[: len(expected) - counts.dropped_tokens]
@@ -88,7 +89,7 @@ def test_data_set_directory(
     write(directory / "train.jsonl", documents[:150])
     write(directory / "validation.jsonl", documents[150:])
     options.dataset_name = str(directory)
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     for rows, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
         tokens = tokens_of(rows)
         assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
@@ -101,7 +102,7 @@ def test_text_column(
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"id": 1, "content": text}) + "\n" for text in documents))
     options.train_file, options.text_column = str(path), "content"
-    tokens = tokens_of(prepare(options, tokenizer).train)
+    tokens = tokens_of(prepare_data(options, tokenizer).train)
     assert tokens == expected_tokens(tokenizer, documents)[: len(tokens)]
 
 
@@ -111,7 +112,7 @@ def test_packing_none(
     """One row per document; one that is longer than a row goes on in the next. Not one token is dropped."""
     documents = [*documents, " ".join(documents) * 3]
     options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     rows = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
     for text in documents:
         tokens = expected_tokens(tokenizer, [text])
@@ -131,11 +132,11 @@ def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizer
     pieces = list(read(source))
     assert len(pieces) > 5
     texts = [cast(Any, piece.content)["text"] for piece in pieces]
-    assert max(map(len, texts)) < 2 * PIECE
+    assert max(map(len, texts)) < 2 * FRAGMENT
     assert "".join(texts) == text
     assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    tokens = tokens_of(prepare(options, tokenizer).train)
+    tokens = tokens_of(prepare_data(options, tokenizer).train)
     assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
 
 
@@ -147,8 +148,8 @@ def test_bos_once_per_document(options: Options, model_dir: Path, tmp_path: Path
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.bos_token = "!"
     options.train_file, options.packing = str(tmp_path / "large.txt"), "none"
-    Path(options.train_file).write_text("one two\n" * PIECE)
-    tokens = tokens_of(prepare(options, tokenizer).train)
+    Path(options.train_file).write_text("one two\n" * FRAGMENT)
+    tokens = tokens_of(prepare_data(options, tokenizer).train)
     assert tokens[0] == bos
     assert tokens[-1] == tokenizer.eos_token_id
     assert (tokens.count(bos), tokens.count(tokenizer.eos_token_id)) == (1, 1)
@@ -160,7 +161,7 @@ def test_split_is_by_document(
     """The last documents are held out, whole; together the splits are everything."""
     options.train_file = str(write(tmp_path / "text.jsonl", documents))
     options.validation_split_percentage, options.packing = 10, "none"
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     assert (data.counts["train"].documents, data.counts["validation"].documents) == (180, 20)
     assert tokens_of(data.train) == expected_tokens(tokenizer, documents[:180])
     assert tokens_of(data.validation) == expected_tokens(tokenizer, documents[180:])
@@ -172,7 +173,7 @@ def test_embedded_split_is_by_file(options: Options, tokenizer: PreTrainedTokeni
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
     options.validation_split_percentage, options.packing = 2, "none"
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     number = data.counts["validation"].documents
     held_out = [path.read_bytes().decode(errors="replace") for path in source.files[-number:]]
     assert data.counts["train"].documents + number == len(source.files) - data.counts["train"].empty_documents
@@ -183,14 +184,14 @@ def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedToke
     """Fault 15: empty documents are skipped and counted. Fault 16: a row without text is an error that names it."""
     texts = ["one two three " * 20, "", "four five six " * 20]
     options.train_file = str(write(tmp_path / "empty.jsonl", texts))
-    data = prepare(options, tokenizer)
+    data = prepare_data(options, tokenizer)
     assert (data.counts["train"].documents, data.counts["train"].empty_documents) == (2, 1)
     assert tokens_of(data.train) == expected_tokens(tokenizer, [texts[0], texts[2]])[: len(tokens_of(data.train))]
     path = tmp_path / "null.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     options.train_file = str(path)
     with pytest.raises(OptionError, match=r"null.jsonl: line 2 has no text in column text"):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
 
 
 def test_cache_is_keyed_by_content(
@@ -208,17 +209,17 @@ def test_cache_is_keyed_by_content(
     def entries() -> int:
         return len([entry for entry in cache.iterdir() if entry.is_dir()])
 
-    first = prepare(options, tokenizer)
+    first = prepare_data(options, tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr("data.prepare._write", lambda *_: pytest.fail("prepared a second time"))
-        assert prepare(options, tokenizer).fingerprint == first.fingerprint
+        assert prepare_data(options, tokenizer).fingerprint == first.fingerprint
     assert entries() == 1
     times = path.stat()
     path.write_text(path.read_text().replace("the", "eht"))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert prepare(options, tokenizer).fingerprint != first.fingerprint
+    assert prepare_data(options, tokenizer).fingerprint != first.fingerprint
     options.block_size = 16
-    assert prepare(options, tokenizer).fingerprint != first.fingerprint
+    assert prepare_data(options, tokenizer).fingerprint != first.fingerprint
     assert entries() == 3
 
 
@@ -269,7 +270,7 @@ def test_collate_masks_by_length() -> None:
 def test_rows_travel_by_path(options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path) -> None:
     """A worker process that is not forked gets the path of the memory map, not its content."""
     options.train_file = str(train_file)
-    data: Data = prepare(options, tokenizer)
+    data: Data = prepare_data(options, tokenizer)
     pickled = pickle.dumps(data.train)
     assert len(pickled) < 1000
     assert torch.equal(pickle.loads(pickled)[3].tokens, data.train[3].tokens)

@@ -15,14 +15,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import config
-import data.ledger
-import metrics
-from compare.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED, UNKNOWN
-from config import OptionError, Options
-from data.prepare import prepare
+from config.checks import check
+from config.command_line import parse
+from config.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED, UNKNOWN
+from config.errors import OptionError
+from config.options import SCHEDULE_PARAMETERS, Options
+from data.ledger import read
+from data.prepare import prepare_data
+from metrics.records import read_records
 from model.build import load_config_and_tokenizer
-from model.optimizer import learning_rate
+from optim.schedule import learning_rate
 from tests.launch import train, train_ok
 from tests.proof import GATES, TENSOR, relative_l2
 
@@ -102,12 +104,12 @@ ALL_AUTO = {
 }
 
 
-def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) -> Options:
+def options_of(directory: Path, content: Any, *argv: object, ranks: int | None = 4) -> Options:
     """The options that a file of this content makes of `argv`, checked."""
     (directory / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
     words = ["--deepspeed", str(directory / "ds.json"), "--model_name_or_path", "x", *map(str, argv)]
-    options = config.parse(words, ranks)
-    config.check(options, ranks or 1)
+    options = parse(words, ranks)
+    check(options, ranks or 1)
     return options
 
 
@@ -215,7 +217,7 @@ def read(directory: Path, content: Any, *argv: object, ranks: int | None = 4) ->
     ],
 )
 def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp_path: Path) -> None:
-    options = read(tmp_path, content, *argv)
+    options = options_of(tmp_path, content, *argv)
     assert {name: getattr(options, name) for name in expected} == expected
 
 
@@ -270,24 +272,23 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
 )
 def test_refused(content: Any, argv: list[object], expected: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as error:
-        read(tmp_path, content, *argv)
+        options_of(tmp_path, content, *argv)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 
 
 def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
     parameters = {"adam_w_mode": False, "weight_decay": 0, "lr": 3e-4}
-    options = read(tmp_path, {"optimizer": {"type": "Adam", "params": parameters}})
+    options = options_of(tmp_path, {"optimizer": {"type": "Adam", "params": parameters}})
     assert (options.learning_rate, options.weight_decay) == (3e-4, 0)
 
 
 def test_who_prepares_data_needs_no_ranks(tmp_path: Path) -> None:
     """`python -m data.prepare` takes the options of the run, on a host without its ranks."""
     (tmp_path / "ds.json").write_text('{"train_batch_size": 1000, "train_micro_batch_size_per_gpu": 3}')
-    assert config.parse(["--deepspeed", str(tmp_path / "ds.json")]).per_device_train_batch_size == 3
+    assert parse(["--deepspeed", str(tmp_path / "ds.json")]).per_device_train_batch_size == 3
 
 
-@pytest.mark.filterwarnings("ignore:'compare.deepspeed' found in sys.modules:RuntimeWarning")
 def test_every_key_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,7 +297,7 @@ def test_every_key_is_named(
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(content))
     monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "4"])
-    runpy.run_module("compare.deepspeed", run_name="__main__")
+    runpy.run_module("config", run_name="__main__")
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"deepspeed {file}, key by key:"
     told = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
@@ -313,9 +314,9 @@ def test_every_key_is_named(
 
     monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "3"])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module("compare.deepspeed", run_name="__main__")
+        runpy.run_module("config", run_name="__main__")
     wrong = capsys.readouterr()
-    assert wrong.err.startswith(f"compare.deepspeed: error: deepspeed {file}: train_batch_size 16 is not ")
+    assert wrong.err.startswith(f"config: error: deepspeed {file}: train_batch_size 16 is not ")
     assert not wrong.out
 
 
@@ -370,7 +371,7 @@ def test_meaning_of_a_key(
     content: Any, key: str, meaning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is not followed is named as such: a switch with a typo in it, a switch in the place of its section."""
-    read(tmp_path, content)
+    options_of(tmp_path, content)
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
     expected = meaning.replace("unknown", UNKNOWN)
     assert told[key].split(maxsplit=1)[1].startswith(expected)
@@ -413,7 +414,7 @@ def test_schedules(kind: Any, warmup: int, parameters: dict[str, Any], rates: li
     assert [learning_rate(step, 12, options) for step in range(1, 13)] == pytest.approx(rates, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", config.SCHEDULE_PARAMETERS)
+@pytest.mark.parametrize("kind", SCHEDULE_PARAMETERS)
 @pytest.mark.parametrize("warmup_type", ["log", "linear"])
 @pytest.mark.parametrize("total", [3, 9, 20])
 def test_schedules_are_those_of_deepspeed(kind: Any, warmup_type: str, total: int) -> None:
@@ -458,7 +459,7 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
     same = ["--lr_scheduler_type", "WarmupLR", "--warmup_steps", "5", "--adam_beta2", "0.95", "--max_steps", "8"]
     train_ok(1, *tiny, *same, "--per_device_train_batch_size", 16, "--output_dir", tmp_path / "options")
     ours, theirs = (
-        [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        [row["loss"] for row in read_records(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("file", "options")
     )
     assert ours == pytest.approx(theirs, abs=GATES.loss)
@@ -480,7 +481,7 @@ def test_the_other_shapes_run(content: dict[str, Any], stage: str, tiny: list[ob
     options += ["--learning_rate", "1e-2"] if content is ALL_AUTO else []
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json")
     assert f"strategy      {stage}: " in printed
-    losses = [row["loss"] for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
 
@@ -533,14 +534,14 @@ def test_same_curve_as_deepspeed(tiny: list[object], model_dir: Path, tmp_path: 
     options += ["--packing", "concat", "--block_size", BLOCK, "--max_steps", STEPS]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     train_ok(RANKS, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", ours, "--ledger")
-    parsed = config.parse(list(map(str, options)))
-    rows = prepare(parsed, load_config_and_tokenizer(parsed)[1]).train
-    blocks = [[rows[number].tokens.tolist() for number, *_ in step] for step in data.ledger.read(ours).values()]
+    parsed = parse(list(map(str, options)))
+    rows = prepare_data(parsed, load_config_and_tokenizer(parsed)[1]).train
+    blocks = [[rows[number].tokens.tolist() for number, *_ in step] for step in read(ours).values()]
     theirs.mkdir()
     outcome = train(RANKS, [], before=partial(train_with_deepspeed, tmp_path / "ds.json", model_dir, blocks, theirs))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     expected = json.loads((theirs / "losses.json").read_text())
-    losses = [row["loss"] for row in metrics.read_rows(ours / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in read_records(ours / "metrics.jsonl") if "loss" in row]
     assert len(losses) == len(expected) == STEPS
     assert losses == pytest.approx(expected, abs=1e-4)
     assert losses[-1] < losses[0] - 0.3

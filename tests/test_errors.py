@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import config
+from config.checks import check
+from config.command_line import parse
+from config.errors import OptionError
 from tests.launch import ROOT, train, train_ok
 
 
@@ -104,8 +106,8 @@ def refused(*argv: object, world_size: int = 1) -> str:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_options(argv: list[str], expected: str) -> None:
-    with pytest.raises(config.OptionError) as error:
-        config.check(config.parse(argv), world_size=2)
+    with pytest.raises(OptionError) as error:
+        check(parse(argv), world_size=2)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 

@@ -12,12 +12,13 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-import metrics
-from config import OptionError, Options
+from config.errors import OptionError
+from config.options import Options
+from loss.next_token import NextToken
+from metrics.records import read_records
 from model.build import build_model
-from model.compiled import compile_layers
+from model.compile import compile_layers
 from model.float8 import E4M3, E5M2, compute_in_float8, product, to_float8
-from model.objective import NextToken
 from tests.launch import train_ok
 from tests.proof import FSDP, read_tensors, relative_l2
 
@@ -92,7 +93,7 @@ def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> No
     train_ok(2, *options, "--output_dir", tmp_path / "bf16")
     output = train_ok(2, *options, "--float8", "--output_dir", tmp_path / "float8")
     assert "compute bfloat16, matrix products of layers float8" in output
-    rows, references = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("float8", "bf16"))
+    rows, references = (read_records(tmp_path / name / "metrics.jsonl") for name in ("float8", "bf16"))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
             assert row[key] == pytest.approx(reference[key], abs=3e-2)

@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-import config
-import metrics
-import model.objective
+import config.checks
 from compare.memory import CASES, GIB, foresee, measuring
-from config import Options
+from config.options import Options
+from data.batches import IGNORED
+from loss.cross_entropy import cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
+from loss.next_token import NextToken, fastest_softmax
+from metrics.recorder import Recorder
+from metrics.records import read_records
 from model.attention import NAME, attend_within_documents
-from model.compiled import compile_layers
+from model.compile import compile_layers
 from model.float8 import CAPABILITY, E4M3, E5M2, product, to_float8
-from model.loss import IGNORED, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
-from model.objective import NextToken, fastest_softmax
 from tests import world
 from tests.families import drawn
 from tests.launch import train, train_ok
@@ -75,7 +76,7 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
     train_ok(world_size, *tiny, "--output_dir", tmp_path, "--bf16", "false", "--dataloader_num_workers", 2, *extra)
     for row, reference in zip(
-        metrics.read_rows(tmp_path / "metrics.jsonl"), metrics.read_rows(one_rank / "metrics.jsonl"), strict=True
+        read_records(tmp_path / "metrics.jsonl"), read_records(one_rank / "metrics.jsonl"), strict=True
     ):
         for key in ("loss", "eval_loss"):
             if key in reference:
@@ -103,7 +104,7 @@ def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_si
 def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str, more: list[str]) -> None:
     """bf16 or float8 compute over fp32 masters: the curve stays in a band around fp32's, and checkpoints are fp32."""
     train_ok(1, *tiny, "--output_dir", tmp_path, "--strategy", strategy, *more)
-    rows, references = (metrics.read_rows(path / "metrics.jsonl") for path in (tmp_path, one_rank))
+    rows, references = (read_records(path / "metrics.jsonl") for path in (tmp_path, one_rank))
     assert rows[1]["grad_norm"] == pytest.approx(references[1]["grad_norm"], rel=2e-2)
     assert rows[1]["grad_norm"] != references[1]["grad_norm"], "it must have computed in bf16"
     for row, reference in zip(rows, references, strict=True):
@@ -144,7 +145,7 @@ def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, world_siz
     packed = [*tiny, "--packing", "documents", "--max_steps", 10]
     train_ok(1, *packed, "--output_dir", tmp_path / "plain", "--bf16", "false", "--torch_compile", "false")
     train_ok(world_size, *packed, "--output_dir", tmp_path / "fast", *more)
-    rows, references = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
+    rows, references = (read_records(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
             assert row[key] == pytest.approx(reference[key], abs=2e-2)
@@ -157,7 +158,7 @@ def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, world_siz
 def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
     """In bf16, too, the loss of pairs begins at ln 2, and falls: the reference is kept, and passed on, in fp32."""
     train_ok(world_size, *dpo, "--output_dir", tmp_path, *extra)
-    first, *_, last = (row["eval_loss"] for row in metrics.read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row)
+    first, *_, last = (row["eval_loss"] for row in read_records(tmp_path / "metrics.jsonl") if "eval_loss" in row)
     assert first == pytest.approx(math.log(2), abs=1e-3)
     assert last < first / 2
 
@@ -170,7 +171,7 @@ def test_checkpointing_repeats_the_dropout(
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--bf16", "false", "--max_steps", 4]
     train_ok(1, *options, "--output_dir", tmp_path / "off")
     train_ok(1, *options, "--output_dir", tmp_path / "on", "--gradient_checkpointing", *more)
-    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("on", "off"))
+    ours, theirs = (read_records(tmp_path / name / "metrics.jsonl") for name in ("on", "off"))
     for row, expected in zip(ours, theirs, strict=True):
         for key in {"loss", "grad_norm"} & expected.keys():
             assert row[key] == pytest.approx(expected[key], rel=1e-5)
@@ -202,7 +203,7 @@ def test_memory_that_offload_saves(tmp_path: Path) -> None:
         "inputs": ["--cpu_offload", "--offload_activations"],
     }.items():
         train_ok(1, *options, *more, "--output_dir", tmp_path / name)
-        peaks.append(metrics.read_rows(tmp_path / name / "metrics.jsonl")[-1]["peak_memory_gib"])
+        peaks.append(read_records(tmp_path / name / "metrics.jsonl")[-1]["peak_memory_gib"])
     parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "kept" / "model.safetensors").values())
     layer_input = 8 * 2048 * 1024 * 2
     assert peaks[0] - peaks[1] > 11 * parameters / 2**30  # masters and moments are 12 bytes a parameter
@@ -211,13 +212,13 @@ def test_memory_that_offload_saves(tmp_path: Path) -> None:
 
 def nan_in_step_2() -> None:
     """Patch a rank: the first micro-batch of its second step has no number for a loss."""
-    original, calls = model.objective.NextToken.forward, iter(range(10_000))
+    original, calls = NextToken.forward, iter(range(10_000))
 
-    def forward(self: model.objective.NextToken, *inputs: Any, **named: Any) -> Tensor:
+    def forward(self: NextToken, *inputs: Any, **named: Any) -> Tensor:
         loss = original(self, *inputs, **named)
         return loss * float("nan") if self.training and next(calls) == 4 else loss
 
-    model.objective.NextToken.forward = forward  # type: ignore[method-assign]
+    NextToken.forward = forward  # type: ignore[method-assign]
 
 
 def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
     options = [*tiny, "--output_dir", tmp_path, "--max_steps", 3, "--save_steps", 1, "--strategy", "fsdp"]
     outcome = train(1, [*options, "--cpu_offload", "--validation_split_percentage", 0], before=nan_in_step_2)
     assert outcome.exit_codes == [0], outcome.output
-    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1]
+    assert [row["skipped_steps"] for row in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 1]
     first, second, third = (read_tensors(tmp_path / f"checkpoint-{step}" / "model") for step in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(second[name], third[name]) for name in second)
@@ -233,19 +234,19 @@ def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
 
 def wait_for_nothing() -> None:
     """Patch a rank: from what follows the report of its second step to the end of its fourth, waiting is an error."""
-    end_of_step, check_skipped, calls = metrics.Recorder.step, config.check_skipped, iter(range(1, 100))
+    end_of_step, check_skipped, calls = Recorder.step, config.checks.check_skipped, iter(range(1, 100))
 
     def step(*arguments: Any) -> None:
         end_of_step(*arguments)
         if next(calls) == 4:
             torch.cuda.set_sync_debug_mode("default")
 
-    def check(options: config.Options, step: int, skipped: int) -> None:
+    def check(options: Options, step: int, skipped: int) -> None:
         check_skipped(options, step, skipped)
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")
 
-    metrics.Recorder.step, config.check_skipped = step, check  # type: ignore[assignment, method-assign]
+    Recorder.step, config.checks.check_skipped = step, check  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

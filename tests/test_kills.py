@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import checkpoint
-import data.ledger
-import metrics
+import checkpoint.save
+from data.ledger import differences, problems, read
+from metrics.records import read_records
 from tests.kills import die_at_line, kill_at_random
 from tests.launch import Outcome, Ranks, train, train_ok
 from tests.proof import GATES, relative_l2
@@ -73,8 +73,8 @@ def assert_identical(run: Path, unbroken: Path) -> None:
     assert equal_to_the_bit(first, second)
     rng = [json.loads((path / "state.json").read_text())["rng"] for path in (first, second)]
     assert rng[0] == rng[1]
-    assert data.ledger.problems(run) == data.ledger.differences(run, unbroken) == []
-    assert len(data.ledger.read(run)) == 40
+    assert problems(run) == differences(run, unbroken) == []
+    assert len(read(run)) == 40
     assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-39", "checkpoint-40"]
     assert list(run.glob(".saving-*")) == []
 
@@ -135,7 +135,7 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
         micro_batch = ["--per_device_train_batch_size", 48 // world_size]
 
         def kill_when_past(ranks: Ranks, step: int = step) -> None:
-            while not any(row["step"] >= step for row in metrics.read_rows(run / "metrics.jsonl")):
+            while not any(row["step"] >= step for row in read_records(run / "metrics.jsonl")):
                 assert ranks[0].is_alive()
                 time.sleep(0.01)
             for rank in ranks:
@@ -143,7 +143,7 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
 
         train(world_size, [*argv, *strategy, *micro_batch], meanwhile=kill_when_past)
     train_ok(2, *argv)
-    assert data.ledger.problems(run) == data.ledger.differences(run, unbroken) == []
+    assert problems(run) == differences(run, unbroken) == []
     for row, reference in zip(trajectory(run), trajectory(unbroken), strict=True):
         for key in {"loss", "eval_loss"} & row.keys():
             assert row[key] == pytest.approx(reference[key], abs=GATES.loss)
@@ -151,17 +151,17 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
 
 
 def die_in_save(count: int, rank: int) -> None:
-    """Let `rank` be killed before the `count`-th line of checkpoint.py that its saving thread runs in its next save."""
-    write = checkpoint._write
+    """Let `rank` be killed before the `count`-th line of checkpoint/save.py that its saving thread runs in its next save."""
+    write = checkpoint.save._write
 
     def watched_write(snapshot: Any, options: Any, group: Any) -> None:
-        die_at_line("checkpoint.py", "", count, rank)
+        die_at_line("checkpoint/save.py", "", count, rank)
         write(snapshot, options, group)
 
-    checkpoint._write = watched_write
+    checkpoint.save._write = watched_write
 
 
-# A save runs some 160 lines of checkpoint.py on rank 0, which completes and prunes, and 90 on the other. Slow, because
+# A save runs some 160 lines of checkpoint/save.py on rank 0, which completes and prunes, and 90 on the other. Slow, because
 # tests/test_atomic.py kills before each change to the disk.
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CTRLConfig, GPT2Config
 
-from config import OptionError, Options
+from config.errors import OptionError
+from config.options import Options
+from loss.next_token import NextToken
 from model.build import build_model
-from model.layers import layers_of
+from model.layers import decoder_layers
 from model.linear import CopiedLinear, linear_modules
-from model.objective import NextToken
 from tests.families import FAMILIES, drawn
 from tests.proof import relative_l2
 from tests.test_packing import loss_and_gradient
@@ -94,7 +95,7 @@ def test_bf16_residual(name: str) -> None:
             if torch.is_autocast_enabled("cpu"):  # and not in the trial of what the model ends with
                 seen.add(inputs[0].dtype)
 
-        for layer in layers_of(built):
+        for layer in decoder_layers(built):
             layer.register_forward_pre_hook(see)
         _, gradient = loss_and_gradient(built, [BATCH], bf16=True)
         assert seen == {dtype}
@@ -103,7 +104,7 @@ def test_bf16_residual(name: str) -> None:
 
 def test_layers_that_are_called_by_name() -> None:
     """Such code may come with a model; and one that has no layers has nothing to round."""
-    layer = layers_of(drawn(Options(bf16=True, bf16_residual=True), FAMILIES["qwen3"][0]))[0]
+    layer = decoder_layers(drawn(Options(bf16=True, bf16_residual=True), FAMILIES["qwen3"][0]))[0]
     hidden_BTD, rotation = torch.randn(1, 2, 32), (torch.ones(1, 2, 8), torch.zeros(1, 2, 8))
     with torch.autocast("cpu", torch.bfloat16):
         output_BTD = layer(hidden_states=hidden_BTD, position_embeddings=rotation, attention_mask=None)

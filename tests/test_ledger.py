@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import data.ledger
+from data.ledger import differences, main, problems, read
 from tests.launch import train_ok
 
 OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant", "--save_steps", 0]
@@ -38,13 +38,13 @@ def test_the_same_global_batches(
 ) -> None:
     options = [*OPTIONS, *TWO_EPOCHS, *more, "--per_device_train_batch_size", micro_batch]
     train_ok(world_size, *tiny, *options, "--output_dir", tmp_path)
-    assert len(data.ledger.read(tmp_path)) == 40
-    assert data.ledger.problems(tmp_path) == data.ledger.differences(tmp_path, one_process) == []
+    assert len(read(tmp_path)) == 40
+    assert problems(tmp_path) == differences(tmp_path, one_process) == []
 
 
 def test_epochs_have_other_orders(one_process: Path) -> None:
     """Each epoch is a permutation of its own: no step of the second has the rows of its counterpart in the first."""
-    steps = data.ledger.read(one_process)
+    steps = read(one_process)
     first, second = ([steps[step + epoch * 17] for step in range(1, 18)] for epoch in (0, 1))
     assert all(rows not in first for rows in second)
     used = [{row for rows in epoch for row in rows} for epoch in (first, second)]
@@ -55,37 +55,37 @@ def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_pat
     """Fault 20: 0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
     for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):
         train_ok(world_size, *tiny, *OPTIONS, "--output_dir", tmp_path, *RESUME, "--max_steps", steps)
-        assert len(data.ledger.read(tmp_path)) == steps
-    assert data.ledger.problems(tmp_path) == data.ledger.differences(tmp_path, one_process) == []
+        assert len(read(tmp_path)) == steps
+    assert problems(tmp_path) == differences(tmp_path, one_process) == []
     assert len(list((tmp_path / "ledger").glob("rank-*"))) == 4
 
 
 def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is right is summed up; what is wrong is named; the exit code tells them apart."""
-    assert data.ledger.main([str(one_process), str(one_process)]) == 0
+    assert main([str(one_process), str(one_process)]) == 0
     right = capsys.readouterr().out
     assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right
     assert "the same global batches in all 40 steps of both" in right
     wrong = changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else [])
-    assert data.ledger.main([str(wrong)]) == 1
+    assert main([str(wrong)]) == 1
     assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 rows, not 48", "1 problems"]
-    assert data.ledger.main([str(tmp_path / "nothing")]) == 2
+    assert main([str(tmp_path / "nothing")]) == 2
 
 
 def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
-    first = data.ledger.read(one_process)[1]
+    first = read(one_process)[1]
     again = changed(one_process, tmp_path / "again", lambda step, rows: [*first] if step == 2 else rows)
-    assert f"row {first[0][0]} is in step 1 and again in step 2 of the same epoch" in data.ledger.problems(again)
-    assert data.ledger.differences(again, one_process) == [f"step 2: other rows than in {one_process}"]
+    assert f"row {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
+    assert differences(again, one_process) == [f"step 2: other rows than in {one_process}"]
     short = changed(one_process, tmp_path / "short", lambda step, rows: rows[1:] if step == 9 else rows)
-    assert data.ledger.problems(short) == ["step 9 has 47 rows, not 48"]
+    assert problems(short) == ["step 9 has 47 rows, not 48"]
     lost = changed(one_process, tmp_path / "lost", lambda step, rows: None if step == 6 else rows)
-    assert data.ledger.problems(lost) == ["steps [6] are missing"]
+    assert problems(lost) == ["steps [6] are missing"]
     other = changed(
         one_process, tmp_path / "other", lambda step, rows: [(*row[:2], "0") for row in rows] if step == 20 else rows
     )
-    assert len(data.ledger.problems(other)) > 40
-    assert "is not the one it was before" in data.ledger.problems(other)[0]
+    assert len(problems(other)) > 40
+    assert "is not the one it was before" in problems(other)[0]
 
 
 def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:

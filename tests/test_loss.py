@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
 
-import model.loss
-from model.loss import IGNORED, cross_entropy_, head_and_loss_sum, token_loss_sum
-from model.objective import NextToken
+import loss.cross_entropy
+from data.batches import IGNORED
+from loss.cross_entropy import cross_entropy_, head_and_loss_sum, token_loss_sum
+from loss.next_token import NextToken
 from tests.proof import relative_l2
 
 SMALL: dict[str, Any] = {
@@ -30,7 +31,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, and a last one that is shorter."""
-    monkeypatch.setattr(model.loss, "CHUNK_LOGITS", {"cpu": 96 * 7})
+    monkeypatch.setattr(loss.cross_entropy, "CHUNK_LOGITS", {"cpu": 96 * 7})
 
 
 @pytest.fixture

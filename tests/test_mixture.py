@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import data.ledger
-from config import OptionError, Options
-from data.prepare import prepare
-from data.rows import Mixture
+from config.errors import OptionError
+from config.options import Options
+from data.ledger import differences, problems
+from data.prepare import prepare_data
+from data.sequences import Mixture
 from tests.launch import train_ok
 
 
@@ -33,7 +34,7 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Mixture:
     """Of the small source, 60% of the rows of an epoch."""
     weights = f"{files[0]}=0.4,{files[1]}=0.6"
-    data = prepare(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
+    data = prepare_data(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
     assert isinstance(data.train, Mixture)
     assert isinstance(data.validation, Mixture)
     assert (data.counts["train"].rows, data.counts["validation"].rows) == (len(data.train), len(data.validation))
@@ -77,12 +78,12 @@ def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path
     for world_size, steps in ((2, 5), (4, 19), (3, 30)):
         resume = ["--resume_from_checkpoint", "auto", "--max_steps", steps]
         train_ok(world_size, *options, *resume, "--output_dir", tmp_path / "many")
-    assert data.ledger.problems(tmp_path / "one") == data.ledger.problems(tmp_path / "many") == []
-    assert data.ledger.differences(tmp_path / "one", tmp_path / "many") == []
+    assert problems(tmp_path / "one") == problems(tmp_path / "many") == []
+    assert differences(tmp_path / "one", tmp_path / "many") == []
     path = tmp_path / "many" / "ledger" / "about.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps(about | {"sources": [[rows, rows] for rows, _ in about["sources"]]}))
-    assert "of the same epoch" in data.ledger.problems(tmp_path / "many")[0], "the small source comes more than once"
+    assert "of the same epoch" in problems(tmp_path / "many")[0], "the small source comes more than once"
 
 
 def test_packed_alike(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_packed_alike(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp
         validation_split_percentage=0,
     )
     with pytest.raises(OptionError, match="give --packing"):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
     options.packing = "documents"
-    train = prepare(options, tokenizer).train
+    train = prepare_data(options, tokenizer).train
     assert [drawn for _, drawn in train.sources] == [len(train) // 2, len(train) - len(train) // 2]

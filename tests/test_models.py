@@ -27,19 +27,20 @@ from transformers import (
     masking_utils,
 )
 
-import checkpoint
 import ddp
 import fsdp
-import metrics
 import model.build
 import model.export
 import model.weights
-from config import OptionError, Options
-from model.attention import expect_one_document_a_row
+from checkpoint.export import export_model
+from config.errors import OptionError
+from config.options import Options
+from loss.next_token import NextToken
+from metrics.records import read_records
+from model.attention import expect_one_document_per_sequence
 from model.build import build_model, load_config_and_tokenizer
 from model.export import write_model
-from model.objective import NextToken
-from model.weights import Weights, fill, find_weights
+from model.weights import Weights, find_weights, load_weights
 from tests.families import FAMILIES, SIZES, TIED, make_family
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, relative_l2
@@ -77,7 +78,7 @@ def loaded_whole(directory: Path, **options: Any) -> PreTrainedModel:
     loaded = build_model(options_, load_config_and_tokenizer(options_)[0])
     weights = find_weights(options_, loaded)
     loaded.to_empty(device="cpu").tie_weights()
-    fill(loaded, weights)
+    load_weights(loaded, weights)
     return loaded
 
 
@@ -109,7 +110,7 @@ def test_a_step_does_not_wait_for_the_gpu(
     with nothing_is_read, pytest.raises(AssertionError):
         objective(tokens_BT, tokens_BT)
     expected = objective(tokens_BT, tokens_BT)
-    expect_one_document_a_row()
+    expect_one_document_per_sequence()
     with nothing_is_read:
         loss = objective(tokens_BT, tokens_BT)
         loss.backward()
@@ -150,7 +151,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
     meta = {tensor.device.type for tensor in built.state_dict().values()}
     mesh = init_device_mesh("cpu", (1, RANKS, 1), mesh_dim_names=("replicate", "shard", "tensor"))
     wrapped = twin.wrap(NextToken(built), mesh, CPU, False, True, False)
-    fill(built, weights)
+    load_weights(built, weights)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     head, embedding = built.get_output_embeddings().weight, built.get_input_embeddings().weight
     input_ids = torch.arange(40).view(2, 20) + dist.get_rank()
@@ -158,7 +159,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
         loss = wrapped.eval()(input_ids=input_ids, labels=input_ids) / (2 * 19)
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     Path(options.output_dir).mkdir(exist_ok=True)
-    checkpoint.export(options, built, tokenizer)
+    export_model(options, built, tokenizer)
     exported = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32)
     with torch.no_grad():
         expected = exported(input_ids=input_ids, labels=input_ids).loss
@@ -180,7 +181,7 @@ def export_again(path: Path, directory: Path) -> list[list[str]]:
     there = []
     for largest_file in ("5GB", "30KB", "5GB"):
         model.export.LARGEST_FILE = largest_file
-        checkpoint.export(Options(output_dir=str(directory)), loaded, tokenizer)
+        export_model(Options(output_dir=str(directory)), loaded, tokenizer)
         there.append(sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()))
         dist.barrier()
     return there
@@ -231,7 +232,7 @@ def test_a_mixture_trains(tiny: list[object], families: dict[str, Path], tmp_pat
     options = [*tiny, "--model_name_or_path", families["qwen3 moe"], "--max_steps", 6]
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
-    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    ours, theirs = (read_records(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     for row, expected in zip(ours, theirs, strict=True):
         for key in row.keys() & {"loss", "eval_loss"}:
             assert row[key] == pytest.approx(expected[key], abs=GATES.loss)
@@ -248,7 +249,7 @@ def test_random_weights_are_those_of_transformers(name: str, families: dict[str,
         loaded = build_model(Options(config_name=name), FAMILIES[name][0])
         loaded.to_empty(device="cpu").tie_weights()
         torch.manual_seed(seed)
-        fill(loaded, {})
+        load_weights(loaded, {})
         drawn.append(everything(loaded))
     assert same(drawn[0], drawn[1]) == []
     assert drawn[0].keys() == theirs.keys()
@@ -399,7 +400,7 @@ def test_what_nobody_initialises(families: dict[str, Path]) -> None:
     with pytest.raises(
         OptionError, match="table of its Qwen3ForCausalLM is in no file, and _init_weights of its class"
     ):
-        fill(loaded.to_empty(device="cpu"), weights)
+        load_weights(loaded.to_empty(device="cpu"), weights)
 
 
 # --- Code that comes with files is not run --------------------------------------------------------------------------
@@ -516,7 +517,7 @@ def status(name: str) -> int:
 
 def measure(report: Path) -> None:
     """Patch a rank: note its peak resident memory, above what it had before build_model, and end when it is filled."""
-    build, original = model.build.build_model, model.weights.fill
+    build, original = build_model, load_weights
     before = 0
 
     def note_and_build(*arguments: Any) -> PreTrainedModel:
@@ -533,7 +534,7 @@ def measure(report: Path) -> None:
         os._exit(0)
 
     setattr(model.build, "build_model", note_and_build)  # noqa: B010
-    setattr(model.weights, "fill", fill_and_end)  # noqa: B010
+    setattr(model.weights, "load_weights", fill_and_end)  # noqa: B010
 
 
 def make_big(name: str, model_dir: Path, path: Path) -> int:
@@ -595,10 +596,10 @@ def export_within(limit: int, path: Path, output_dir: Path) -> None:
     built = build_model(options, config)
     weights = find_weights(options, built)
     fsdp.wrap(NextToken(built), mesh, CPU, False, True, False)
-    fill(built, weights)
+    load_weights(built, weights)
     output_dir.mkdir(exist_ok=True)
     model.export.LARGEST_FILE = "30MB"
-    checkpoint.export(options, built, tokenizer)
+    export_model(options, built, tokenizer)
     print(
         f"{limit / MIB:.0f} MiB above {before / MIB:.0f} are enough; {(status('VmData') - before) / MIB:.0f} at the end"
     )

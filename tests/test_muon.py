@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import metrics
 from compare.convergence import evaluations, first_at
-from config import Options
-from model.build import EMBEDDED_MODEL
-from model.layers import matrices_of
-from model.muon import Muon, orthogonalise
-from model.optimizer import build_optimizer
+from config.demo import DEMO_MODEL
+from config.options import Options
+from metrics.records import read_records
+from model.layers import decoder_matrices
+from optim.adamw import build_optimizer
+from optim.muon import Muon, orthogonalize
 from tests.launch import train, train_ok
 from tests.proof import GATES, relative_l2
 from tests.test_errors import refused
@@ -34,7 +34,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
     micro_batch = ["--per_device_train_batch_size", 12, "--save_steps", 10]
     output = train_ok(1, *tiny, *ON, *micro_batch, "--output_dir", output_dir)
     assert "Muon for 18,432 parameters in matrices of the decoder layers, AdamW for all others" in output
-    rows = metrics.read_rows(output_dir / "metrics.jsonl")
+    rows = read_records(output_dir / "metrics.jsonl")
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3, "it must learn"
     return output_dir
 
@@ -52,7 +52,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
 )
 def test_same_curve(one_process: Path, tiny: list[object], tmp_path: Path, ranks: int, extra: list[str]) -> None:
     train_ok(ranks, *tiny, *ON, "--output_dir", tmp_path, "--per_device_train_batch_size", 1, *extra)
-    rows, references = (metrics.read_rows(path / "metrics.jsonl") for path in (tmp_path, one_process))
+    rows, references = (read_records(path / "metrics.jsonl") for path in (tmp_path, one_process))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
             assert row[key] == pytest.approx(reference[key], abs=GATES.loss)
@@ -67,7 +67,7 @@ def test_singular_values(dtype: torch.dtype) -> None:
     for rows, columns in ((24, 80), (80, 24), (32, 32)):
         matrix_RC = torch.randn(rows, columns) @ torch.diag(torch.linspace(0.1, 1, columns))
         left, values, right = torch.linalg.svd(matrix_RC, full_matrices=False)
-        near = left.T @ orthogonalise(matrix_RC.to(dtype)).float() @ right.T
+        near = left.T @ orthogonalize(matrix_RC.to(dtype)).float() @ right.T
         kept = values > 0.02 * values.max()  # what is smaller takes more than five steps
         assert ((near.diag()[kept] > 0.6) & (near.diag()[kept] < 1.3)).all()
         assert (near - torch.diag(near.diag())).abs().max() < 0.05
@@ -76,7 +76,7 @@ def test_singular_values(dtype: torch.dtype) -> None:
 def test_gradients_are_divided() -> None:
     """By `grad_scale`, as AdamW does it, and before they go into the momentum: a power of two, so to the bit."""
     torch.manual_seed(0)
-    plain, scaled = (Qwen3ForCausalLM(Qwen3Config(**EMBEDDED_MODEL, vocab_size=64)) for _ in range(2))
+    plain, scaled = (Qwen3ForCausalLM(Qwen3Config(**DEMO_MODEL, vocab_size=64)) for _ in range(2))
     scaled.load_state_dict(plain.state_dict())
     optimizers = [build_optimizer(model, Options(optim="muon", learning_rate=1e-2)) for model in (plain, scaled)]
     optimizers[1].grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
@@ -93,12 +93,12 @@ def test_gradients_are_divided() -> None:
 def test_as_torch_does() -> None:
     """Five steps of all matrices against torch.optim.Muon, in bf16; of all others against AdamW, to the bit."""
     torch.manual_seed(0)
-    ours, theirs = (Qwen3ForCausalLM(Qwen3Config(**EMBEDDED_MODEL, vocab_size=64)) for _ in range(2))
+    ours, theirs = (Qwen3ForCausalLM(Qwen3Config(**DEMO_MODEL, vocab_size=64)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     options = Options(optim="muon", bf16=True, learning_rate=1e-2, weight_decay=0.1)
     optimizer = build_optimizer(ours, options)
     assert isinstance(optimizer, Muon)
-    matrices = matrices_of(theirs)
+    matrices = decoder_matrices(theirs)
     assert len(matrices) == 2 * 7
     muon = torch.optim.Muon(list(matrices.values()), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = build_optimizer(theirs, Options(learning_rate=1e-2, weight_decay=0.1))

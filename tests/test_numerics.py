@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 import data.batches
-import metrics
-import model.objective
-from data.rows import Row
-from model.loss import IGNORED
+import loss.next_token
+from data.batches import IGNORED
+from data.sequences import Sequence
+from metrics.records import read_records
 from tests.launch import train, train_ok
 from tests.test_resume import equal_to_the_bit
 
@@ -24,22 +24,24 @@ SHAPE = ["--lr_scheduler_type", "constant", "--warmup_steps", 0, "--validation_s
 
 def nan_on_rank_1(steps: set[int]) -> None:
     """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
-    original, calls = model.objective.head_and_loss_sum, iter(range(10_000))
+    original, calls = loss.next_token.head_and_loss_sum, iter(range(10_000))
 
-    def loss(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
+    def poisoned_loss(
+        hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any
+    ) -> Tensor:
         call = next(calls)
         value = original(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_)
         poisoned = os.environ["RANK"] == "1" and call % 2 == 1 and call // 2 + 1 in steps
         return value * float("nan") if poisoned else value
 
-    model.objective.head_and_loss_sum = loss
+    loss.next_token.head_and_loss_sum = poisoned_loss
 
 
 def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
     original, calls = data.batches.collate, iter(range(10_000))
 
-    def collate(rows: list[Row], documents_of: int | None = None) -> dict[str, Tensor]:
+    def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
         batch = original(rows, documents_of)
         if next(calls) // 2 + 1 in steps:
             batch["labels"].fill_(IGNORED)
@@ -62,9 +64,9 @@ def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, faul
     assert set(before["optimizer_steps"].values()) == set(faulty["optimizer_steps"].values()) == {2.0}
     assert set(after["optimizer_steps"].values()) == {3.0}
     assert [state["progress"]["skipped_steps"] for state in (before, faulty, after)] == [0, 1, 1]
-    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1, 1]
+    assert [row["skipped_steps"] for row in read_records(tmp_path / "metrics.jsonl")] == [0, 0, 1, 1]
     if fault is nan_on_rank_1:
-        assert metrics.read_rows(tmp_path / "metrics.jsonl")[2]["loss"] is None
+        assert read_records(tmp_path / "metrics.jsonl")[2]["loss"] is None
 
     for state, step in ((before, 2), (faulty, 3)):  # but for the counts, the two checkpoints are one
         state["progress"] |= {"step": 0, "tokens_seen": 0, "skipped_steps": 0}
@@ -81,11 +83,11 @@ def test_too_many_in_a_row(tiny: list[object], tmp_path: Path) -> None:
     assert outcome.exit_codes == [2, 2]
     assert "max_skipped_steps 2: up to step 10, 3 steps in a row had no usable gradient" in outcome.output
     assert "Traceback" not in outcome.output
-    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 7
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 7
 
 
 def test_skipped_steps_survive_a_resume(tiny: list[object], tmp_path: Path) -> None:
     options: list[Any] = [*tiny, *SHAPE, "--output_dir", tmp_path]
     assert train(2, [*options, "--max_steps", 3], before=partial(nan_on_rank_1, {2})).exit_codes == [0, 0]
     train_ok(2, *options, "--max_steps", 5, "--resume_from_checkpoint", "auto")
-    assert [row["skipped_steps"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 1]
+    assert [row["skipped_steps"] for row in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 1]

@@ -13,12 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import data.packing
-import metrics
 import model.attention
 from data.batches import collate
 from data.packing import pack, pack_in_parts
-from data.rows import Row
-from model.objective import NextToken
+from data.sequences import Sequence
+from loss.next_token import NextToken
+from metrics.records import read_records
+from model.attention import NAME, attend_within_documents
 from tests.proof import GATES, Case, first_gradient, relative_l2
 
 
@@ -71,11 +72,11 @@ def documents_of(lengths: list[int], vocabulary: int) -> list[Tensor]:
     return [torch.randint(0, vocabulary, (length,)) for length in lengths]
 
 
-def packed_row(documents: list[Tensor], number: int = 0) -> Row:
+def packed_row(documents: list[Tensor], number: int = 0) -> Sequence:
     tokens = torch.cat(documents)
     learned = torch.ones_like(tokens, dtype=torch.bool)
     learned[1:3] = False  # a question, say
-    return Row(number, tokens, learned, [len(document) for document in documents])
+    return Sequence(number, tokens, learned, [len(document) for document in documents])
 
 
 def loss_and_gradient(
@@ -108,7 +109,7 @@ def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         start = 0
         for length in row.lengths:
             part = slice(start, start + length)
-            alone.append(collate([Row(0, row.tokens[part], row.learned[part], [length])]))
+            alone.append(collate([Sequence(0, row.tokens[part], row.learned[part], [length])]))
             start += length
     return collate(rows, documents_of=64), alone
 
@@ -165,8 +166,8 @@ def test_variable_length_attention(
     small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     expected_loss, expected = loss_and_gradient(small, alone)
-    model.attention.attend_within_documents(small, torch.device("cuda"), bf16=True)
-    assert small.config._attn_implementation == model.attention.NAME
+    attend_within_documents(small, torch.device("cuda"), bf16=True)
+    assert small.config._attn_implementation == NAME
     loss, gradient = loss_and_gradient(small, [packed])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_l2(gradient, expected) < 1e-5
@@ -207,5 +208,5 @@ def test_packed_step_is_the_unpacked_step(
     """Through the whole trainer, on two ranks and in micro-steps: the gradient of all documents, packed or not."""
     options = [*all_documents, "--packing", "documents", "--global_batch_size", ROWS]
     gradient = first_gradient(Case("packed", 2, 2, ("--strategy", strategy)), options, tmp_path)
-    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["epoch"] == 1, "all documents are in the step"
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["epoch"] == 1, "all documents are in the step"
     assert relative_l2(gradient, unpacked_gradient) < GATES.gradient

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoint
-import data.ledger
-import metrics
-from config import OptionError
+import checkpoint.ranks
+from config.errors import OptionError
 from data.batches import collate_pairs
+from data.ledger import problems, read
 from data.packing import pack
-from data.rows import Row
-from data.show import show
-from model.objective import Preference
+from data.sequences import Sequence, show_examples
+from loss.dpo import Preference
+from metrics.records import read_records
 from tests import world
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, Case, first_gradient, marked, relative_l2
@@ -125,11 +124,11 @@ def test_pack_pairs() -> None:
 
 
 def test_collate_pairs() -> None:
-    def pair(number: int, *lengths: int) -> Row:
+    def pair(number: int, *lengths: int) -> Sequence:
         tokens = torch.arange(1, sum(lengths) + 1)
         learned = torch.ones_like(tokens, dtype=torch.bool)
         learned[0] = learned[lengths[0]] = False
-        return Row(number, tokens, learned, list(lengths))
+        return Sequence(number, tokens, learned, list(lengths))
 
     reference = torch.arange(10.0).view(2, 5)
     batch = collate_pairs([pair(4, 2, 3), pair(1, 4, 1)], reference)
@@ -143,14 +142,14 @@ def test_collate_pairs() -> None:
 
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    text = show(prepare_records([PAIRS["text"]], tokenizer, tmp_path, **DPO).train, 1, tokenizer)
+    text = show_examples(prepare_records([PAIRS["text"]], tokenizer, tmp_path, **DPO).train, 1, tokenizer)
     assert text.index("good<eos>") < text.index("bad, too<eos>")
 
 
 # --- The loss -------------------------------------------------------------------------------------------------------
 
 
-def some_pairs(number: int) -> list[Row]:
+def some_pairs(number: int) -> list[Sequence]:
     """Pairs of a shared prompt of 5 tokens and answers of 1 to 20, from a fixed seed."""
     torch.manual_seed(3)
     rows = []
@@ -159,11 +158,11 @@ def some_pairs(number: int) -> list[Row]:
         prompt = torch.randint(0, world.VOCABULARY, (5,))
         sides = [torch.cat([prompt, torch.randint(0, world.VOCABULARY, (length - 5,))]) for length in lengths]
         learned = torch.cat([torch.arange(length) >= 5 for length in lengths])
-        rows.append(Row(index, torch.cat(sides), learned, lengths))
+        rows.append(Sequence(index, torch.cat(sides), learned, lengths))
     return rows
 
 
-def learned_log_probability(model: PreTrainedModel, row: Row, side: int) -> Any:
+def learned_log_probability(model: PreTrainedModel, row: Sequence, side: int) -> Any:
     """By hand, in the dtype of the model: one sequence, without padding, token by token."""
     tokens, learned = (torch.split(part, row.lengths)[side] for part in (row.tokens, row.learned))
     log_p_TV = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
@@ -248,7 +247,7 @@ def unbroken(dpo: list[object], model_with_dropout: Path, tmp_path_factory: pyte
 
 def test_it_learns_to_prefer(unbroken: Path) -> None:
     """The loss of held-out pairs begins at ln 2 and falls."""
-    rows = metrics.read_rows(unbroken / "metrics.jsonl")
+    rows = read_records(unbroken / "metrics.jsonl")
     evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert evaluations[0] == pytest.approx(LN_2, abs=1e-6)
     assert evaluations == sorted(evaluations, reverse=True)
@@ -259,17 +258,17 @@ def test_it_learns_to_prefer(unbroken: Path) -> None:
 
 
 def test_the_ledger_of_pairs(unbroken: Path) -> None:
-    steps = data.ledger.read(unbroken)
-    assert data.ledger.problems(unbroken) == []
+    steps = read(unbroken)
+    assert problems(unbroken) == []
     assert {len(rows) for rows in steps.values()} == {16}
-    tokens = metrics.read_rows(unbroken / "metrics.jsonl")[-1]["tokens_seen"]
+    tokens = read_records(unbroken / "metrics.jsonl")[-1]["tokens_seen"]
     assert sum(length for rows in steps.values() for _, length, _ in rows) == tokens
 
 
 def not_again() -> None:
     """Patch a rank so that it cannot compute a reference."""
-    computed_once = checkpoint.computed_once
-    checkpoint.computed_once = lambda path, compute: computed_once(path, lambda: pytest.fail("computed again"))
+    original = checkpoint.ranks.compute_once
+    checkpoint.ranks.compute_once = lambda path, compute: original(path, lambda: pytest.fail("computed again"))
 
 
 def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path) -> None:
@@ -277,7 +276,7 @@ def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path
     options = [*dpo, "--data_cache_dir", tmp_path, "--bf16", "true", "--max_steps", 1]
     for name, more in {"one": [], "other": ["--bf16_residual"]}.items():
         train_ok(1, *options, *more, "--output_dir", tmp_path / name)
-        assert metrics.read_rows(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
+        assert read_records(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "lost"])
@@ -325,7 +324,7 @@ def test_bf16(dpo: list[object], tmp_path: Path) -> None:
     """The reference is not rounded to bf16 on its way, as FSDP does with what a module is given: the loss is ln 2."""
     options = [*dpo, "--bf16", "true", "--strategy", "fsdp", "--max_steps", 1, "--validation_split_percentage", 0]
     train_ok(2, *options, "--dpo_beta", 1, "--output_dir", tmp_path)
-    assert metrics.read_rows(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(LN_2, abs=1e-3)
+    assert read_records(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(LN_2, abs=1e-3)
 
 
 def test_more_ranks_than_pairs(dpo: list[object], tmp_path: Path) -> None:
@@ -336,7 +335,7 @@ def test_more_ranks_than_pairs(dpo: list[object], tmp_path: Path) -> None:
     train_ok(3, *options, "--output_dir", tmp_path / "three", "--strategy", "fsdp")
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     assert len(referenced(dpo) - before) == 1, "one for both topologies"
-    three, one = (metrics.read_rows(tmp_path / name / "metrics.jsonl") for name in ("three", "one"))
+    three, one = (read_records(tmp_path / name / "metrics.jsonl") for name in ("three", "one"))
     for ours, theirs in zip(three, one, strict=True):
         for name in ("loss", "eval_loss", "eval_pairs"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)

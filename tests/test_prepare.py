@@ -15,13 +15,14 @@ import pyarrow
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import data.corpus
 import data.prepare
 from compare.preparation import generate
 from compare.preparation import prepare as measured
-from config import OptionError, Options
-from data.corpus import START, Position, Raw, Source, find_sources, read
-from data.prepare import prepare
+from config.errors import OptionError
+from config.options import Options
+from data.prepare import main, prepare_data
+from data.records import START, Position, Raw, read
+from data.sources import Source, _hash, find_sources
 from tests.launch import ROOT
 from tests.test_data import expected_tokens, tokens_of
 
@@ -84,9 +85,11 @@ def test_files_directories_and_globs(
     monkeypatch.chdir(tmp_path)
     for value in (str(tmp_path / "text"), "text/**/*.*[lntz]", ",".join(map(str, files))):
         options.train_file = value
-        assert tokens_of(prepare(options, tokenizer).train) == expected
+        assert tokens_of(prepare_data(options, tokenizer).train) == expected
     options.train_file = f"{files[1]},{files[0]}"
-    assert tokens_of(prepare(options, tokenizer).train) == expected_tokens(tokenizer, documents[40:80] + documents[:40])
+    assert tokens_of(prepare_data(options, tokenizer).train) == expected_tokens(
+        tokenizer, documents[40:80] + documents[:40]
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
@@ -115,7 +118,7 @@ def test_a_row_without_text(
     place = f"{path}: row {row - 1}" if path.suffix == ".parquet" else f"{path}: line {row}"
     options.train_file = str(path)
     with pytest.raises(OptionError, match=f"{place} has no text in column text: "):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
@@ -126,15 +129,15 @@ def test_damaged_files(options: Options, tokenizer: PreTrainedTokenizerBase, tmp
         path.write_bytes(path.read_bytes()[:-50])
         options.train_file = str(path)
         with pytest.raises(OptionError, match=f"{path}: cannot be read as {path.suffix}: "):
-            prepare(options, tokenizer)
+            prepare_data(options, tokenizer)
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     options.train_file = str(path)
     with pytest.raises(OptionError, match=f"{path}: line 2: cannot be read as JSON: "):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
     options.train_file = f"{tmp_path}/none/*.jsonl"
     with pytest.raises(OptionError, match=r"no file there has one of the suffixes \.txt, "):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
 
 
 @pytest.mark.parametrize("packing", ["concat", "documents", "none"])
@@ -144,7 +147,7 @@ def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, t
     expected = expected_tokens(tokenizer, [text])
     assert len(expected) > 100 * 32
     options.train_file, options.packing = str(write(tmp_path / "long.jsonl", [text])), packing  # type: ignore[assignment]
-    rows = prepare(options, tokenizer)
+    rows = prepare_data(options, tokenizer)
     dropped = rows.counts["train"].dropped_tokens
     assert dropped == (len(expected) % 32 if packing == "concat" else 0)
     pieces = sorted(map(tuple, rows.train.pieces.tolist()))  # type: ignore[union-attr]
@@ -162,7 +165,7 @@ def test_workers_do_not_matter(
     prepared = []
     for workers in (1, 2, 3):
         options.preprocessing_num_workers, options.data_cache_dir = workers, str(tmp_path / f"cache-{workers}")
-        prepared.append(prepare(options, tokenizer))
+        prepared.append(prepare_data(options, tokenizer))
     assert prepared[0].fingerprint == prepared[1].fingerprint == prepared[2].fingerprint
     assert tokens_of(prepared[0].train) == tokens_of(prepared[2].train)
 
@@ -175,7 +178,7 @@ def test_the_first_bad_row_is_named(
     path.write_text(path.read_text() + '{"text": 1}\n' + path.read_text() + '{"text": 2}\n' * 9)
     options.train_file, options.preprocessing_num_workers = str(path), 3
     with pytest.raises(OptionError, match=f"{path}: line 201 has no text in column text: 1"):
-        prepare(options, tokenizer)
+        prepare_data(options, tokenizer)
 
 
 def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -187,7 +190,7 @@ def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
             yield record
 
     data.prepare.read = read_slowly
-    prepare(options, tokenizer)
+    prepare_data(options, tokenizer)
 
 
 def runs(process: str) -> bool:
@@ -231,11 +234,11 @@ def test_killed_and_gone_on_with(
         return read(source, start)
 
     monkeypatch.setattr("data.prepare.read", read_noting)
-    gone_on_with = prepare(options, tokenizer)
+    gone_on_with = prepare_data(options, tokenizer)
     assert starts == [START, after]  # the first is a look at the first record
     assert not list((tmp_path / "cache").glob("*.partial"))
     options.data_cache_dir = str(tmp_path / "other")
-    assert prepare(options, tokenizer).fingerprint == gone_on_with.fingerprint
+    assert prepare_data(options, tokenizer).fingerprint == gone_on_with.fingerprint
 
 
 def test_abandoned_preparations_are_removed(
@@ -250,7 +253,7 @@ def test_abandoned_preparations_are_removed(
         then = time.time() - age * 24 * 3600
         for entry in (path, path.parent):
             os.utime(entry, (then, then))
-    prepare(options, tokenizer)
+    prepare_data(options, tokenizer)
     assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["rows-new.partial"]
 
 
@@ -266,16 +269,16 @@ def test_files_are_hashed_once(
     path.write_bytes(train_file.read_bytes())
     options.train_file = str(path)
     hashed: list[Path] = []
-    hash_files = data.corpus._hash
+    hash_files = _hash
 
     def hash_noting(files: list[Path]) -> str:
         hashed.extend(files)
         return hash_files(files)
 
-    monkeypatch.setattr("data.corpus._hash", hash_noting)
+    monkeypatch.setattr("data.sources._hash", hash_noting)
     keys = []
     for settled, expected in ((60.0, 1), (60.0, 2), (-60.0, 3), (-60.0, 3)):
-        monkeypatch.setattr("data.corpus.SETTLED", settled)  # at first, the file is too young to be trusted
+        monkeypatch.setattr("data.sources.SETTLED", settled)  # at first, the file is too young to be trusted
         keys.append(find_sources(options)[0][0].key)
         assert len(hashed) == expected
     times = path.stat()
@@ -290,7 +293,7 @@ def test_files_are_hashed_once(
 def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the options of a run, it prepares what that run will use; what is wrong is said as train.py says it."""
     options = [*map(str, tiny), "--data_cache_dir", str(tmp_path)]
-    data.prepare.main([*options, "--global_batch_size", "7"])
+    main([*options, "--global_batch_size", "7"])
     assert "180 documents (text)" in capsys.readouterr().out
     assert len(list(tmp_path.glob("rows-*/about.json"))) == 1
     command = [sys.executable, "-m", "data.prepare", *options, "--train_file", f"{tmp_path}/none.txt"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import metrics
-from config import Options
-from data.prepare import prepare
+from config.options import Options
+from data.prepare import prepare_data
+from metrics.records import read_records
 from tests.launch import ROOT
 from tests.proof import CASES
 
@@ -66,7 +66,7 @@ def test_shapes_of_conversations(line: str, place: Path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     options = Options(train_file=str(place / "chat.jsonl"), data_cache_dir=str(place / "cache"), block_size=64)
     options.validation_split_percentage = 0
-    row = prepare(options, tokenizer).train[0]
+    row = prepare_data(options, tokenizer).train[0]
     assert tokenizer.decode(row.tokens[row.learned]).strip() == "MIT.<eos>"
 
 
@@ -81,7 +81,7 @@ def test_learning_from_preferences(place: Path) -> None:
     rows = []
     for line in PAIRS:
         (place / "pairs.jsonl").write_text(line)
-        rows.append(prepare(options, tokenizer).train[0])
+        rows.append(prepare_data(options, tokenizer).train[0])
     assert rows[0].tokens.tolist() == rows[1].tokens.tolist()
     assert [tokenizer.decode(row.tokens[row.learned]) for row in rows] == [
         "MIT.<eos>No idea.<eos>",
@@ -93,7 +93,7 @@ def test_learning_from_preferences(place: Path) -> None:
     more = ["--learning_rate", "1e-3", "--logging_steps", "1"]
     run = subprocess.run([*words_of(command, place), *more], cwd=place, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    losses = [row["loss"] for row in metrics.read_rows(place / "my-dpo-model" / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in read_records(place / "my-dpo-model" / "metrics.jsonl") if "loss" in row]
     assert losses[0] == pytest.approx(0.693, abs=1e-3)
     assert losses[1] < losses[0]
     AutoModelForCausalLM.from_pretrained(place / "my-dpo-model")
@@ -132,7 +132,7 @@ def test_command(command: str, place: Path) -> None:
         assert "--gradient_accumulation_steps" in run.stdout
         return
     (output_dir,) = (path.parent for path in place.glob("*/metrics.jsonl"))
-    assert metrics.read_rows(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
+    assert read_records(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
     AutoModelForCausalLM.from_pretrained(output_dir)
     AutoTokenizer.from_pretrained(output_dir)
 
@@ -200,7 +200,7 @@ def test_two_hosts(place: Path) -> None:
     ]
     errors = [host.communicate()[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], errors
-    assert metrics.read_rows(place / "shared" / "metrics.jsonl")[-1]["step"] == 2
+    assert read_records(place / "shared" / "metrics.jsonl")[-1]["step"] == 2
 
 
 def test_make_train(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_make_train(tmp_path: Path) -> None:
         assert "--- completion of 'def ' ---" in run.stdout
         for word in ("step/s", "loss ", "lr ", "tokens/s", "/12 ["):
             assert word in run.stderr, "the progress bar"
-    rows = metrics.read_rows(tmp_path / "output" / "metrics.jsonl")
+    rows = read_records(tmp_path / "output" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [5, 10, 12]
     assert rows[0]["eval_loss"] > 8 > rows[-1]["eval_loss"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "output")

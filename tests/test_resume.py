@@ -11,8 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import checkpoint
-import metrics
+import checkpoint.load
+from checkpoint.identity import Progress
+from checkpoint.load import problems
+from checkpoint.save import Saver
+from config.options import Options
+from metrics.records import read_records
 from model.weights import Stored
 from tests.launch import train, train_ok
 from tests.proof import GATES, read_tensors, relative_l2
@@ -24,7 +28,7 @@ NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds"
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run without what a clock or the memory measured."""
-    rows = metrics.read_rows(output_dir / "metrics.jsonl")
+    rows = read_records(output_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in NOT_IN_TRAJECTORY} for row in rows]
 
 
@@ -67,7 +71,7 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     options += ["--scale_learning_rate", "sqrt", "--reference_batch_size", 10]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     assert "learning rate 0.006 = 0.003 x sqrt(40 / 10 rows)" in train_ok(2, *options, "--output_dir", unbroken)
-    assert metrics.read_rows(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
+    assert read_records(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
     cut_off_at(15, unbroken, resumed)
     outcome = train(2, [*options, "--output_dir", resumed, "--resume_from_checkpoint", "auto"], before=nothing_read)
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -96,16 +100,16 @@ def ddp_on_two(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def save_again(elsewhere: Path) -> None:
     """Patch a rank so that it saves what it has just loaded, elsewhere."""
-    load = checkpoint.load
+    load = checkpoint.load.load_checkpoint
 
-    def load_and_save(path: Path, model: Any, optimizer: Any, expected: Any) -> checkpoint.Progress:
+    def load_and_save(path: Path, model: Any, optimizer: Any, expected: Any) -> Progress:
         progress = load(path, model, optimizer, expected)
         elsewhere.mkdir(exist_ok=True)
-        saver = checkpoint.Saver(checkpoint.Options(output_dir=str(elsewhere), async_save=False))
+        saver = Saver(Options(output_dir=str(elsewhere), async_save=False))
         saver.save(model, optimizer, progress)
         return progress
 
-    checkpoint.load = load_and_save
+    checkpoint.load.load_checkpoint = load_and_save
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_
 def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
     """Fault 10: each file of a checkpoint in turn: truncated, deleted, one bit flipped."""
     intact = ddp_on_two / "checkpoint-10"
-    assert checkpoint.problems(intact) == []
+    assert problems(intact) == []
     names = [path.relative_to(intact) for path in intact.rglob("*") if path.is_file()]
     assert len(names) == 6  # two shards of the model, two of the optimizer, state.json, manifest.json
     for name in names:
@@ -190,7 +194,7 @@ def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
             else:
                 middle = len(content) // 2
                 (copy / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-            assert checkpoint.problems(copy), (name, damage)
+            assert problems(copy), (name, damage)
 
 
 def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:

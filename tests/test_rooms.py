@@ -15,16 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, get_scheduler
 
-import config
 import ddp
 import fsdp
-import metrics
-from config import Options
-from data.batches import collate
+import metrics.recorder
+from config.checks import check
+from config.command_line import parse
+from config.demo import DEMO_RECIPE
+from config.errors import OptionError
+from config.options import Options
+from config.plan import plan_run
+from data.batches import IGNORED, collate, next_tokens
+from estimate.flops import flops_per_token
+from estimate.stages import stage_name
+from estimate.start_block import activations_line, sharded
+from loss.cross_entropy import token_loss_sum
+from metrics.records import read_records
 from model.build import load_config_and_tokenizer
-from model.loss import IGNORED, flops_per_token, next_tokens, token_loss_sum
-from model.memory import stage_name
-from model.optimizer import build_optimizer, learning_rate
+from optim.adamw import build_optimizer
+from optim.schedule import learning_rate
 from tests import world
 from tests.launch import train_ok
 
@@ -124,22 +132,22 @@ def test_run_file(tmp_path: Path) -> None:
         "learning_rate: 1e-4\nstrategy: fsdp\nbf16: true\ntrain_file: null\nmax_steps: 7"
     )
     for name in ("run.json", "run.yaml"):
-        options = config.parse([str(tmp_path / name), "--max_steps", "9"])
+        options = parse([str(tmp_path / name), "--max_steps", "9"])
         assert (options.learning_rate, options.strategy, options.bf16, options.max_steps) == (1e-4, "fsdp", True, 9)
         assert options.train_file is None
-        assert options.block_size == config.EMBEDDED_RECIPE["block_size"]
-    assert config.parse(["--model_name_or_path", "x"]).learning_rate == 5e-5, "the recipe is for no model at all"
+        assert options.block_size == DEMO_RECIPE["block_size"]
+    assert parse(["--model_name_or_path", "x"]).learning_rate == 5e-5, "the recipe is for no model at all"
 
 
 def test_epochs_win_over_the_recipe() -> None:
     """Who asks for epochs gets them, also with the small model, whose recipe counts steps."""
-    assert config.parse(["--num_train_epochs", "1"]).max_steps == -1
-    assert config.parse([]).max_steps == config.EMBEDDED_RECIPE["max_steps"]
+    assert parse(["--num_train_epochs", "1"]).max_steps == -1
+    assert parse([]).max_steps == DEMO_RECIPE["max_steps"]
 
 
 def test_every_option_has_a_help() -> None:
     assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
-    assert set(config.EMBEDDED_RECIPE) <= {field.name for field in dataclasses.fields(Options)}
+    assert set(DEMO_RECIPE) <= {field.name for field in dataclasses.fields(Options)}
 
 
 @pytest.mark.parametrize(
@@ -187,8 +195,8 @@ def test_every_option_has_a_help() -> None:
     ],
 )
 def test_stage_of_the_start_block(argv: list[str], expected: str) -> None:
-    options = config.parse(argv)
-    assert f"{stage_name(options)}: {metrics.sharded(options, ranks=4)}" == expected
+    options = parse(argv)
+    assert f"{stage_name(options)}: {sharded(options, ranks=4)}" == expected
 
 
 @pytest.mark.parametrize(
@@ -204,14 +212,14 @@ def test_stage_of_the_start_block(argv: list[str], expected: str) -> None:
     ],
 )
 def test_activations_of_the_start_block(argv: list[str], expected: str) -> None:
-    assert metrics.activations_line(config.parse(argv)) == expected
+    assert activations_line(parse(argv)) == expected
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int) -> None:
     options = Options(global_batch_size=16, per_device_train_batch_size=2, block_size=8, num_train_epochs=1.5)
-    config.check(options, world_size)
-    plan = config.plan(options, rows=100, world_size=world_size)
+    check(options, world_size)
+    plan = plan_run(options, rows=100, world_size=world_size)
     assert (plan.accumulation, plan.global_batch_size) == (accumulation, 16)
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 9)
 
@@ -219,11 +227,11 @@ def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int)
 @pytest.mark.parametrize(("kind", "world_size", "factor"), [("sqrt", 4, 2), ("linear", 4, 4), ("linear", 1, 1)])
 def test_the_learning_rate_follows_the_batch(kind: str, world_size: int, factor: float) -> None:
     argv = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
-    options = config.parse([*argv, "--scale_learning_rate", kind, "--reference_batch_size", "16"])
-    config.check(options, world_size)
+    options = parse([*argv, "--scale_learning_rate", kind, "--reference_batch_size", "16"])
+    check(options, world_size)
     assert options.learning_rate == pytest.approx(factor * 1e-3)
-    unscaled = config.parse(argv)
-    config.check(unscaled, world_size)
+    unscaled = parse(argv)
+    check(unscaled, world_size)
     assert unscaled.learning_rate == 1e-3
 
 
@@ -241,26 +249,26 @@ def test_config_without_tokenizer_gets_the_embedded_one(model_dir: Path, tmp_pat
 def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert metrics.read_rows(path) == [{"step": 1}, {"step": 2}]
-    assert metrics.read_rows(tmp_path / "none.jsonl") == []
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+    assert read_records(tmp_path / "none.jsonl") == []
 
 
 def test_tensorboard(tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets the same numbers as metrics.jsonl; where it is not installed, that is said before anything starts."""
     train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", 2, "--report_to", "tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+    rows = read_records(tmp_path / "metrics.jsonl")
     expected = [row["loss"] for row in rows if "loss" in row]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(config.OptionError, match="pip install tensorboard"):
-        config.check(config.parse(["--report_to", "tensorboard"]), world_size=1)
+    with pytest.raises(OptionError, match="pip install tensorboard"):
+        check(parse(["--report_to", "tensorboard"]), world_size=1)
 
 
 def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
     """metrics.jsonl has the fields that the docstring of metrics.py defines, no more and no fewer."""
     train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", 2, "--logging_steps", 2)
-    evaluation, training, _ = metrics.read_rows(tmp_path / "metrics.jsonl")
+    evaluation, training, _ = read_records(tmp_path / "metrics.jsonl")
     assert training.keys() == {
         "step",
         "epoch",
@@ -275,8 +283,8 @@ def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
         "data_wait_seconds",
         "save_seconds",
     }
-    assert metrics.__doc__
-    assert all(f"    {name}" in metrics.__doc__ for name in training)
+    assert metrics.recorder.__doc__
+    assert all(f"    {name}" in metrics.recorder.__doc__ for name in training)
     assert training["tokens_per_second"] > 0
     assert evaluation.keys() == {"step", "epoch", "tokens_seen", "eval_loss", "eval_perplexity", "eval_tokens"}
     assert evaluation["eval_perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))

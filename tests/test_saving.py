@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-import checkpoint
-import metrics
+import checkpoint.save
+from checkpoint.load import problems
+from checkpoint.save import Saver
+from metrics.records import read_records
 from tests.kills import at_line
 from tests.launch import train, train_ok
 from tests.test_resume import STEADY, equal_to_the_bit, trajectory
@@ -22,14 +24,14 @@ RESUME = ["--resume_from_checkpoint", "auto"]
 
 def write_late(output_dir: Path, step: int) -> None:
     """Patch a rank: no checkpoint is written before metrics.jsonl tells of `step`, or of the end of training."""
-    write = checkpoint._write
+    write = checkpoint.save._write
 
     def late(snapshot: Any, options: Any, group: Any) -> None:
-        while not [row for row in metrics.read_rows(output_dir / "metrics.jsonl") if row["step"] >= step]:
+        while not [row for row in read_records(output_dir / "metrics.jsonl") if row["step"] >= step]:
             time.sleep(0.01)
         write(snapshot, options, group)
 
-    checkpoint._write = late
+    checkpoint.save._write = late
 
 
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
@@ -51,17 +53,17 @@ def test_the_next_save_waits_for_the_last(tiny: list[object], tmp_path: Path) ->
     outcome = train(2, options, before=write_slowly)
     assert outcome.exit_codes == [0, 0], outcome.output
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (3, 4, 5)]
-    assert all(checkpoint.problems(path) == [] for path in tmp_path.glob("checkpoint-*"))
+    assert all(problems(path) == [] for path in tmp_path.glob("checkpoint-*"))
 
 
 def write_slowly() -> None:
-    write = checkpoint._write
+    write = checkpoint.save._write
 
     def slowly(snapshot: Any, options: Any, group: Any) -> None:
         time.sleep(0.2)
         write(snapshot, options, group)
 
-    checkpoint._write = slowly
+    checkpoint.save._write = slowly
 
 
 def small_files_only(rank: int) -> None:
@@ -81,9 +83,9 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
     assert outcome.exit_codes == [2, 2], outcome.output
     assert "Traceback" not in outcome.output
     assert f"output_dir {run}: the checkpoint could not be written: [Errno 27] File too large" in outcome.output
-    assert metrics.read_rows(run / "metrics.jsonl")[-1]["step"] < 400
+    assert read_records(run / "metrics.jsonl")[-1]["step"] < 400
     assert (run / "checkpoint-4" / "manifest.json").read_bytes() == before
-    assert checkpoint.problems(run / "checkpoint-4") == []
+    assert problems(run / "checkpoint-4") == []
     assert not (run / "checkpoint-8").exists()
     train_ok(2, *options, *RESUME, "--max_steps", 8)
     train_ok(2, *options[:-4], "--output_dir", tmp_path / "unbroken", "--max_steps", 8)
@@ -94,7 +96,7 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
     ("file", "line", "count"),
     [
         ("train.py", "totals[0] +=", 8),  # of the evaluation after step 5; the one before training has 6 batches
-        ("checkpoint.py", "saving.rename(final)", 1),
+        ("checkpoint/save.py", "saving.rename(final)", 1),
     ],
     ids=["evaluation", "save"],
 )
@@ -108,10 +110,10 @@ def test_stopped_in_an_evaluation_or_a_save(
     outcome = train(2, argv, before=partial(terminate_at, file, line, count))
     assert outcome.exit_codes == [0, 0], outcome.output
     checkpoints = sorted(run.glob("checkpoint-*"))
-    assert all(checkpoint.problems(path) == [] for path in checkpoints)
+    assert all(problems(path) == [] for path in checkpoints)
     assert list(run.glob(".saving-*")) == []
     last = max(int(path.name.split("-")[1]) for path in checkpoints)
-    assert metrics.read_rows(run / "metrics.jsonl")[-1]["step"] == last < 60
+    assert read_records(run / "metrics.jsonl")[-1]["step"] == last < 60
     train_ok(2, *options, *RESUME, "--output_dir", run, "--max_steps", last + 10)
     train_ok(2, *options, "--output_dir", tmp_path / "undisturbed", "--max_steps", last + 10)
     name = f"checkpoint-{last + 10}"
@@ -164,7 +166,7 @@ def test_the_share_of_each_rank(tiny: list[object], tmp_path: Path) -> None:
 
 def no_fork_after_the_first_save() -> None:
     """Patch a rank: once a thread may be saving, a fork is an error."""
-    save = checkpoint.Saver.save
+    save = Saver.save
 
     def fork() -> int:
         raise AssertionError("a fork beside the saving thread")
@@ -173,7 +175,7 @@ def no_fork_after_the_first_save() -> None:
         save(*arguments)
         os.fork = fork
 
-    setattr(checkpoint.Saver, "save", save_and_forbid)  # noqa: B010
+    setattr(Saver, "save", save_and_forbid)  # noqa: B010
 
 
 def test_no_worker_is_forked_beside_the_saving_thread(tiny: list[object], tmp_path: Path) -> None:
@@ -182,4 +184,4 @@ def test_no_worker_is_forked_beside_the_saving_thread(tiny: list[object], tmp_pa
     options += ["--save_steps", 3, "--eval_steps", 4, "--dataloader_num_workers", 2, "--output_dir", tmp_path]
     outcome = train(2, options, before=no_fork_after_the_first_save)
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["epoch"] > 2
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["epoch"] > 2

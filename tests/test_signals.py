@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import metrics
+from checkpoint.load import problems
+from metrics.records import read_records
 from tests.launch import ROOT, train_ok
 from tests.test_resume import trajectory
 
@@ -37,7 +37,7 @@ def test_stop_and_resume(tiny: list[object], tmp_path: Path, number: signal.Sign
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, options), "--output_dir", str(stopped)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not metrics.read_rows(stopped / "metrics.jsonl")[3:]:
+    while not read_records(stopped / "metrics.jsonl")[3:]:
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)
     run.send_signal(number)
@@ -45,9 +45,9 @@ def test_stop_and_resume(tiny: list[object], tmp_path: Path, number: signal.Sign
     assert run.returncode == (1 if launcher else 0), errors  # torchrun says 1 after a signal, whatever its ranks say
     assert "DataLoader worker" not in errors
     (saved,) = stopped.glob("checkpoint-*")
-    assert checkpoint.problems(saved) == []
+    assert problems(saved) == []
     step = int(saved.name.split("-")[1])
-    assert metrics.read_rows(stopped / "metrics.jsonl")[-1]["step"] == step < 400
+    assert read_records(stopped / "metrics.jsonl")[-1]["step"] == step < 400
 
     steps = ["--max_steps", step + 10, "--lr_scheduler_type", "constant"]
     train_ok(1, *tiny, *steps, "--output_dir", stopped, "--resume_from_checkpoint", "auto")

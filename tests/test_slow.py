@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import metrics
+from metrics.records import read_records
 from tests.launch import ROOT, train
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ def test_the_embedded_default_learns(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     evaluations = [
-        row["eval_loss"] for row in metrics.read_rows(tmp_path / "output" / "metrics.jsonl") if "eval_loss" in row
+        row["eval_loss"] for row in read_records(tmp_path / "output" / "metrics.jsonl") if "eval_loss" in row
     ]
     assert evaluations[0] > 8
     assert evaluations[-1] < 4.2

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import data.ledger
-import data.stream
-import metrics
-from config import OptionError, Options
-from data.prepare import prepare
-from data.rows import Row
-from data.stream import Cursor, Stream
+import data.records
+from config.errors import OptionError
+from config.options import Options
+from data.ledger import differences, problems
+from data.prepare import prepare_data
+from data.sequences import Sequence
+from data.stream import Cursor, StreamingDataset
+from metrics.records import read_records
 from tests.launch import train_ok
 from tests.proof import TENSOR
 from tests.test_data import expected_tokens
@@ -45,17 +46,17 @@ def folder(documents: list[str], tmp_path: Path) -> Path:
     return tmp_path / "text"
 
 
-def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: object) -> Stream:
+def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: object) -> StreamingDataset:
     cache = str(folder.parent / "cache")
     options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32, data_cache_dir=cache)
     for name, value in settings.items():
         setattr(options, name, value)
-    train = prepare(options, tokenizer).train
-    assert isinstance(train, Stream)
+    train = prepare_data(options, tokenizer).train
+    assert isinstance(train, StreamingDataset)
     return train
 
 
-def steps_of(stream: Stream, world_size: int, cursor: Cursor) -> Iterator[list[Row]]:
+def steps_of(stream: StreamingDataset, world_size: int, cursor: Cursor) -> Iterator[list[Sequence]]:
     """The global batches after a cursor, gathered from all ranks, in the order of lanes."""
     shares = [iter(stream.share(rank, world_size, LANES, cursor)) for rank in range(world_size)]
     while True:
@@ -63,7 +64,7 @@ def steps_of(stream: Stream, world_size: int, cursor: Cursor) -> Iterator[list[R
         yield sorted(rows, key=lambda row: row.cursor[4] % LANES)
 
 
-def same(ours: list[Row], theirs: list[Row]) -> bool:
+def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
     return all(
         (one.number, one.cursor, one.lengths) == (other.number, other.cursor, other.lengths)
         and torch.equal(one.tokens, other.tokens)
@@ -78,7 +79,7 @@ def test_nothing_is_lost_or_repeated(
 ) -> None:
     """The rows of a pass hold every token of every document once; and of the next pass again, in another order."""
     stream = stream_of(folder, tokenizer, packing=packing)
-    passes: dict[int, list[Row]] = {}
+    passes: dict[int, list[Sequence]] = {}
     for step in steps_of(stream, 1, []):
         for row in step:
             passes.setdefault(row.cursor[0], []).append(row)
@@ -109,7 +110,7 @@ def test_concat_keeps_the_order_of_the_text(
 ) -> None:
     """Put into the order of their numbers, the rows of one file are its text."""
     path = write(tmp_path / "a.jsonl", documents)
-    rows: list[Row] = []
+    rows: list[Sequence] = []
     for step in steps_of(stream_of(path, tokenizer), 1, []):
         rows += [row for row in step if row.cursor[0] == 0]
         if min(row.cursor[0] for row in step) == 1:
@@ -141,7 +142,7 @@ def test_a_resume_reads_on_from_there(
 
     def read_noting(source: object, start: object) -> object:
         starts.append(start)
-        return data.corpus.read(source, start)  # type: ignore[arg-type]
+        return data.records.read(source, start)  # type: ignore[arg-type]
 
     monkeypatch.setattr("data.stream.read", read_noting)
     cursor = [list(row.cursor) for row in reached]
@@ -169,10 +170,10 @@ def test_training(
     for world_size, steps, strategy in turns:
         more = [*strategy, "--resume_from_checkpoint", "auto", "--max_steps", steps, "--dataloader_num_workers", 2]
         train_ok(world_size, *options, *more, "--output_dir", tmp_path / "many")
-    assert data.ledger.problems(tmp_path / "one") == data.ledger.problems(tmp_path / "many") == []
-    assert data.ledger.differences(tmp_path / "one", tmp_path / "many") == []
+    assert problems(tmp_path / "one") == problems(tmp_path / "many") == []
+    assert differences(tmp_path / "one", tmp_path / "many") == []
     losses = [
-        [row["loss"] for row in metrics.read_rows(tmp_path / run / "metrics.jsonl") if "loss" in row]
+        [row["loss"] for row in read_records(tmp_path / run / "metrics.jsonl") if "loss" in row]
         for run in ("one", "many")
     ]
     assert len(losses[0]) == 20
@@ -185,10 +186,10 @@ def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None
     """Fault 21: a stream is not read before it is learned from; that it changed shows in sizes and times."""
     options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32)
     options.data_cache_dir = str(folder.parent / "cache")
-    before = prepare(options, tokenizer).fingerprint
-    assert prepare(options, tokenizer).fingerprint == before
+    before = prepare_data(options, tokenizer).fingerprint
+    assert prepare_data(options, tokenizer).fingerprint == before
     (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + '{"text": "more"}\n')
-    assert prepare(options, tokenizer).fingerprint != before
+    assert prepare_data(options, tokenizer).fingerprint != before
 
 
 def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -15,14 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-import checkpoint
 import fsdp
-from config import OptionError, Options
-from fsdp.tensor_parallel import Group, pad_rows
-from model.build import build_model, check_divides, load_config_and_tokenizer, part_of
-from model.loss import IGNORED
-from model.objective import NextToken
-from model.weights import Stored, fill, find_weights
+from checkpoint.export import export_model
+from config.errors import OptionError
+from config.options import Options
+from data.batches import IGNORED
+from loss.next_token import NextToken
+from model.build import build_model, load_config_and_tokenizer
+from model.weights import Stored, find_weights, load_weights
+from parallel.checks import check_tensor_parallel
+from parallel.group import Group, pad_sequences
+from parallel.tensor import split_on_meta
 from tests.families import FAMILIES, asked_for, make_family
 from tests.launch import train
 from tests.proof import GATES, relative_l2
@@ -64,11 +67,11 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     config, tokenizer = load_config_and_tokenizer(options)
     built = build_model(options, config)
     weights = find_weights(options, built)
-    foreseen = {parameter: tensor.shape for parameter, tensor in part_of(built, 2).named_parameters()}
+    foreseen = {parameter: tensor.shape for parameter, tensor in split_on_meta(built, 2).named_parameters()}
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     wrapped = fsdp.wrap(NextToken(built), mesh, torch.device("cpu"), False, True, False)
     read = count_reads()
-    fill(built, weights)
+    load_weights(built, weights)
     kept = sum(parameter.to_local().numel() for parameter in built.parameters() if isinstance(parameter, DTensor))
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     different = same(everything(built), everything(reference))
@@ -90,7 +93,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
 
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(exist_ok=True)
-    checkpoint.export(options, built, tokenizer)
+    export_model(options, built, tokenizer)
     return {
         "different": different,
         "foreseen otherwise": [name for name, tensor in built.named_parameters() if part(tensor) != foreseen[name]],
@@ -153,7 +156,7 @@ def test_documents_of_padded_rows() -> None:
     tokens_BT = torch.arange(10).view(2, 5)
     ends = torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32)
     given = {"input_ids": tokens_BT, "labels": tokens_BT, "document_ends": ends}
-    _, padded = pad_rows(Group("", 2, 0), nn.Module(), (), given)
+    _, padded = pad_sequences(Group("", 2, 0), nn.Module(), (), given)
     assert padded["document_ends"].tolist() == [0, 2, 6, 10, 12]
     assert padded["document_ends"].dtype == torch.int32
     assert padded["labels"].tolist() == [[0, 1, 2, 3, 4, IGNORED], [5, 6, 7, 8, 9, IGNORED]]
@@ -176,7 +179,7 @@ def test_what_cannot_be_divided(name: str, ranks: int, expected: str) -> None:
     if name == "qwen3":
         config.vocab_size = 384
     with pytest.raises(OptionError) as error:
-        check_divides(config, ranks)
+        check_tensor_parallel(config, ranks)
     assert f"tensor_parallel {ranks}: {expected}" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import config
-import metrics
-from data.prepare import prepare
+from config.command_line import parse
+from data.prepare import prepare_data
+from metrics.records import read_records
 from tests import proof
 from tests.launch import train_ok
 from tests.proof import (
@@ -50,7 +50,7 @@ def test_same_curve(reference: Path, tiny: list[object], tmp_path: Path, case: C
 
 def test_the_reference_learns_and_clips(reference: Path) -> None:
     for optimizer in ("AdamW", "SGD"):
-        rows = metrics.read_rows(reference / optimizer / "metrics.jsonl")
+        rows = read_records(reference / optimizer / "metrics.jsonl")
         assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
         assert max(row["grad_norm"] for row in rows if "loss" in row) > 0.4
 
@@ -77,7 +77,7 @@ def test_clipping(tiny: list[object], tmp_path: Path) -> None:
     norms = {}
     for limit in (0.0, 0.4):
         train_ok(2, *tiny, "--output_dir", tmp_path / str(limit), "--max_grad_norm", limit, "--warmup_steps", 0)
-        rows = metrics.read_rows(tmp_path / str(limit) / "metrics.jsonl")
+        rows = read_records(tmp_path / str(limit) / "metrics.jsonl")
         norms[limit] = [row["grad_norm"] for row in rows if "loss" in row]
     assert norms[0.0][0] == norms[0.4][0] > 0.4
     assert norms[0.0][1:] != norms[0.4][1:]
@@ -88,7 +88,7 @@ def test_random_weights_do_not_depend_on_ranks(tiny: list[object], model_dir: Pa
     options = ["--config_name", model_dir, "--tokenizer_name", model_dir, *tiny[2:], "--max_steps", 1]
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
-    ours, theirs = (metrics.read_rows(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] for name in ("two", "one"))
+    ours, theirs = (read_records(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] for name in ("two", "one"))
     assert ours == pytest.approx(theirs, abs=GATES.evaluation)
 
 
@@ -100,7 +100,7 @@ def test_evaluation_changes_nothing(
     train_ok(2, *options, "--output_dir", tmp_path / "with", "--validation_file", train_file, "--eval_steps", 2)
     train_ok(2, *options, "--output_dir", tmp_path / "without", "--validation_split_percentage", 0)
     losses = [
-        [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        [row["loss"] for row in read_records(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("with", "without")
     ]
     assert losses[0] == losses[1]
@@ -121,7 +121,7 @@ def test_the_exported_model_is_the_trained_one(tiny: list[object], tmp_path: Pat
     loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    rows = prepare(config.parse(list(map(str, tiny))), AutoTokenizer.from_pretrained(tmp_path)).validation
+    rows = prepare_data(parse(list(map(str, tiny))), AutoTokenizer.from_pretrained(tmp_path)).validation
     assert rows
     total = targets = 0.0
     with torch.no_grad():
@@ -129,6 +129,6 @@ def test_the_exported_model_is_the_trained_one(tiny: list[object], tmp_path: Pat
             if len(tokens) > 1:
                 total += loaded(input_ids=tokens[None], labels=tokens[None]).loss.item() * (len(tokens) - 1)
                 targets += len(tokens) - 1
-    evaluation = metrics.read_rows(tmp_path / "metrics.jsonl")[-1]
+    evaluation = read_records(tmp_path / "metrics.jsonl")[-1]
     assert targets == evaluation["eval_tokens"]
     assert total / targets == pytest.approx(evaluation["eval_loss"], abs=1e-5)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from data.rows import Row
+from data.sequences import Sequence
 from tests.launch import ROOT
 
 VOCABULARY = 384
@@ -79,9 +79,9 @@ def make_model(path: Path) -> Path:
     return path
 
 
-def row(tokens: Tensor, number: int = 0) -> Row:
+def row(tokens: Tensor, number: int = 0) -> Sequence:
     """A row of one document, all of it learned."""
-    return Row(number, tokens, torch.ones_like(tokens, dtype=torch.bool), [len(tokens)])
+    return Sequence(number, tokens, torch.ones_like(tokens, dtype=torch.bool), [len(tokens)])
 
 
 def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:

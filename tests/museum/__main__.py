@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from metrics.records import read_records
 from tests.launch import ROOT
 from tests.museum.bugs import BUGS, Bug, Curve
 from tests.museum.page import anchor, plot, render
@@ -34,7 +35,7 @@ def main() -> None:
 def points(tree: Path, curve: Curve, directory: Path) -> list[tuple[int, float]]:
     """The curve that the trainer of `tree` gives: (step, value) of each step whose value is a number."""
     with working_in(tree):
-        from metrics import read_rows
+        pass  # IMPORT
         from tests import launch, world
 
         (directory / "model").mkdir(parents=True)
@@ -44,7 +45,7 @@ def points(tree: Path, curve: Curve, directory: Path) -> list[tuple[int, float]]
         if curve.resume_at:
             launch.train(curve.ranks, [*options, "--max_steps", curve.resume_at])
         launch.train(curve.ranks, [*options, "--resume_from_checkpoint", "auto"])
-        rows = read_rows(directory / "run" / "metrics.jsonl")
+        rows = read_records(directory / "run" / "metrics.jsonl")
         return [(row["step"], row[curve.value]) for row in rows if row.get(curve.value) is not None]
 
 

@@ -1,0 +1,46 @@
+"""The finished model at the root of output_dir, for `from_pretrained`."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from checkpoint.files import WEIGHT_FILES, fsync
+from checkpoint.ranks import broadcast_object, run_together
+from config.options import Options
+from model.export import write_model
+
+
+def export_model(options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
+
+    The files of a model that was there before give way, one by one: an index comes after what it lists.
+    """
+    output_dir, rank, world_size = Path(options.output_dir), dist.get_rank(), dist.get_world_size()
+    exporting = output_dir / broadcast_object(f".exporting-{uuid.uuid4().hex}")
+    run_together(lambda: exporting.mkdir(exist_ok=True))
+
+    def replace() -> None:
+        if rank > 0:
+            return
+        old = {path for pattern in WEIGHT_FILES for path in output_dir.glob(pattern)}
+        for path in sorted(path for path in exporting.rglob("*") if path.is_file()):
+            fsync(path)
+            final = output_dir / path.relative_to(exporting)
+            final.parent.mkdir(exist_ok=True)
+            os.replace(path, final)
+            old.discard(final)
+        for path in old:
+            path.unlink()
+        fsync(output_dir)
+
+    try:
+        dtype = getattr(torch, options.save_dtype)
+        write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
+        run_together(replace)
+    finally:
+        shutil.rmtree(exporting, ignore_errors=True)

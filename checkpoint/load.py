@@ -1,0 +1,112 @@
+"""Choose a checkpoint, check it against its manifest, and load it under any number of ranks and any strategy."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from transformers import PreTrainedModel
+
+from checkpoint.files import MANIFEST, WEIGHT_FILES, list_checkpoints, size_and_hash
+from checkpoint.identity import Progress
+from checkpoint.ranks import broadcast_object
+from checkpoint.rng import restore_rng, seed_rank
+from checkpoint.state import named_parameters, optimizer_state
+from config.errors import OptionError
+from config.options import Options
+from model.export import unique_tensors
+
+
+def choose_checkpoint(options: Options) -> Path | None:
+    """The checkpoint to resume, or None to start anew. Every rank must call; rank 0 looks and decides.
+
+    `auto` takes the newest valid checkpoint of output_dir, and warns about a damaged one that it passes over. Raises
+    OptionError on every rank, for a path that is no valid checkpoint, or when all of them are damaged.
+    """
+    chosen, error = broadcast_object(_look_for_checkpoint(options) if dist.get_rank() == 0 else None)
+    if error:
+        raise OptionError(error)
+    return Path(chosen) if chosen else None
+
+
+def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
+    wanted = options.resume_from_checkpoint
+    if wanted is None:
+        return None, None
+    if wanted != "auto":
+        found = problems(Path(wanted))
+        remedy = "give --resume_from_checkpoint auto, or another one"
+        return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
+    candidates = list_checkpoints(Path(options.output_dir))
+    for path in candidates:
+        found = problems(path)
+        if not found:
+            return str(path), None
+        print(f"warning: {path}: damaged, trying the one before it: {found[0]}", file=sys.stderr, flush=True)
+    finished = any(list(Path(options.output_dir).glob(pattern)) for pattern in WEIGHT_FILES)
+    if not candidates and finished and not options.overwrite_output_dir:
+        return None, (
+            f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
+            "give --overwrite_output_dir without it to start anew"
+        )
+    if candidates:
+        return None, (
+            f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
+            "give --overwrite_output_dir without it to start anew"
+        )
+    return None, None
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint by its manifest; an empty list if nothing is. Reads every byte of it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+            actual = dict(zip(manifest, threads.map(lambda name: size_and_hash(path / name), manifest), strict=True))
+    except FileNotFoundError as error:
+        return [f"{error.filename} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+    return [f"{path / name} is not what was saved" for name in manifest if manifest[name] != actual[name]]
+
+
+def load_checkpoint(
+    path: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    expected: Progress,
+) -> Progress:
+    """Restore parameters, optimizer state and, on the same number of ranks, each rank's RNG. Every rank must call.
+
+    Raises OptionError if the run would not be the same one: another model, data, seed, global batch size or optimizer.
+    On another number of ranks each RNG is seeded anew from seed, step and rank.
+    """
+    state = json.loads((path / "state.json").read_text())
+    progress = Progress(**state["progress"])
+    for name, remedy in (
+        ("model_fingerprint", "resume with the model that was trained"),
+        ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
+        ("seed", f"give --seed {progress.seed}"),
+        ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
+        ("optim", f"give --optim {progress.optim}"),
+    ):
+        was, now = getattr(progress, name), getattr(expected, name)
+        if was != now:
+            raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
+
+    moments, _ = optimizer_state(optimizer)
+    for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
+    parameters = named_parameters(optimizer)
+    for name, step in state["optimizer_steps"].items():
+        optimizer.state[parameters[name]]["step"].fill_(step)
+
+    rank = dist.get_rank()
+    if len(state["rng"]) == dist.get_world_size():
+        restore_rng(state["rng"][rank])
+    else:
+        seed_rank(progress.seed, progress.step, rank)
+    return progress

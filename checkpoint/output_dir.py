@@ -1,0 +1,64 @@
+"""The output directory: claimed by one run at a time, and cleaned of what an older run left."""
+
+import fcntl
+import shutil
+import uuid
+from pathlib import Path
+from typing import IO
+
+from checkpoint.files import UNFINISHED, WEIGHT_FILES, list_checkpoints, prune, step_of
+from config.errors import OptionError
+from config.options import Options
+
+
+def claim_output_dir(options: Options) -> IO[str]:
+    """Make sure that this run may write to output_dir, and lock it against a second one while the result is open.
+
+    For rank 0. Deletes nothing. Raises OptionError.
+    """
+    output_dir = Path(options.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise OptionError(f"output_dir {output_dir}: {error.strerror}; give a directory that can be written") from error
+    try:
+        # A record lock: unlike one of flock, it ends with this process, and is not held on by forked loader workers.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise OptionError(f"output_dir {output_dir}: another run is writing to it; give another one") from error
+    except OSError as error:
+        raise OptionError(
+            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; give another one"
+        ) from error
+    if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
+        raise OptionError(
+            f"output_dir {output_dir}: it holds a run already; give another one, or\n"
+            "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
+        )
+    return lock
+
+
+def clean_output_dir(options: Options, step: int) -> None:
+    """Make output_dir that of a run which is at `step`. For rank 0, after everything that can be checked was.
+
+    A new run that may overwrite removes what the old one left; files that are no run's stay. A resumed one puts aside,
+    under other names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another
+    one. And it finishes the pruning that the end of the old one may have cut off.
+    """
+    output_dir = Path(options.output_dir)
+    if step == 0 and options.overwrite_output_dir:
+        for path in _run_files(output_dir):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list_checkpoints(output_dir):
+        if step_of(path) > step:
+            path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
+    prune(output_dir, options.save_total_limit)
+
+
+def _run_files(output_dir: Path) -> list[Path]:
+    """What a run leaves behind; not the lock, and nothing that a user may have put there."""
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    exported = ("config.json", "generation_config.json", *tokenizer, *WEIGHT_FILES)
+    patterns = (*UNFINISHED, "metrics.jsonl", "ledger", "tensorboard", "trace", *exported)
+    return [*list_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]

@@ -1,0 +1,157 @@
+"""Save, choose, load and export: atomic, without pickle, and independent of the number of ranks and the strategy.
+
+    output_dir/checkpoint-STEP/
+        model/shard-*.safetensors      parameters, fp32; each rank wrote its part
+        optimizer/shard-*.safetensors  AdamW's two moments of each parameter; Muon's one
+        state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
+        manifest.json                  size and SHA-256 of every other file, written last
+
+A checkpoint is written into a temporary directory, synced to the disk and renamed: it is there whole or not at all.
+All functions that say so must be called by every rank, with one directory that all ranks see.
+"""
+
+import dataclasses
+import json
+import platform
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from checkpoint.files import MANIFEST, fsync, fsync_and_hash, prune
+from checkpoint.identity import Progress
+from checkpoint.ranks import broadcast_object, gather_objects, run_together
+from checkpoint.rng import rng_state
+from checkpoint.state import optimizer_state, tensors_to_write
+from config.errors import OptionError
+from config.options import Options
+from model.export import unique_tensors
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """What one rank contributes to a checkpoint, at one moment of training."""
+
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    rng: dict[str, str]
+    state: dict[str, Any]  # the rest of state.json, the same on all ranks
+
+
+class Saver:
+    """Writes checkpoints in a thread, from a copy, while training goes on. Every rank has one, and calls alike.
+
+    The thread's collectives have a process group of their own: they must not mix with those of the loop.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.ddp_timeout))
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future[None] | None = None
+        self.copies: dict[str, Tensor] = {}
+
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`.
+
+        Waits for the checkpoint before, and for the copy; with `async_save` false, for the files too, and saves the
+        memory of the copy: 12 bytes a parameter, divided among the ranks. Raises OptionError like `wait`.
+        """
+        self.wait()
+        moments, optimizer_steps = optimizer_state(optimizer)
+        snapshot = Snapshot(
+            tensors_to_write(unique_tensors(model)),
+            tensors_to_write(moments),
+            rng_state(),
+            {
+                "progress": dataclasses.asdict(progress),
+                "optimizer_steps": optimizer_steps,
+                "options": dataclasses.asdict(self.options),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+            },
+        )
+        if self.options.async_save:
+            snapshot.parameters = self._copy(snapshot.parameters)
+            snapshot.moments = self._copy(snapshot.moments)
+        self.writing = self.thread.submit(_write, snapshot, self.options, self.group)
+        if not self.options.async_save:
+            self.wait()
+
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written cannot be: the ranks must agree on it, and then `wait`."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one could not write it."""
+        try:
+            if self.writing:
+                self.writing.result()
+        except (OSError, dcp.CheckpointException) as error:
+            failures = getattr(error, "failures", {0: (error, None)})
+            causes = {str(cause) for cause, _ in failures.values() if isinstance(cause, OSError)}
+            if not causes:
+                raise
+            raise OptionError(
+                f"output_dir {self.options.output_dir}: the checkpoint could not be written: {min(causes)[:200]}\n"
+                "make room or give another one; the checkpoint before is intact: --resume_from_checkpoint auto"
+            ) from error
+        self.writing = None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory: page-locked, so that a GPU copies fast, and used again for the next save."""
+        for name, tensor in tensors.items():
+            if name not in self.copies:
+                self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self.copies[name] for name in tensors}
+
+
+def _write(snapshot: Snapshot, options: Options, group: dist.ProcessGroup) -> None:
+    """Write, sync and rename a checkpoint, then prune. Every rank must call. Raises OSError on all if one fails."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    output_dir = Path(options.output_dir)
+    final = output_dir / f"checkpoint-{snapshot.state['progress']['step']}"
+    saving = output_dir / broadcast_object(f".saving-{uuid.uuid4().hex}", group)
+    rng = gather_objects(snapshot.rng, group)
+
+    def write_state() -> None:
+        saving.mkdir(exist_ok=True)
+        if rank == 0:
+            (saving / "state.json").write_text(json.dumps(snapshot.state | {"rng": rng}, indent=1))
+
+    def sync() -> dict[str, Any]:
+        files = sorted(path for path in saving.rglob("*") if path.is_file())
+        return {str(path.relative_to(saving)): fsync_and_hash(path) for path in files[rank::world_size]}
+
+    def complete() -> None:
+        if rank > 0:
+            return
+        manifest = {name: digest for part in digests for name, digest in part.items()}
+        (saving / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        fsync_and_hash(saving / MANIFEST)
+        for directory in (saving / "model", saving / "optimizer", saving):
+            fsync(directory)
+        saving.rename(final)
+        fsync(output_dir)
+        prune(output_dir, options.save_total_limit)
+
+    run_together(write_state, group)
+    for name, tensors in (("model", snapshot.parameters), ("optimizer", snapshot.moments)):
+        writer = dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    digests = run_together(sync, group)
+    run_together(complete, group)

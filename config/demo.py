@@ -1,0 +1,89 @@
+"""The demo that runs when no model is named: its text, tokenizer, model and options."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+)
+
+
+# What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
+# that the user gives wins over this table.
+DEMO_RECIPE: dict[str, Any] = {
+    "block_size": 128,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "dataloader_num_workers": 0,
+    "learning_rate": 6e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "adam_beta2": 0.99,
+    "max_steps": 2000,
+    "eval_steps": 1000,
+    "save_steps": 1000,
+    "save_total_limit": 2,
+    "validation_split_percentage": 4,
+    "prompt": "def ",
+}
+
+DEMO_VOCABULARY = 4096
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 4,096 tokens, trained once on the embedded corpus and kept in `cache_dir`.
+
+    Any number of processes may call at once: the first one trains, the others wait for its lock.
+    """
+    files = demo_files()
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    cached = cache_dir / f"tokenizer-{digest.hexdigest()[:16]}-{DEMO_VOCABULARY}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cached}.lock"):
+        if not (cached / "complete").exists():
+            bpe = Tokenizer(models.BPE())
+            bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            bpe.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=DEMO_VOCABULARY,
+                special_tokens=[END_OF_TEXT],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            texts = (path.read_bytes().decode(errors="replace") for path in files)
+            bpe.train_from_iterator(texts, trainer)
+            PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT).save_pretrained(cached)
+            (cached / "complete").touch()
+        return PreTrainedTokenizerFast.from_pretrained(cached)
+
+
+def demo_files() -> list[Path]:
+    """The modules of the standard library without its tests, in an order that is random and always the same."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
+    files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
+    return sorted(files, key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
+
+
+# The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
+# run is too short to grow them.
+DEMO_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+}

@@ -1,0 +1,137 @@
+"""Documents: the user's files or data set, or the source text of the running interpreter's standard library."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from config.errors import OptionError
+from data.sources import (
+    Source,
+)
+
+FRAGMENT = 16_384  # characters; a .txt file is read in pieces, so that its size does not bound memory
+
+CHUNK = 1 << 20  # bytes of records that are tokenised together, by one process
+
+Position = tuple[int, int, int]
+
+"""Where a record begins: the number of its file, the byte there before decompression (of .parquet: the row), and the
+number of records before it in that file."""
+
+START: Position = (0, 0, 0)
+
+
+class Raw(NamedTuple):
+    """A record as it was read, and not yet understood."""
+
+    place: str  # where a person finds it
+    content: bytes | dict[str, Any]  # a line of JSON, or columns
+    after: Position  # where the next one begins
+    begins: bool = True  # a text that is read in pieces begins with the first
+    ends: bool = True  # and ends with the last
+
+
+def read(source: Source, start: Position = START) -> Iterator[Raw]:
+    """The records of a source from `start` on, in the order of its files. Holds one at a time, or one batch of rows.
+
+    A line of a .jsonl file is not parsed here, where one process reads for all that tokenise. A .txt file is one
+    document, in records {"text": str} of a piece of it each. Other records have the columns of their file or data set.
+    Starting within a compressed file costs reading it up to there. Raises OptionError for a file that cannot be read.
+    """
+    if source.dataset is not None:
+        for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
+            yield Raw(f"{source.name}: row {row}", record, (0, row + 1, row + 1))
+        return
+    for number in range(start[0], len(source.files)):
+        path = source.files[number]
+        read_file = {".parquet": _read_rows, ".txt": _read_fragments, ".py": _read_fragments}.get(
+            path.suffix, _read_lines
+        )
+        try:
+            yield from read_file(path, start if number == start[0] else (number, 0, 0))
+        except (OSError, EOFError, pyarrow.ArrowException) as error:
+            cause = str(error).strip().splitlines()[0][:200]
+            raise OptionError(f"{path}: cannot be read as {path.suffix}: {cause}") from error
+
+
+def chunks(records: Iterator[Raw], bytes_each: int) -> Iterator[list[Raw]]:
+    """The same records in lists of about `bytes_each`. Where a list ends depends on its own records alone."""
+    chunk: list[Raw] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += size_of(record)
+        if size >= bytes_each:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def size_of(record: Raw) -> int:
+    """Its bytes as they were read; of columns, the characters that they would have in Python."""
+    return len(record.content) if isinstance(record.content, bytes) else len(repr(record.content))
+
+
+def _read_fragments(path: Path, start: Position) -> Iterator[Raw]:
+    """One document, in pieces of about PIECE characters that together are its exact text.
+
+    A piece ends where a line ends and the next one starts with a character that is no white space: pre-tokenizers
+    split there anyway, so that the tokens are those of the whole text.
+    """
+    number, offset, records = start
+    if records and offset == path.stat().st_size:
+        return
+    piece: list[str] = []
+    size, begins = 0, offset == 0
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            text = line.decode(errors="replace")
+            if size >= FRAGMENT and not text[0].isspace():
+                records += 1
+                yield Raw(str(path), {"text": "".join(piece)}, (number, offset, records), begins, False)
+                piece, size, begins = [], 0, False
+            piece.append(text)
+            size += len(text)
+            offset += len(line)
+    yield Raw(str(path), {"text": "".join(piece)}, (number, offset, records + 1), begins, True)
+
+
+def _read_lines(path: Path, start: Position) -> Iterator[Raw]:
+    number, offset, lines = start
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with open(path, "rb") if compression is None else _decompressed(path, compression) as file:
+        if compression is None:
+            file.seek(offset)
+        else:
+            for size in [CHUNK] * (offset // CHUNK) + [offset % CHUNK]:
+                file.read(size)
+        for line in file:
+            offset, lines = offset + len(line), lines + 1
+            if line.strip():
+                yield Raw(f"{path}: line {lines}", line, (number, offset, lines))
+
+
+def _decompressed(path: Path, compression: str) -> IO[bytes]:
+    """pyarrow, which `datasets` needs in any case, reads both kinds; Python itself knows zstd from 3.14 on."""
+    return io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression=compression)), CHUNK)
+
+
+def _read_rows(path: Path, start: Position) -> Iterator[Raw]:
+    """Rows of a .parquet file, from the row group on that holds the first one."""
+    number, _, first = start
+    with parquet.ParquetFile(path) as file:
+        ends = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+        group = int(np.searchsorted(ends, first, side="right")) - 1
+        row = int(ends[group])
+        for batch in file.iter_batches(batch_size=100, row_groups=list(range(group, file.num_row_groups))):
+            for record in batch.to_pylist():
+                row += 1
+                if row > first:
+                    yield Raw(f"{path}: row {row - 1}", record, (number, row, row))

@@ -1,0 +1,195 @@
+"""From a record to its tokens: what a text or a conversation becomes, and which of its tokens are learned.
+
+Tokens are uint32. The highest bit of one that is given and not learned, such as a user's words, is set.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from transformers import PreTrainedTokenizerBase
+
+from config.errors import OptionError
+from config.options import Options
+from data.conversations import (
+    SHAPES,
+    Conversation,
+    check_markers,
+    has_markers,
+    render,
+    to_conversation,
+    trained_spans,
+    unpair,
+)
+from data.records import Raw
+from data.sources import Source
+
+MASKED = 1 << 31
+
+Record = dict[str, Any]
+
+
+class Fate(IntEnum):
+    """What became of a record."""
+
+    PIECE = 0  # tokens of a document that goes on in the next record
+    DOCUMENT = 1  # tokens, up to the end of a document
+    CUT = 2  # the same, but a conversation was longer than a row, and the rest of it is left out
+    EMPTY = 3  # no tokens, because there was no text
+    TARGETLESS = 4  # no tokens, because none of them would be learned
+
+
+Encoded = list[tuple[list[int], Fate]]
+
+"""The tokens of each record, and what became of it."""
+
+
+def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
+    """The tokens of each document, of the tokens of each record: the pieces of a large text are one document."""
+    ends = np.asarray(fates) != Fate.PIECE
+    return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
+
+
+def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
+    """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
+    if first is None:
+        raise OptionError(f"{source.name}: it has no records; give a file or a data set that has")
+    columns_of_first = parsed(first)
+    fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
+    shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
+    if (shape == "preference") != (options.objective == "dpo"):
+        raise OptionError(
+            f"objective {options.objective}: {source.name} holds records of the shape {shape}\n"
+            "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
+        )
+    missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in columns_of_first]
+    if missing:
+        raise OptionError(
+            f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
+            f"column, only {', '.join(columns_of_first)}\ngive --text_column, or --data_format for conversations"
+        )
+    return shape
+
+
+def encoder(shape: str, options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Raw]], Encoded]:
+    """A function that makes of records their tokens, and says what became of each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
+    if shape == "text":
+        return lambda records: _encode_texts(records, options, tokenizer)
+    if tokenizer.chat_template and has_markers(tokenizer, None):
+        check_markers(tokenizer)
+    return lambda records: _encode_conversations(records, shape, options, tokenizer)
+
+
+def parsed(raw: Raw) -> Record:
+    """The columns of a record. Raises OptionError with its place, if it is broken."""
+    if isinstance(raw.content, dict):
+        return raw.content
+    try:
+        record = json.loads(raw.content)
+    except ValueError as error:
+        raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise OptionError(
+            f"{raw.place}: must be an object in braces, and is {raw.content[:100].decode(errors='replace')}"
+        )
+    return record
+
+
+def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A record as the text that is tokenised; of a pair, the chosen one."""
+    shape, (record, *_) = unpair(shape, record, place)
+    if isinstance(record.get("prompt"), str):
+        return f"{record['prompt']}{record.get('completion')}"
+    conversation = to_conversation(shape, record, place)
+    return render(tokenizer, conversation.messages, conversation.tools)
+
+
+def _encode_texts(records: list[Raw], options: Options, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    eos = [tokenizer.eos_token_id]
+    texts = []
+    for raw in records:
+        text = parsed(raw).get(options.text_column)
+        if not isinstance(text, str):
+            raise OptionError(f"{raw.place} has no text in column {options.text_column}: {str(text)[:100]}")
+        texts.append(text)
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [
+        (bos * raw.begins + row + eos * raw.ends, Fate.DOCUMENT if raw.ends else Fate.PIECE)
+        if row
+        else ([], Fate.EMPTY)
+        for raw, row in zip(records, rows, strict=True)
+    ]
+
+
+def _encode_conversations(
+    records: list[Raw], shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
+    assert options.block_size
+    size = options.block_size
+    encoded: Encoded = []
+    for raw in records:
+        one_shape, sequences = unpair(shape, parsed(raw), raw.place)
+        rows = [_encode_conversation(raw.place, one, one_shape, tokenizer) for one in sequences]
+        fates = [_fate(row, learned, size) for row, learned in rows]
+        if max(fates) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
+            fates, rows = [max(fates)] * len(fates), [([], [])] * len(fates)
+        for (row, learned), fate in zip(rows, fates, strict=True):
+            given = [
+                token if learn else token | MASKED for token, learn in zip(row[:size], learned[:size], strict=True)
+            ]
+            encoded.append((given, fate))
+    return encoded
+
+
+def _fate(row: list[int], learned: list[bool], size: int) -> Fate:
+    if not row:
+        return Fate.EMPTY
+    if not any(learned[1:size]):  # nothing comes before the first token that could predict it
+        return Fate.TARGETLESS
+    return Fate.CUT if len(row) > size else Fate.DOCUMENT
+
+
+def _encode_conversation(
+    place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Token ids, and whether each is learned."""
+    if shape == "prompt" and isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        # Plain text, without a template. In two parts, because the prompt will be tokenised alone when it is asked.
+        parts = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
+        completion = [*parts[1], tokenizer.eos_token_id]
+        return parts[0] + completion, [False] * len(parts[0]) + [True] * len(completion)
+    conversation = to_conversation(shape, record, place)
+    try:
+        return encode_messages(conversation, tokenizer)
+    except OptionError as error:
+        raise OptionError(f"{place}: {error}") from error
+
+
+def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Token ids of the rendered conversation, and whether each is learned: by the template's markers, if it has any.
+
+    A token that belongs to an answer with any of its characters is learned.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    if not messages:
+        return [], []
+    if not tokenizer.chat_template:
+        raise OptionError("a conversation, but the tokenizer has no chat template\ngive --chat_template FILE")
+    if has_markers(tokenizer, tools) and not conversation.learned_from:
+        marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        return marked["input_ids"], [bool(learn) for learn in marked["assistant_masks"]]
+    text = render(tokenizer, messages, tools)
+    spans = trained_spans(tokenizer, conversation, text)
+    rendered = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    first, end = np.array(rendered["offset_mapping"], dtype=np.int64).reshape(-1, 2).T  # of each token, in characters
+    learned = np.zeros(len(first), dtype=bool)
+    for span_start, span_end in spans:
+        learned |= (first < span_end) & (end > span_start)
+    return rendered["input_ids"], learned.tolist()

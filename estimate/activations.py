@@ -1,0 +1,245 @@
+"""What one forward keeps for its backward, from the model's modules, without values and without GPUs."""
+
+import copy
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from transformers import AttentionInterface, PreTrainedModel
+
+from config.errors import OptionError, first_line
+from config.options import Options
+from loss.next_token import passing_through
+from model.compile import set_recomputation
+from model.layers import decoder_layers
+from model.linear import multiply_with_copies
+from parallel.checks import attention_heads
+from parallel.tensor import split_on_meta
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes that one forward leaves for its backward. Each storage counts once, and none of a parameter does."""
+
+    layers: int  # within all decoder layers
+    largest_layer: int  # within the one that keeps most
+    largest_tensor: int  # within a layer
+    inputs: int  # what the layers are given: all that is left of them with gradient checkpointing
+    outside: int  # beside the layers: ids, the last norm
+
+
+def sequences_per_micro_batch(options: Options) -> int:
+    """Rows that go through the model in a micro-batch; a pair is two."""
+    return options.per_device_train_batch_size * (2 if options.objective == "dpo" else 1)
+
+
+def of_local_sequence(options: Options) -> Options:
+    """For rows that ranks divide (model/context_parallel.py): as if the piece of one rank were a row."""
+    assert options.block_size
+    tokens = math.ceil(options.block_size / options.context_parallel)
+    return dataclasses.replace(options, block_size=tokens, context_parallel=1)
+
+
+def count_activations(model: PreTrainedModel, options: Options) -> Activations:
+    """What the forward of a micro-batch keeps, without gradient checkpointing. Costs no memory, and a second or three.
+
+    A copy of the model runs on tensors that have shapes and no values, and what autograd saves is added up. FSDP gives
+    layers parameters and inputs in bf16; elsewhere torch.autocast casts, and there are copies of weights. What a
+    compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
+    rows to have no padding. Where ranks divide each layer, they have a part of the positions of its input and of the
+    sum in its middle, and all of what they gather of both. Where ranks divide each row, a layer keeps what its
+    attention gives twice, as heads and as positions, and a copy of keys and values for each rank that shares a head.
+    Raises OptionError for a model that does not run so.
+    """
+    assert options.block_size
+    if (group := options.context_parallel) > 1:
+        piece = of_local_sequence(options)
+        kept, heads = count_activations(model, piece), attention_heads(model.config)
+        given = heads.queries + 2 * (math.lcm(heads.keys, group) - heads.keys)
+        of_layer = (
+            sequences_per_micro_batch(piece)
+            * (piece.block_size or 0)
+            * given
+            * heads.entries
+            * (BF16 if options.bf16 else FP32)
+        )
+        return dataclasses.replace(
+            kept,
+            layers=kept.layers + of_layer * len(decoder_layers(model)),
+            largest_layer=kept.largest_layer + of_layer,
+        )
+    if (divided_by := options.tensor_parallel) > 1:
+        if not options.torch_compile:
+            raise OptionError(
+                f"tensor_parallel {divided_by}: what it needs is not predicted; give --torch_compile true"
+            )
+        kept = count_activations(split_on_meta(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
+        hidden = (
+            sequences_per_micro_batch(options)
+            * options.block_size
+            * model.config.hidden_size
+            * (BF16 if options.bf16 else FP32)
+        )
+        # Input and sum were counted for all positions, as much as is gathered of them; their parts come to it.
+        of_layer = 2 * hidden // divided_by
+        return dataclasses.replace(
+            kept,
+            layers=kept.layers + of_layer * len(decoder_layers(model)),
+            largest_layer=kept.largest_layer + of_layer,
+            inputs=kept.inputs // divided_by,
+        )
+    cast = options.bf16 and options.strategy == "fsdp"
+    try:
+        compiled, budget = options.torch_compile, options.activation_memory_budget
+        copies = options.copies_weights
+        return _count(
+            model, sequences_per_micro_batch(options), options.block_size, options.bf16, cast, copies, compiled, budget
+        )
+    except Exception as error:
+        raise OptionError(
+            f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
+            f"{first_line(error)}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=32)
+def _count(
+    model: PreTrainedModel,
+    rows: int,
+    length: int,
+    bf16: bool,
+    cast: bool,
+    copies: bool,
+    compiled: bool,
+    budget: float | None,
+) -> Activations:
+    AttentionInterface.register("fused", _fused_attention)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
+    model = copy.deepcopy(model)
+    model.gradient_checkpointing_disable()
+    model.set_attn_implementation("fused")
+    if copies:
+        multiply_with_copies(model)
+    saved: dict[int, tuple[object, int, nn.Module | None]] = {}  # by storage, which must live on: the next takes its id
+    inputs: dict[int, tuple[object, int]] = {}
+    running: list[nn.Module] = []
+    layers = decoder_layers(model)
+    for parameter in model.parameters() if cast else ():
+        parameter.data = parameter.data.bfloat16()
+    twins = {repr(layer): copy.deepcopy(layer) for layer in layers} if compiled else {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (model, *twins.values()):
+            module.to_empty(device="cpu")
+        model.tie_weights()
+        if compiled:
+            set_recomputation(budget)
+            kinds = {kind: _partitioned(twin, bf16) for kind, twin in twins.items()}
+            for layer in layers:
+                layer.forward = functools.partial(kinds[repr(layer)], layer)
+
+        def enter(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+            if cast:
+                args, kwargs = pytree.tree_map_only(Tensor, _to_bf16, (args, kwargs))
+            running.append(layer)
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    inputs[_id(tensor)] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+            return args, kwargs
+
+        def leave(layer: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+
+        def save(tensor: Tensor) -> Tensor:
+            where = running[-1] if running else None
+            saved.setdefault(_id(tensor), (tensor.untyped_storage(), tensor.untyped_storage().nbytes(), where))
+            return tensor
+
+        for layer in layers:
+            layer.register_forward_pre_hook(enter, with_kwargs=True)
+            layer.register_forward_hook(leave)
+        ids_BT = torch.zeros(rows, length, dtype=torch.int64)
+        with (
+            passing_through(model.get_output_embeddings()),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(input_ids=ids_BT, use_cache=False)
+        own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    sizes = [(size, where) for key, (_, size, where) in saved.items() if key not in own]
+    by_layer = [sum(size for size, where in sizes if where is layer) for layer in layers]
+    return Activations(
+        layers=sum(by_layer),
+        largest_layer=max(by_layer, default=0),
+        largest_tensor=max((size for size, where in sizes if where is not None), default=0),
+        inputs=sum(size for _, size in inputs.values()),
+        outside=sum(size for size, where in sizes if where is None),
+    )
+
+
+def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
+    """A forward for all layers like `twin`, traced once, that saves what their compiled one does."""
+    from torch._functorch.aot_autograd import aot_function  # these take seconds, and are rarely wanted
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    traced: Callable[..., Any] | None = None
+
+    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal traced
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+
+        def run(own: dict[str, Tensor], tensors: list[Tensor]) -> Any:
+            rest = iter(tensors)
+            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return torch.func.functional_call(twin, own, args, kwargs)
+
+        def partition(*args: Any, **kwargs: Any) -> Any:
+            there_anyway = list(range(len(own)))  # so that it keeps no casts of parameters
+            kwargs["static_lifetime_input_indices"] = there_anyway
+            return min_cut_rematerialization_partition(*args, **kwargs)
+
+        own = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        traced = traced or aot_function(
+            run,
+            fw_compiler=lambda graph, _: graph,
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+        )
+        return traced(own, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    return forward
+
+
+def _fused_attention(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What any fused attention keeps: queries, keys, values, the result, and a sum of exponentials for each query."""
+    query, key = query_BHTE.to(value_BKTE.dtype), key_BKTE.to(value_BKTE.dtype)
+    attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value_BKTE, 0.0, True, scale=scaling)[0]
+    return attended.transpose(1, 2), None
+
+
+def _to_bf16(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def _id(tensor: Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity

@@ -1,0 +1,169 @@
+"""The stages of sharding by name, what each needs, and what would help when memory ends."""
+
+import contextlib
+import dataclasses
+import io
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from config.checks import check
+from config.command_line import parse
+from config.errors import OptionError, first_line
+from config.options import Options
+from estimate.memory import gib, host_memory, predict, readable
+from model.build import build_model, load_config_and_tokenizer
+from parallel.checks import check_context_parallel
+
+
+def stage_name(options: Options) -> str:
+    """What of the training state is divided among ranks, or not on the GPU, and how that is called.
+
+    The names of the stages are those of Rajbhandari et al. 2020 and Ren et al. 2021 (ZeRO-Offload).
+    """
+    if options.strategy == "ddp":
+        name = "DDP, optimizer sharded (ZeRO-1)" if options.shard_optimizer else "DDP"
+    elif options.replicas > 1:
+        name = f"hybrid FSDP, {options.replicas} replicas"
+    else:
+        name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
+    if options.tensor_parallel > 1:
+        name = f"tensor parallel {options.tensor_parallel} x {name}"
+    if options.context_parallel > 1:
+        name = f"context parallel {options.context_parallel} x {name}"
+    offloaded = ["its parts"] * options.cpu_offload + ["inputs of layers"] * options.offload_activations
+    return f"{name}, {' and '.join(offloaded)} offloaded" if offloaded else name
+
+
+def stages(options: Options, ranks: int) -> list[Options]:
+    """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it.
+
+    Then with the parts in host memory, and last with the inputs of layers there, too, which means checkpointing.
+    """
+    sharded = dataclasses.replace(
+        options,
+        strategy="fsdp",
+        shard_optimizer=False,
+        replicas=1,
+        reshard_after_forward=True,
+        cpu_offload=False,
+        offload_activations=False,
+    )
+    whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1, sync_each_batch=False)
+    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
+    if offloaded and options.tensor_parallel == 1:
+        inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
+        inputs["activation_memory_budget"] = None  # it is one or the other
+        offloaded.append(dataclasses.replace(offloaded[0], **inputs))
+    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
+    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
+    kept = dataclasses.replace(sharded, reshard_after_forward=False)
+    return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded, *offloaded]
+
+
+def memory_forecast(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
+    """For the start block: what a rank will need in its stage, and, if its GPU has less, the stage that would fit."""
+    try:
+        memory, host = predict(model, options, ranks), host_memory(model, options, ranks)
+        predicted = f"predicted {memory}{_beside(model, options)}" + (
+            f"; in host memory {readable(host)}" if host else ""
+        )
+        if capacity is None or memory.fits(capacity):
+            return predicted
+        fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
+        remedy = fitting[0] if fitting else "; ".join(["no stage", *advice(model, options, ranks)[:1]])
+        return f"{predicted}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
+    except OptionError as error:
+        return str(error)
+
+
+def _beside(model: PreTrainedModel, options: Options) -> str:
+    """What the prediction leaves out: a window that is shorter than a row comes as a mask, where one is made."""
+    text_config = model.config.get_text_config()
+    window, kinds = getattr(text_config, "sliding_window", None), getattr(text_config, "layer_types", None)
+    tokens = options.block_size or 0
+    if not window or window >= tokens or (kinds and "sliding_attention" not in kinds):
+        return ""
+    if options.packing == "documents" or options.context_parallel > 1:
+        return ""
+    return f", without masks of {tokens} x {tokens} in layers with a window"
+
+
+def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
+    """What would need less memory, from the most to the least that it saves: options, and the GiB of a rank."""
+    micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    changes: dict[str, dict[str, Any]] = {
+        "--torch_compile true": {"torch_compile": True},
+        "--bf16 true": {"bf16": True},
+    }
+    if options.activation_memory_budget is None:
+        changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
+    if micro_batch % 2 == 0:
+        half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
+        given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
+        changes[" ".join(f"--{name} {half[name]}" for name in given)] = half
+    elif micro_batch == 1 and _can_split(model, options, ranks):
+        parts = {"context_parallel": 2 * options.context_parallel, "gradient_accumulation_steps": 2 * accumulation}
+        given = list(parts)[: 1 if options.global_batch_size else 2]
+        changes[" ".join(f"--{name} {parts[name]}" for name in given)] = parts
+    if options.strategy == "ddp" and ranks > 1:
+        changes["--strategy fsdp"] = {"strategy": "fsdp", "shard_optimizer": False}
+        changes["--shard_optimizer"] = {"shard_optimizer": True}
+    if options.strategy == "fsdp":
+        changes["--reshard_after_forward true"] = {"reshard_after_forward": True}
+        changes["--replicas 1"] = {"replicas": 1}
+    if options.strategy == "fsdp" and options.optim != "muon":
+        changes["--cpu_offload true"] = {"cpu_offload": True}
+    if options.strategy == "fsdp" and accumulation > 1:
+        changes["--sync_each_batch true"] = {"sync_each_batch": True}
+    if options.gradient_checkpointing and options.tensor_parallel == 1:
+        changes["--offload_activations true"] = {"offload_activations": True}
+    before = predict(model, options, ranks).total
+    saved = {
+        text: before - predict(model, dataclasses.replace(options, **change), ranks).total
+        for text, change in changes.items()
+    }
+    ranking = sorted((-size, text) for text, size in saved.items() if size > 0)
+    return [f"{text} saves {readable(-size)}" for size, text in ranking]
+
+
+def _can_split(model: PreTrainedModel, options: Options, ranks: int) -> bool:
+    """Whether twice as many ranks could divide each row (model/context_parallel.py)."""
+    group = 2 * options.context_parallel
+    if ranks % group or options.tensor_parallel > 1 or options.objective == "dpo":
+        return False
+    try:
+        check_context_parallel(model.config.get_text_config(), group)
+    except OptionError:
+        return False
+    return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is why it was raised: of a GPU's, or of host memory, for which torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def explain_out_of_memory(argv: list[str], ranks: int, error: Exception) -> str:
+    """What to say of it, in a few lines: what was predicted for the options `argv`, what there is, what would help."""
+    lines = [f"out of memory: {first_line(error)}"]
+    if torch.cuda.is_available():
+        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        lines.append(f"allocated: {gib(now)} GiB, at most {gib(most)}, of {gib(torch.cuda.mem_get_info()[1])}")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what a DeepSpeed file becomes was printed at the start
+            options = parse(argv, ranks)
+        check(options, ranks)
+        model = build_model(options, load_config_and_tokenizer(options)[0])
+        lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")
+        needed = [
+            f"{stage_name(stage)} {readable(predict(model, stage, ranks).total)}" for stage in stages(options, ranks)
+        ]
+        lines.append(f"for each stage: {'; '.join(needed)}")
+        if host := host_memory(model, options, ranks):
+            lines.append(f"in host memory: {readable(host)} a rank, and in a save a copy unless --async_save false")
+        lines += advice(model, options, ranks)[:3]
+    except OptionError as unknown:
+        lines.append(str(unknown))
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""The loss of next-token prediction, from logits or from what the vocabulary head is given; log-probabilities.
+
+Shapes: B rows, T tokens of a row, N = B x T, C tokens of a chunk, D width of the model, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.batches import IGNORED, next_tokens
+from model.layers import compute_dtype
+
+# The most logits in memory at a time. A GPU wants large matrix products; a CPU wants to find them in its cache.
+CHUNK_LOGITS = {"cuda": 640 * 2**20, "cpu": 2**21}
+
+InPlace = Callable[[Tensor, Tensor], Tensor]
+
+
+def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The sum, not the mean, of the cross entropies of all targets, in nats: a scalar in fp32.
+
+    A sum can be added over micro-steps and ranks and divided once by the number of targets of the whole global batch;
+    a mean cannot, where micro-batches hold different numbers of targets. `labels_BT` may go on for a position: a piece
+    of a row has to predict how the next one begins.
+    """
+    targets_BT = next_tokens(labels_BT)[:, : logits_BTV.shape[1]]
+    return _cross_entropy_sum(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+def head_and_loss_sum(
+    hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_BT: Tensor, cross_entropy_: InPlace
+) -> Tensor:
+    """The same sum, from what a linear vocabulary head is given, and never with all logits in memory.
+
+    They would be the largest tensor of a step by far. A chunk of tokens at a time goes through the head, and its
+    gradients are formed while its logits are there; they are all that is kept, for one backward. Matrix products are in
+    the dtype of torch.autocast where that is on, all else is in fp32. `cross_entropy_` is the function of that name
+    below; or, where each rank has other rows of the weight, one that also knows of the others.
+    """
+    device, dtype = hidden_BTD.device.type, compute_dtype(weight_VD)
+    targets_BT = next_tokens(labels_BT)[:, : hidden_BTD.shape[1]]
+    # Positions that are no target must not reach the weight: there, the head is given zeros.
+    hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORED).unsqueeze(-1), 0)
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    chunks = math.ceil(targets_N.numel() * len(weight_VD) / CHUNK_LOGITS[device])
+    size = math.ceil(targets_N.numel() / chunks)
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            apply: Callable[..., Tensor] = _HeadAndLoss.apply
+            return apply(hidden_ND, weight_VD, bias_V, targets_N, dtype, size, cross_entropy_)
+        weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
+        losses = [
+            _target_sum(cross_entropy_, functional.linear(hidden_CD.to(dtype), weight_VD, bias_V), targets_C)
+            for hidden_CD, targets_C in zip(torch.split(hidden_ND, size), torch.split(targets_N, size), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    """Forms the gradients in the forward; the backward multiplies them with the scalar that comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        dtype: torch.dtype,
+        size: int,
+        cross_entropy_: InPlace,
+    ) -> Tensor:
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        d_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
+        weight_VD, bias_V = _cast(weight_VD, bias_V, dtype)
+        losses: list[Tensor] = []
+        for hidden_CD, d_hidden_CD, targets_C in zip(
+            torch.split(hidden_ND, size), torch.split(d_hidden_ND, size), torch.split(targets_N, size), strict=True
+        ):
+            hidden_CD = hidden_CD.to(dtype)
+            d_logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
+            loss = _target_sum(cross_entropy_, d_logits_CV, targets_C)
+            d_hidden_CD.copy_(d_logits_CV @ weight_VD)
+            if d_weight_VD is not None:
+                there = 1 if losses else 0  # at first, it has memory and no values
+                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=there)
+            if d_bias_V is not None:
+                d_bias_V += (targets_C != IGNORED).to(dtype) @ d_logits_CV
+            losses.append(loss)
+            del d_logits_CV  # or the next chunk's would be there beside it
+        ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_ND, d_weight_VD, d_bias_V = (
+            None if gradient is None else gradient.mul_(d_loss) for gradient in ctx.gradients
+        )
+        del ctx.gradients  # in place: a second backward over them would be wrong, and so fails
+        return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
+
+
+def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
+    """Puts probabilities in place of logits, and gives the logarithms of those of `targets_C1`: fp32 [C, 1]."""
+    log_p_CV = functional.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    log_p_C1 = log_p_CV.gather(1, targets_C1)
+    logits_CV.copy_(log_p_CV.exp_())
+    return log_p_C1
+
+
+def cross_entropy_(logits_CV: Tensor, targets_C1: Tensor, softmax_: InPlace = softmax_) -> Tensor:
+    """The cross entropies of `targets_C1`, in nats: fp32 [C, 1]. Puts their gradient by the logits in place of these.
+
+    `softmax_` is the function of that name, or one that does the same.
+    """
+    log_p_C1 = softmax_(logits_CV, targets_C1)
+    logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CV.dtype))  # probabilities, and at the target one less
+    return -log_p_C1
+
+
+def _target_sum(cross_entropy_: InPlace, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The sum of the cross entropies of what is a target."""
+    return (cross_entropy_(logits_CV, targets_C.clamp(0)[:, None])[:, 0] * (targets_C != IGNORED)).sum()
+
+
+def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
+def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """total = beta x total + left @ right, with sums in fp32 however the factors are kept."""
+    if total.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
+
+
+def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Of each row, the log-probability of all its targets together, in nats: fp32 [B]."""
+    logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
+    targets_BT = next_tokens(labels_BT)
+    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORED, reduction="none")
+    return -losses_N.view(targets_BT.shape).sum(dim=1)

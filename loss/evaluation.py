@@ -1,0 +1,29 @@
+"""The forward pass without gradients, over a whole data set."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from config.options import Options
+from data.batches import (
+    Batch,
+    data_parallel_rank_and_size,
+    make_loader,
+    to_device,
+    validation_batches,
+)
+from data.sequences import Mixture, PreparedDataset
+
+
+def forward_no_grad(
+    wrapped: nn.Module, rows: PreparedDataset | Mixture, options: Options, device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
+    """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
+    wrapped.eval()
+    indices = validation_batches(len(rows), *data_parallel_rank_and_size(options), options.per_device_eval_batch_size)
+    for batch in make_loader(rows, indices, options, workers=0):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            result = wrapped(**to_device(batch, device))
+        yield batch, result
+    wrapped.train()

@@ -1,0 +1,45 @@
+"""The GPU that metrics are about: its peak FLOP/s and its memory."""
+
+import math
+import os
+import re
+import resource
+import sys
+
+import torch
+
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets of these products; the first name that matches counts.
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200 NVL": 835e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s by its data sheet, where it is in PEAK_FLOPS."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for product, peak in PEAK_FLOPS.items() if re.search(rf"\b{product}\b", name)), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has had: allocated on its GPU by torch, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes that this rank has of its GPU, which ranks of a host may share; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())
+    return int(torch.cuda.get_device_properties(device).total_memory) // sharing

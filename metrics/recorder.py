@@ -1,0 +1,185 @@
+"""What a run tells: the start block, the progress bar, metrics.jsonl and TensorBoard. Only rank 0 writes.
+
+metrics.jsonl holds one JSON object a line; null stands for a number that is not finite. Rows of training, every
+`logging_steps` optimizer steps:
+
+    step               optimizer steps done, counted from 1
+    epoch              passes over the training rows: step / steps of one epoch; null for a stream
+    tokens_seen        input tokens of all steps so far, over all ranks, without padding
+    loss               of this step's global batch: nats per target token, or per pair (--objective dpo)
+    grad_norm          L2 norm of this step's full gradient, before clipping
+    learning_rate      of this step
+    skipped_steps      steps so far that changed no parameter, because their gradient was not finite or their global
+                       batch had no target
+    tokens_per_second  input tokens of all ranks since the last row, per second of training: evaluations and
+                       checkpoints are not counted in
+    mfu                model FLOPs (model/loss.py says which) per second over the peak of all GPUs; null where
+                       the peak is not known
+    peak_memory_gib    of rank 0 so far: allocated on its GPU, or resident on a CPU
+    data_wait_seconds  that rank 0 stood waiting for its micro-batches since the last row
+    save_seconds       that training stood still for checkpoints since the last row: while the state was copied, and
+                       while the checkpoint before was not yet on the disk
+
+Rows of evaluations:
+
+    step, epoch, tokens_seen   as above; step 0 is before training
+    eval_loss                  nats per target token of all validation rows
+    eval_perplexity            e to the power of eval_loss
+    eval_tokens                target tokens evaluated
+
+and with --objective dpo, in the place of the last three:
+
+    eval_loss                  nats per pair of all validation rows; ln 2 = 0.693 where no answer is preferred
+    eval_pairs                 pairs evaluated
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config.options import Options
+from config.plan import Plan
+from metrics.hardware import peak_flops, peak_memory_gib
+from metrics.records import drop_records_beyond
+from metrics.trace import Trace
+
+
+class Recorder:
+    """Writes the rows of a run and keeps its clock: time that is not training does not count as training."""
+
+    def __init__(
+        self,
+        options: Options,
+        plan: Plan,
+        rank: int,
+        device: torch.device,
+        flops_per_token: float | None,
+    ) -> None:
+        self.writes = rank == 0
+        self.path = Path(options.output_dir) / "metrics.jsonl"
+        self.device = device
+        self.plan = plan
+        self.objective = options.objective
+        peak = peak_flops(device)
+        # The share of the GPUs' peak that one token per second makes.
+        self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
+        self.tokens_seen = self.tokens_at_last_row = 0
+        self.waited = self.evaluating = self.saving = 0.0
+        self.started = time.perf_counter()
+        self.bar = tqdm(total=plan.total_steps, unit="step", disable=not self.writes, dynamic_ncols=True, leave=True)
+        self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
+        self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
+
+    def start(self, step: int, tokens_seen: int) -> None:
+        """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
+        self.tokens_seen = self.tokens_at_last_row = tokens_seen
+        self.bar.initial = self.bar.n = self.bar.last_print_n = step  # the steps of an earlier run are no speed
+        self.bar.unpause()
+        self.started = time.perf_counter()
+        if self.writes:
+            drop_records_beyond(self.path, step)
+        if self.trace:
+            self.trace.start(step)
+
+    def timed(self, batches: Iterable[Any]) -> Generator[Any]:
+        """The same batches, with a watch on the time that it takes to get them."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    @contextlib.contextmanager
+    def pause(self, to: Literal["evaluate", "save"]) -> Iterator[None]:
+        """Stop the clock of training. On a GPU this waits for the steps that are still running there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before = time.perf_counter()
+        yield
+        if to == "evaluate":
+            self.evaluating += time.perf_counter() - before
+        else:
+            self.saving += time.perf_counter() - before
+
+    def step(self, tokens: int) -> None:
+        """Count a step of `tokens` input tokens over all ranks. Costs no synchronisation."""
+        self.tokens_seen += tokens
+        self.bar.update(1)
+        if self.trace and (report := self.trace.step()):
+            self.say(report)
+
+    def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
+        """Write a row of training; the floats must have been read from the device, so that its work is done."""
+        now = time.perf_counter()
+        speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.evaluating - self.saving)
+        self._write(
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped_steps=skipped_steps,
+            tokens_per_second=speed,
+            mfu=speed * self.mfu_per_speed if self.mfu_per_speed else None,
+            peak_memory_gib=peak_memory_gib(self.device),
+            data_wait_seconds=self.waited,
+            save_seconds=self.saving,
+        )
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
+        self.started, self.tokens_at_last_row = now, self.tokens_seen
+        self.waited = self.evaluating = self.saving = 0.0
+
+    def evaluation(self, step: int, loss: float, targets: int) -> None:
+        """Write a row of evaluation."""
+        if self.objective == "dpo":
+            self._write(step, eval_loss=loss, eval_pairs=targets)
+            self.say(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
+            return
+        perplexity = math.exp(min(loss, 700.0))
+        self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=targets)
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar; from rank 0 only."""
+        if self.writes:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.trace and not self.trace.done:
+            self.say(f"trace_steps {self.trace.steps}: the run has ended before they were done; nothing was written")
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, step: int, **values: Any) -> None:
+        if not self.writes:
+            return
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
+        row = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+
+
+def _tensorboard(output_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # optional: not among the requirements
+
+    return SummaryWriter(str(output_dir / "tensorboard"))

@@ -1,0 +1,4 @@
+"""What updates the parameters: AdamW, Muon, and the learning rate of each step.
+
+Nothing here depends on how the model is replicated or sharded, except that Muon gathers a matrix that is sharded.
+"""

@@ -1,0 +1,57 @@
+"""The learning rate of each step."""
+
+import json
+import math
+
+from config.options import SCHEDULE_PARAMETERS, Options
+
+
+def learning_rate(step: int, total_steps: int, options: Options) -> float:
+    """The learning rate of `step`, counted from 1, of `total_steps`: the same as transformers' `get_scheduler` gives.
+
+    It depends on the step alone, so a resumed run has nothing to restore. Linear warmup from 0; then the highest rate
+    stays (constant), or falls towards 0 along a line or half a cosine (Loshchilov and Hutter 2017).
+    """
+    warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * total_steps
+    warmup = math.ceil(warmup)
+    if options.lr_scheduler_type in SCHEDULE_PARAMETERS:
+        return _deepspeed_rate(step, max(2, warmup), total_steps, options)
+    done = step - 1
+    if done < warmup:
+        return options.learning_rate * done / warmup
+    progress = (done - warmup) / max(1, total_steps - warmup)
+    match options.lr_scheduler_type:
+        case "constant":
+            return options.learning_rate
+        case "linear":
+            return options.learning_rate * (1 - progress)
+        case _:  # cosine
+            return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _deepspeed_rate(step: int, warmup: int, total_steps: int, options: Options) -> float:
+    """The rate that DeepSpeed's class of that name gives in its 0.19: to the digit, with its own counting.
+
+    There, a schedule is asked after each step, and only then begins at 0: it is a step late, and the first two steps
+    have the lowest rate. Its warmup rises along a logarithm unless it is told to be linear. WarmupLR then stays,
+    WarmupDecayLR falls along a line to the lowest rate, WarmupCosineLR along half a cosine to a ratio of the highest.
+    """
+    parameters = json.loads(options.lr_scheduler_kwargs or "{}")
+    total = parameters.get("total_num_steps", total_steps)
+    highest, kind, done = options.learning_rate, options.lr_scheduler_type, step - 2
+    lowest = parameters.get("warmup_min_lr", 0.0)
+    if kind == "WarmupCosineLR":
+        lowest = parameters.get("warmup_min_ratio", 0.0) * highest
+    if done < 0:
+        return 0.0 if kind == "WarmupCosineLR" else lowest
+    if done < warmup:
+        linear = parameters.get("warmup_type") == "linear"
+        risen = done / warmup if linear else math.log(done + 1) / math.log(warmup)
+        return lowest + (highest - lowest) * risen
+    if kind == "WarmupLR":
+        return highest
+    if kind == "WarmupDecayLR":
+        return lowest + (highest - lowest) * max(0.0, (total - done) / max(1, total - warmup))
+    progress = min(1.0, (done - warmup + 1) / max(1, total - warmup))
+    least = parameters.get("cos_min_ratio", 0.0001)
+    return highest * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress)))
