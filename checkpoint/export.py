@@ -15,11 +15,15 @@ from config.options import Options
 from model.export import write_model
 
 
-def export_model(options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def export_model(
+    options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: list[int]
+) -> None:
     """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
     The files of a model that was there before give way, one by one: an index comes after what it lists.
     """
+    # So that `generate` stops where the documents ended.
+    model.generation_config.eos_token_id = stop_tokens or tokenizer.eos_token_id
     output_dir, rank, world_size = Path(options.output_dir), dist.get_rank(), dist.get_world_size()
     exporting = output_dir / broadcast_object(f".exporting-{uuid.uuid4().hex}")
     run_together(lambda: exporting.mkdir(exist_ok=True))

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -13,21 +12,37 @@ from transformers import PreTrainedModel
 from checkpoint.ranks import broadcast_object, gather_objects
 from config.errors import OptionError
 from config.options import MAY_DIFFER_BETWEEN_NODES, Options
+from config.plan import Plan
+from model.weights import Weights, fingerprint_files
+
+
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """What a run is: equal on all ranks, and unchanged when it resumes. Steps of one identity can be counted together."""
+
+    seed: int
+    global_batch_size: int  # sequences of one step, over all ranks; with step and seed it gives the place in the data
+    data_fingerprint: str  # of all tokens, in order
+    model_fingerprint: str  # of the names and shapes of all parameters
+    optim: str  # whose moments a checkpoint holds
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is, and what it must not change while it goes on."""
+    """How far a run is."""
 
-    step: int  # optimizer steps done
-    tokens_seen: int  # input tokens of those steps, over all ranks
-    skipped_steps: int  # those of them that changed nothing, because their gradient was not usable
-    global_batch_size: int  # rows of one step; with step and seed it gives the data cursor
-    seed: int
-    data_fingerprint: str
-    model_fingerprint: str
-    cursor: list[list[int]] = dataclasses.field(default_factory=list)  # of a stream: the last rows (data/stream.py)
-    optim: str = "adamw_torch_fused"  # whose moments they are
+    step: int = 0  # optimizer steps done
+    tokens_seen: int = 0  # input tokens of those steps, over all ranks
+    skipped_steps: int = 0  # steps among them that changed nothing, because their gradient was not usable
+    cursor: list[list[int]] = dataclasses.field(
+        default_factory=list
+    )  # of a stream: its last sequences (data/stream.py)
+
+
+def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel) -> RunIdentity:
+    """The identity of the run that `options` describe; `model` may be on the meta device, wrapped or sharded."""
+    model_fingerprint = fingerprint_model(model)
+    return RunIdentity(options.seed, plan.global_batch_size, data_fingerprint, model_fingerprint, options.optim)
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
@@ -52,19 +67,19 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     return broadcast_object(digest.hexdigest())
 
 
-def require_same_run(options: Options, **facts: Any) -> None:
-    """Every rank must call. Raises OptionError on all of them, unless all were given the same job and directory.
+def require_same_run(options: Options, identity: RunIdentity, weights: Weights) -> None:
+    """Refuse ranks that were given different runs, weights or output directories. Every rank must call.
 
-    The same job: all options but those of a host, and `facts`, by name. Else ranks would wait for each other in
-    different collectives, learn from other rows than they should, or write a checkpoint that no host has whole.
+    All options must be equal but those in MAY_DIFFER_BETWEEN_NODES. Otherwise ranks would wait for each other in
+    different collectives, train on other sequences than they should, or write a checkpoint that no node has in full.
+    Raises OptionError on every rank.
     """
-    job = {
-        name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES
-    } | facts
+    run = {name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES}
+    run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
     sees_lock = (Path(options.output_dir) / ".lock").exists()
-    jobs, sights = zip(*gather_objects((job, sees_lock)), strict=True)
-    if others := [rank for rank, other in enumerate(jobs) if other != jobs[0]]:
-        different = [name for name in job if any(other[name] != jobs[0][name] for other in jobs)]
+    runs, sights = zip(*gather_objects((run, sees_lock)), strict=True)
+    if others := [rank for rank, other in enumerate(runs) if other != runs[0]]:
+        different = [name for name in run if any(other[name] != runs[0][name] for other in runs)]
         raise OptionError(
             f"ranks {others}: not the same as on rank 0: {', '.join(different)}\n"
             "give all ranks the same options, files and Python version"
@@ -72,5 +87,5 @@ def require_same_run(options: Options, **facts: Any) -> None:
     if blind := [rank for rank, sees in enumerate(sights) if not sees]:
         raise OptionError(
             f"output_dir {options.output_dir}: ranks {blind} do not see what rank 0 writes there\n"
-            "give a directory that all hosts share"
+            "give a directory that all nodes share"
         )

@@ -1,5 +1,6 @@
 """Choose a checkpoint, check it against its manifest, and load it under any number of ranks and any strategy."""
 
+import dataclasses
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, WEIGHT_FILES, list_checkpoints, size_and_hash
-from checkpoint.identity import Progress
+from checkpoint.identity import Progress, RunIdentity
 from checkpoint.ranks import broadcast_object
 from checkpoint.rng import restore_rng, seed_rank
 from checkpoint.state import named_parameters, optimizer_state
@@ -77,7 +78,7 @@ def load_checkpoint(
     path: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    expected: Progress,
+    identity: RunIdentity,
 ) -> Progress:
     """Restore parameters, optimizer state and, on the same number of ranks, each rank's RNG. Every rank must call.
 
@@ -85,17 +86,18 @@ def load_checkpoint(
     On another number of ranks each RNG is seeded anew from seed, step and rank.
     """
     state = json.loads((path / "state.json").read_text())
-    progress = Progress(**state["progress"])
+    saved = state["progress"]
     for name, remedy in (
         ("model_fingerprint", "resume with the model that was trained"),
         ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
-        ("seed", f"give --seed {progress.seed}"),
-        ("global_batch_size", f"give --global_batch_size {progress.global_batch_size}"),
-        ("optim", f"give --optim {progress.optim}"),
+        ("seed", f"give --seed {saved['seed']}"),
+        ("global_batch_size", f"give --global_batch_size {saved['global_batch_size']}"),
+        ("optim", f"give --optim {saved['optim']}"),
     ):
-        was, now = getattr(progress, name), getattr(expected, name)
+        was, now = saved[name], getattr(identity, name)
         if was != now:
             raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
+    progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
 
     moments, _ = optimizer_state(optimizer)
     for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
@@ -108,5 +110,5 @@ def load_checkpoint(
     if len(state["rng"]) == dist.get_world_size():
         restore_rng(state["rng"][rank])
     else:
-        seed_rank(progress.seed, progress.step, rank)
+        seed_rank(identity.seed, progress.step, rank)
     return progress

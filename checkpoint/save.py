@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, fsync, fsync_and_hash, prune
-from checkpoint.identity import Progress
+from checkpoint.identity import Progress, RunIdentity
 from checkpoint.ranks import broadcast_object, gather_objects, run_together
 from checkpoint.rng import rng_state
 from checkpoint.state import optimizer_state, tensors_to_write
@@ -59,7 +59,9 @@ class Saver:
         self.writing: Future[None] | None = None
         self.copies: dict[str, Tensor] = {}
 
-    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress, identity: RunIdentity
+    ) -> None:
         """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`.
 
         Waits for the checkpoint before, and for the copy; with `async_save` false, for the files too, and saves the
@@ -72,7 +74,7 @@ class Saver:
             tensors_to_write(moments),
             rng_state(),
             {
-                "progress": dataclasses.asdict(progress),
+                "progress": dataclasses.asdict(progress) | dataclasses.asdict(identity),
                 "optimizer_steps": optimizer_steps,
                 "options": dataclasses.asdict(self.options),
                 "versions": {

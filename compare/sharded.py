@@ -26,15 +26,13 @@ from compare.bench import ON_GPU, SHAPES, matmul_rate
 from config.options import Options
 from config.plan import mesh_shape
 from estimate.flops import flops_per_token
-from loss.next_token import NextToken
+from loss.objective import build_objective
 from metrics.hardware import peak_memory_gib
-from model.attention import expect_one_document_per_sequence
+from model.adapt import adapt_model
 from model.build import build_model
-from model.compile import compile_layers
-from model.linear import multiply_with_copies
+from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
 from optim.adamw import build_optimizer
-from parallel.context import apply_context_parallel
 
 TINY = {**SHAPES["8B"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 STEPS = 5
@@ -75,19 +73,19 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
         dist.init_process_group("nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=dist.HashStore())
     device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
     model = build_model(options, Qwen3Config(**shape))
-    objective = NextToken(model, options.torch_compile)
-    expect_one_document_per_sequence()
-    if options.context_parallel > 1:
-        apply_context_parallel(objective, dist.new_subgroups(options.context_parallel)[0])  # type: ignore[no-untyped-call]
-    if options.copies_weights:
-        multiply_with_copies(model)
-    if options.torch_compile:
-        compile_layers(model, options)
-    strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
+    objective = build_objective(model, options)
     mesh = init_device_mesh(device.type, mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor"))
-    reduce_dtype = getattr(torch, options.reduce_dtype)
+    adapt_model(objective, options, "none", mesh)
+    strategy = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     wrapped = strategy.wrap(
-        objective, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
+        objective,
+        decoder_layers(model),
+        mesh,
+        device,
+        options.bf16,
+        options.reshard_after_forward,
+        options.cpu_offload,
+        getattr(torch, options.reduce_dtype),
     )
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, as_it_is)

@@ -73,7 +73,7 @@ def check(options: Options, world_size: int) -> None:
     if options.float8 and (options.tensor_parallel > 1 or not options.bf16):
         needs = "is for whole layers; leave out one of it and tensor_parallel" if options.bf16 else "needs --bf16 true"
         raise OptionError(f"float8 true: it {needs}")
-    world_size //= options.ranks_a_row  # from here on, what reads rows of its own: a group of ranks, or one
+    world_size //= options.model_parallel_size  # from here on, what reads rows of its own: a group of ranks, or one
     if options.objective == "dpo" and options.packing:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
     if not options.dpo_beta > 0:
@@ -208,7 +208,7 @@ def check_data(options: Options) -> None:
     """Refuse what cannot work of the options that say what the rows are. Raises OptionError."""
     _at_least(options, "block_size", 2)
     _at_least(options, "preprocessing_num_workers", 1)
-    _at_least(options, "max_targetless_share", 0)
+    _at_least(options, "max_targetless_fraction", 0)
     if not 0 <= options.validation_split_percentage < 100:
         raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
     sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]

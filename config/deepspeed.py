@@ -111,7 +111,7 @@ def read(options: Options, given: set[str], world_size: int | None) -> str:
             file.want(key, option, divided)
     readers = shards = None  # those that read rows of their own, and that hold shards
     if world_size is not None:  # config.check refuses what is not whole
-        readers = max(1, world_size // options.ranks_a_row)
+        readers = max(1, world_size // options.model_parallel_size)
         shards = max(1, world_size // options.tensor_parallel)
     _batch(file, readers)
     _optimizer(file)

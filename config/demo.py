@@ -11,7 +11,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
 # What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
 # that the user gives wins over this table.
 DEMO_RECIPE: dict[str, Any] = {

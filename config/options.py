@@ -3,7 +3,7 @@
 Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are `strategy`,
 `reshard_after_forward`, `replicas`, `tensor_parallel`, `context_parallel`, `cpu_offload`, `sync_each_batch`,
 `reduce_dtype`, `shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`,
-`train_mixture`, `packing`, `text_column`, `data_format`, `chat_template`, `max_targetless_share`, `show_examples`,
+`train_mixture`, `packing`, `text_column`, `data_format`, `chat_template`, `max_targetless_fraction`, `show_examples`,
 `data_cache_dir`, `max_skipped_steps`, `bf16_residual`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`,
 `ledger`, `trace_steps`, `scale_learning_rate`, `reference_batch_size` and `prompt`.
 """
@@ -83,7 +83,7 @@ class Options:
     chat_template: str | None = HfArg(
         default=None, help="File with a chat template (Jinja), in the place of the tokenizer's own."
     )
-    max_targetless_share: float = HfArg(
+    max_targetless_fraction: float = HfArg(
         default=0.1, help="Share of conversations that may be left out because no token of them would be learned."
     )
     show_examples: int = HfArg(
@@ -256,15 +256,6 @@ class Options:
     prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
 
     @property
-    def ranks_a_row(self) -> int:
-        """How many ranks, next to each other, read the same rows, because they divide each layer or each row."""
+    def model_parallel_size(self) -> int:
+        """Consecutive ranks that read the same sequences, because they split each layer or each sequence."""
         return self.tensor_parallel * self.context_parallel
-
-    @property
-    def copies_weights(self) -> bool:
-        """Whether layers multiply with bf16 copies of their weights (model/linear.py): not where memory is to be saved.
-
-        Nor where parameters are sharded, and so are cast as they are gathered.
-        """
-        saves_memory = self.gradient_checkpointing or self.activation_memory_budget is not None
-        return self.bf16 and self.strategy == "ddp" and not self.float8 and not saves_memory

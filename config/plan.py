@@ -30,11 +30,19 @@ def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
     return replicas, world_size // replicas // options.tensor_parallel, options.tensor_parallel
 
 
+def data_parallel_rank_and_size(options: Options, rank: int, world_size: int) -> tuple[int, int]:
+    """Which part of the sequences `rank` reads, and of how many parts.
+
+    Ranks that split each layer or each sequence among themselves read the same sequences: they count as one.
+    """
+    return rank // options.model_parallel_size, world_size // options.model_parallel_size
+
+
 def data_parallel_groups(options: Options, number: int) -> str:
     """Those who read rows of their own, in words: ranks, or groups of ranks that divide each layer or row."""
-    if options.ranks_a_row == 1:
+    if options.model_parallel_size == 1:
         return f"{number} ranks"
-    return f"{number} group{'' if number == 1 else 's'} of {options.ranks_a_row} ranks"
+    return f"{number} group{'' if number == 1 else 's'} of {options.model_parallel_size} ranks"
 
 
 def derive_accumulation(options: Options, world_size: int) -> None:
@@ -80,7 +88,7 @@ class Plan:
 def plan_run(options: Options, rows: int, world_size: int) -> Plan:
     """The plan for `rows` training rows. Raises OptionError if they do not fill one global batch."""
     assert options.block_size
-    world_size //= options.ranks_a_row
+    world_size //= options.model_parallel_size
     accumulation = options.gradient_accumulation_steps
     global_batch_size = options.per_device_train_batch_size * accumulation * world_size
     if options.streaming:

@@ -4,53 +4,15 @@ Shapes: B rows, T tokens of the longest row.
 """
 
 import math
-from collections.abc import Iterable
-from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
-from config.options import Options
-from data.sequences import Mixture, PreparedDataset, Sequence
-from data.stream import StreamingDataset
-from runtime import ignore_stop_signals
+from data.sequences import Sequence
 
 Batch = dict[str, Tensor]
-
-
-def data_parallel_rank_and_size(options: Options) -> tuple[int, int]:
-    """Which share of the rows this rank reads, and of how many: each rank its own, or each group that divides them."""
-    return dist.get_rank() // options.ranks_a_row, dist.get_world_size() // options.ranks_a_row
-
-
-def make_loader(
-    rows: PreparedDataset | Mixture | StreamingDataset,
-    batches: Iterable[list[int]] | None,
-    options: Options,
-    workers: int,
-) -> DataLoader[Sequence]:
-    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes.
-
-    A stream has no numbers to choose from: micro-batches are its rows as they come.
-    """
-    return DataLoader(
-        rows,
-        batch_sampler=batches,  # any iterable of lists will do
-        batch_size=1 if batches else options.per_device_train_batch_size,  # 1 where batches are given
-        collate_fn={
-            "sft": partial(collate, documents_of=rows.documents_of),
-            "dpo": partial(collate_pairs, reference=rows.reference),
-        }[options.objective],
-        worker_init_fn=ignore_stop_signals,
-        num_workers=workers,
-        prefetch_factor=options.dataloader_prefetch_factor if workers else None,
-        pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
-        generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
-    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -77,7 +39,7 @@ def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list
     return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
 
 
-def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
+def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
     """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
 
     Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; `targets`, a scalar, how
@@ -88,12 +50,12 @@ def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, 
     must be learned. No rows at all give one row without targets, so that a rank that has none left still enters the
     collectives.
 
-    With `documents_of` T, rows of several documents are padded to T, and the documents are kept apart by two more
+    With `padded_length` T, rows of several documents are padded to T, and the documents are kept apart by two more
     tensors: `position_ids`, int64 [B, T], start at 0 in each document, and `document_ends`, int32 [D], say where each
     document, or padding, ends in the B x T positions in a line, after a first 0.
     """
     lengths = [len(row.tokens) for row in rows]
-    shape = (max(1, len(rows)), documents_of or max([2, *lengths]))
+    shape = (max(1, len(rows)), padded_length or max([2, *lengths]))
     input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
     position_ids_BT, ends = torch.arange(shape[1]).repeat(shape[0], 1), [0]
     for index, (_, tokens, learned, pieces, _) in enumerate(rows):
@@ -110,13 +72,13 @@ def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, 
     batch = {
         "input_ids": input_ids_BT,
         "labels": labels_BT,
-        "rows": torch.tensor([row.number for row in rows], dtype=torch.int64),
+        "indices": torch.tensor([row.number for row in rows], dtype=torch.int64),
         "tokens": torch.tensor(lengths, dtype=torch.int64),
         "targets": (next_tokens(labels_BT) != IGNORED).sum(),
     }
     if rows and rows[0].cursor:
         batch["cursor"] = torch.tensor([row.cursor for row in rows])
-    if documents_of:
+    if padded_length:
         row_ends = range(shape[1], shape[0] * shape[1] + 1, shape[1])
         batch["position_ids"] = position_ids_BT
         batch["document_ends"] = torch.tensor(sorted({*ends, *row_ends}), dtype=torch.int32)
@@ -130,18 +92,18 @@ def collate_pairs(rows: list[Sequence], reference: Tensor | None = None) -> dict
     R rows of the split, becomes `reference` [2B].
     """
     batch = collate([_piece(row, side) for side in (0, 1) for row in rows])
-    batch["rows"] = batch["rows"][: len(rows)]
+    batch["indices"] = batch["indices"][: len(rows)]
     batch["targets"] = torch.tensor(len(rows))
     if reference is not None:
-        batch["reference"] = reference[:, batch["rows"]].flatten()
+        batch["reference"] = reference[:, batch["indices"]].flatten()
     return batch
 
 
 def _piece(row: Sequence, index: int) -> Sequence:
     """One of the pieces of a row, as a row."""
-    end = sum(row.lengths[: index + 1])
-    part = slice(end - row.lengths[index], end)
-    return Sequence(row.number, row.tokens[part], row.learned[part], [row.lengths[index]])
+    end = sum(row.segment_lengths[: index + 1])
+    part = slice(end - row.segment_lengths[index], end)
+    return Sequence(row.number, row.tokens[part], row.trained_on[part], [row.segment_lengths[index]])
 
 
 IGNORED = -100

@@ -39,7 +39,7 @@ class Conversation:
 
     messages: Messages
     tools: list[Any] | None = None
-    learned_from: int = 0
+    trained_from: int = 0
 
 
 def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
@@ -140,7 +140,7 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
         )
     spans = []
     for index, message in enumerate(conversation.messages):
-        if message["role"] != "assistant" or index < conversation.learned_from:
+        if message["role"] != "assistant" or index < conversation.trained_from:
             continue
         replaced = [*conversation.messages]
         replaced[index] = {"role": "assistant", "content": ANSWER}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config.options import Options
 from config.plan import Plan
 from data.sequences import Mixture, PreparedDataset
 from data.stream import ENDLESS, StreamingDataset
@@ -36,10 +37,16 @@ class Ledger:
     """Writes one rank's part. A step is written when all ranks have begun it, before its forward."""
 
     def __init__(
-        self, output_dir: Path, rank: int, plan: Plan, rows: PreparedDataset | Mixture | StreamingDataset, step: int
+        self, options: Options, rank: int, plan: Plan, rows: PreparedDataset | Mixture | StreamingDataset, step: int
     ) -> None:
-        """Goes on after `step`. Rank 0 removes what an earlier run, on any number of ranks, wrote beyond it."""
-        folder = output_dir / "ledger"
+        """Goes on after `step`. Rank 0 removes what an earlier run, on any number of ranks, wrote beyond it.
+
+        Ranks that split a sequence among themselves have the same sequences: the first of them writes.
+        """
+        self.writes = options.ledger and rank % options.model_parallel_size == 0
+        if not self.writes:
+            return
+        folder = Path(options.output_dir) / "ledger"
         folder.mkdir(exist_ok=True)
         self.path = folder / f"rank-{rank}.jsonl"
         if rank == 0:
@@ -55,9 +62,11 @@ class Ledger:
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Record the rows of this rank's micro-batches, from the tensors that the model is about to see."""
+        if not self.writes:
+            return
         rows = []
         for batch in batches:
-            numbers, lengths = batch["rows"].tolist(), batch["tokens"].tolist()
+            numbers, lengths = batch["indices"].tolist(), batch["tokens"].tolist()
             sequences = [ids[:length] for ids, length in zip(batch["input_ids"], lengths, strict=True)]
             for index, number in enumerate(numbers):
                 ids = torch.cat(sequences[index :: len(numbers)])  # one sequence, or the two of a pair

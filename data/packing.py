@@ -1,7 +1,7 @@
 """How the tokens of documents become rows: arithmetic on lengths, nothing else.
 
-All tokens of a split stand in one line, document after document. A piece is a stretch of that line, of one document
-(or, under concat, of several), and a row is a list of pieces that are trained together.
+All tokens of a split stand in one line, document after document. A segment is a stretch of that line, of one document
+(or, under concat, of several), and a row is a list of segments that are trained together.
 """
 
 from bisect import bisect_left, insort
@@ -19,10 +19,10 @@ ROWS_OF_A_PART = 2**18  # of concat, at a time: some 12 MiB
 
 @dataclass(frozen=True)
 class Packed:
-    """Pieces in the order of the rows: int64 [P, 2], where each starts and ends; and of each row its first, [R + 1]."""
+    """Segments in the order of the rows: int64 [P, 2], where each starts and ends; and of each row its first, [R + 1]."""
 
-    pieces: Integers
-    first_pieces: Integers
+    segments: Integers
+    first_segments: Integers
 
 
 def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
@@ -30,22 +30,22 @@ def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
 
     concat cuts the line into full rows, and leaves out the last, partial one. none gives each document rows of its
     own, and documents puts several into one row. Neither loses a token: a document that is longer than a row is cut
-    into pieces, and only the last one of them is shorter. pairs puts two documents that follow each other into one
+    into segments, and only the last one of them is shorter. pairs puts two documents that follow each other into one
     row; none of them may be longer than block_size, and both of a pair are empty or none.
     """
     if packing == "concat":
         starts = np.arange(0, int(lengths.sum()) + 1, block_size, dtype=np.int64)
         return _one_each(np.stack([starts[:-1], starts[1:]], axis=1))
-    pieces = _cut(lengths, block_size)
+    segments = _cut(lengths, block_size)
     if packing == "pairs":
-        return Packed(pieces, np.arange(0, len(pieces) + 1, 2, dtype=np.int64))
-    return _one_each(pieces) if packing == "none" else _best_fit(pieces, block_size)
+        return Packed(segments, np.arange(0, len(segments) + 1, 2, dtype=np.int64))
+    return _one_each(segments) if packing == "none" else _best_fit(segments, block_size)
 
 
 def pack_in_parts(packing: str, lengths: Integers, block_size: int) -> Iterator[Packed]:
     """The same rows in parts, so that memory does not grow with them where they follow one from another: concat.
 
-    The pieces of a part are where they are in the whole line; its `first_pieces` count from its own first.
+    The segments of a part are where they are in the whole line; its `first_segments` count from its own first.
     """
     if packing != "concat":
         yield pack(packing, lengths, block_size)
@@ -53,15 +53,15 @@ def pack_in_parts(packing: str, lengths: Integers, block_size: int) -> Iterator[
     tokens, part = int(lengths.sum()), block_size * ROWS_OF_A_PART
     for start in range(0, tokens, part):
         packed = pack(packing, np.array([min(part, tokens - start)]), block_size)
-        yield Packed(packed.pieces + start, packed.first_pieces)
+        yield Packed(packed.segments + start, packed.first_segments)
 
 
-def _one_each(pieces: Integers) -> Packed:
-    return Packed(pieces, np.arange(len(pieces) + 1, dtype=np.int64))
+def _one_each(segments: Integers) -> Packed:
+    return Packed(segments, np.arange(len(segments) + 1, dtype=np.int64))
 
 
 def _cut(lengths: Integers, block_size: int) -> Integers:
-    """Pieces of at most `block_size` tokens; an empty document has none."""
+    """Segments of at most `block_size` tokens; an empty document has none."""
     counts = -(-lengths // block_size)
     document = np.repeat(np.arange(len(lengths)), counts)
     ends = np.cumsum(lengths)
@@ -70,19 +70,19 @@ def _cut(lengths: Integers, block_size: int) -> Integers:
     return np.stack([starts, np.minimum(starts + block_size, ends[document])], axis=1).astype(np.int64)
 
 
-def _best_fit(pieces: Integers, block_size: int) -> Packed:
-    """Each piece, the longest first, into the row where it leaves the least room (best-fit decreasing).
+def _best_fit(segments: Integers, block_size: int) -> Packed:
+    """Each segment, the longest first, into the row where it leaves the least room (best-fit decreasing).
 
     This is bin packing: never more than 11/9 of the least possible number of rows and 4 more (Johnson 1973), and on
     ragged documents close to it.
     """
-    lengths = pieces[:, 1] - pieces[:, 0]
+    lengths = segments[:, 1] - segments[:, 0]
     rows_with_room: dict[int, list[int]] = defaultdict(list)  # free slots: the rows that have so many
     rooms: list[int] = []  # its keys, in order
-    row_of_piece = np.empty(len(pieces), np.int64)
+    row_of_piece = np.empty(len(segments), np.int64)
     rows = 0
     longest_first = np.argsort(-lengths, kind="stable")
-    for piece, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
+    for segment, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
         place = bisect_left(rooms, length)
         if place == len(rooms):
             row, room, rows = rows, block_size, rows + 1
@@ -91,11 +91,11 @@ def _best_fit(pieces: Integers, block_size: int) -> Packed:
             row = rows_with_room[room].pop()
             if not rows_with_room[room]:
                 del rooms[place]
-        row_of_piece[piece] = row
+        row_of_piece[segment] = row
         if rest := room - length:
             if not rows_with_room[rest]:
                 insort(rooms, rest)
             rows_with_room[rest].append(row)
     order = np.argsort(row_of_piece, kind="stable")
-    first_pieces = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))]).astype(np.int64)
-    return Packed(pieces[order], first_pieces)
+    first_segments = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))]).astype(np.int64)
+    return Packed(segments[order], first_segments)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from config.errors import OptionError
 from config.options import Options
 from data.packing import pack_in_parts
 from data.records import CHUNK, START, Position, Raw, chunks, read, size_of
-from data.sequences import Data, Mixture, PreparedDataset, Split, describe_data, total
+from data.sequences import Mixture, PreparedDataset, Split, total
 from data.sources import Source, cache_directory, find_sources
 from data.stream import StreamingDataset
 from data.tokens import MASKED, Encoded, Fate, detect_shape, document_lengths, encoder, parsed, readable
@@ -47,7 +47,7 @@ from model.build import load_config_and_tokenizer
 
 FORMAT = 4  # raised when prepared files of an older version can no longer be read
 
-RECORD = np.dtype([("tokens", "<i8"), ("learned", "<i8"), ("last_learned", "<u4"), ("fate", "u1")])
+RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("fate", "u1")])
 
 SYNC = 1.0  # seconds of work that a preparation loses at most when it is cut off
 
@@ -56,6 +56,72 @@ ABANDONED = 7 * 24 * 3600  # seconds after which what is left of one that was cu
 Records = NDArray[np.void]  # of RECORD: what was counted of each record
 
 Tokenised = tuple[NDArray[np.uint32], Records]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation rows, with their counts and a fingerprint (SHA-256) of all their tokens."""
+
+    source: str
+    tokenizer: str
+    fingerprint: str
+    packing: str
+    stop_tokens: list[int]  # the special tokens with which documents end, as far as they are learned; at most two
+    train: "PreparedDataset | Mixture | StreamingDataset"
+    validation: PreparedDataset | Mixture | None
+    counts: dict[str, Split]
+
+
+def tokens_per_sequence(data: Data, block_size: int) -> int:
+    """The slots of a row: a pair has two sequences."""
+    return block_size * (2 if data.packing == "pairs" else 1)
+
+
+def describe_data(data: Data, block_size: int) -> dict[str, str]:
+    """What was prepared, for the start block and for data/prepare.py."""
+    held_out = data.counts.get("validation")
+    validation = f"{held_out.documents:,} documents, {held_out.rows:,} rows" if held_out else "none"
+    if "train" not in data.counts:
+        rows = f"of up to {block_size} tokens, packing {data.packing}"
+        return {"tokenizer": data.tokenizer, "data": data.source, "rows": rows, "validation": validation}
+    train, slots = data.counts["train"], tokens_per_sequence(data, block_size)
+    lines = {
+        "tokenizer": data.tokenizer,
+        "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
+        f"{train.trained_tokens / train.tokens:.1%} of them learned",
+        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
+        f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
+        "rows": f"{train.rows:,} of {slots} tokens, packing {data.packing}, "
+        f"{train.filled(slots):.2%} of their slots used",
+        "validation": validation,
+    }
+    if len(data.train.sources) > 1:
+        drawn = [f"{quota:,} from {rows:,} rows" for rows, quota in data.train.sources]
+        lines["mixture"] = f"an epoch draws {', '.join(drawn)}"
+    return lines
+
+
+GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # green, grey
+
+
+def show_examples(
+    rows: PreparedDataset | Mixture | StreamingDataset, number: int, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The first rows as text: learned tokens in green, given ones in grey, and a line between rows and documents."""
+    lines = []
+    for row in islice(iter(rows), number):
+        lines.append(f"--- row {row.number}: {len(row.tokens)} tokens, {int(row.trained_on.sum())} of them learned ---")
+        start = 0
+        for length in row.segment_lengths:
+            piece = zip(
+                row.tokens[start : start + length].tolist(),
+                row.trained_on[start : start + length].tolist(),
+                strict=True,
+            )
+            runs = [(learned, [token for token, _ in run]) for learned, run in groupby(piece, key=lambda pair: pair[1])]
+            lines.append("".join((GREEN if learned else GRAY) + tokenizer.decode(ids) + PLAIN for learned, ids in runs))
+            start += length
+    return "\n".join([*lines, f"--- {GREEN}learned{PLAIN}, {GRAY}given{PLAIN} ---"])
 
 
 @dataclass(frozen=True)
@@ -92,20 +158,20 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     packing = parts[0].packing
     if any(part.packing != packing for part in parts):
         raise OptionError("train_mixture: conversations and texts would be packed in different ways; give --packing")
-    documents_of = options.block_size if packing == "documents" else None
-    train = [PreparedDataset(part.folder / "train", documents_of) for part in parts]
+    padded_length = options.block_size if packing == "documents" else None
+    train = [PreparedDataset(part.folder / "train", padded_length) for part in parts]
     counts = {"train": total([part.counts["train"] for part in parts])}
     validation: list[PreparedDataset] = []
     fingerprints = [part.fingerprint for part in parts]
     if held_out:
         prepared = _prepare_source(held_out, 0, packing, options, tokenizer)
         validation, counts["validation"] = (
-            [PreparedDataset(prepared.folder / "train", documents_of)],
+            [PreparedDataset(prepared.folder / "train", padded_length)],
             prepared.counts["train"],
         )
         fingerprints.append(prepared.fingerprint)
     elif percentage:
-        validation = [PreparedDataset(part.folder / "validation", documents_of) for part in parts]
+        validation = [PreparedDataset(part.folder / "validation", padded_length) for part in parts]
         counts["validation"] = total([part.counts["validation"] for part in parts])
     weights = [source.weight for source in sources]
     return Data(
@@ -131,7 +197,7 @@ def _stream(source: Source, held_out: Source | None, options: Options, tokenizer
     if held_out:
         prepared = _prepare_source(held_out, 0, packing, options, tokenizer)
         validation, counts["validation"] = (
-            PreparedDataset(prepared.folder / "train", train.documents_of),
+            PreparedDataset(prepared.folder / "train", train.padded_length),
             prepared.counts["train"],
         )
         keys.append(prepared.fingerprint)
@@ -187,7 +253,7 @@ def _cache_key(
         packing,
         options.text_column,
         options.data_format,
-        options.max_targetless_share,
+        options.max_targetless_fraction,
         tokenizer.chat_template,
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         tokenizer.eos_token_id,
@@ -229,11 +295,11 @@ def _write(
     digest = hashlib.sha256()
     for path in [
         folder / "tokens.bin",
-        *(folder / name / file for name in splits for file in ("pieces.bin", "rows.bin")),
+        *(folder / name / file for name in splits for file in ("segments.bin", "sequences.bin")),
     ]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    stop_tokens = Counter(records["last_learned"][records["fate"] == Fate.DOCUMENT].tolist()).most_common(2)
+    stop_tokens = Counter(records["last_trained"][records["fate"] == Fate.DOCUMENT].tolist()).most_common(2)
     about = {
         "fingerprint": digest.hexdigest(),
         "packing": packing,
@@ -335,21 +401,21 @@ def _count(encoded: Encoded) -> Tokenised:
     records = np.zeros(len(encoded), RECORD)
     records["tokens"], records["fate"] = lengths, [fate for _, fate in encoded]
     starts, learned = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
-    records["learned"][lengths > 0] = np.add.reduceat(learned, starts, dtype=np.int64)
+    records["trained_on"][lengths > 0] = np.add.reduceat(learned, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(learned, np.arange(len(tokens)), 0), starts)
-    records["last_learned"][lengths > 0] = tokens[last]
+    records["last_trained"][lengths > 0] = tokens[last]
     return tokens, records
 
 
 def _check_targetless(
     source: Source, shape: str, fates: NDArray[np.uint8], options: Options, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raises OptionError with an example, if more than `max_targetless_share` of the records have nothing to learn."""
+    """Raises OptionError with an example, if more than `max_targetless_fraction` of the records have nothing to learn."""
     found = np.flatnonzero(fates == Fate.TARGETLESS)
-    if len(found) > options.max_targetless_share * len(fates):
+    if len(found) > options.max_targetless_fraction * len(fates):
         raw = next(islice(read(source), int(found[0]), None))
         raise OptionError(
-            f"max_targetless_share {options.max_targetless_share}: {len(found):,} of {len(fates):,} records have no "
+            f"max_targetless_fraction {options.max_targetless_fraction}: {len(found):,} of {len(fates):,} records have no "
             f"token to learn within block_size {options.block_size}; give it more, or records with answers\n"
             f"{raw.place}: {readable(raw.place, parsed(raw), shape, tokenizer)[:500]!r}"
         )
@@ -372,26 +438,29 @@ def _write_rows(
     options: Options,
     shape: str,
 ) -> Split:
-    """Write pieces.bin and rows.bin of a split, a part of all records. Gives all that was counted."""
+    """Write segments.bin and rows.bin of a split, a part of all records. Gives all that was counted."""
     assert options.block_size
     records = all_records[part]
     lengths, fates = records["tokens"], records["fate"]
     (folder / name).mkdir(exist_ok=True)
     first_token = all_records["tokens"][: part.start or 0].sum()
     rows, pieces, used = 0, 0, 0
-    with open(folder / name / "pieces.bin", "wb") as pieces_file, open(folder / name / "rows.bin", "wb") as rows_file:
+    with (
+        open(folder / name / "segments.bin", "wb") as pieces_file,
+        open(folder / name / "sequences.bin", "wb") as rows_file,
+    ):
         np.zeros(1, np.int64).tofile(rows_file)
         for packed in pack_in_parts(packing, document_lengths(lengths, fates), options.block_size):
-            (packed.pieces + first_token).tofile(pieces_file)
-            (packed.first_pieces[1:] + pieces).tofile(rows_file)
-            rows, pieces = rows + len(packed.first_pieces) - 1, pieces + len(packed.pieces)
-            used += int((packed.pieces[:, 1] - packed.pieces[:, 0]).sum())
+            (packed.segments + first_token).tofile(pieces_file)
+            (packed.first_segments[1:] + pieces).tofile(rows_file)
+            rows, pieces = rows + len(packed.first_segments) - 1, pieces + len(packed.segments)
+            used += int((packed.segments[:, 1] - packed.segments[:, 0]).sum())
     number = np.bincount(fates, minlength=len(Fate)).tolist()
     split = Split(
         shape=shape,
         rows=rows,
         tokens=int(lengths.sum()),
-        learned_tokens=int(records["learned"].sum()),
+        trained_tokens=int(records["trained_on"].sum()),
         dropped_tokens=int(lengths.sum()) - used,
         documents=number[Fate.DOCUMENT] + number[Fate.CUT],
         cut_documents=number[Fate.CUT],

@@ -65,10 +65,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
         return [(ENDLESS, ENDLESS)]
 
     @property
-    def documents_of(self) -> int | None:
+    def padded_length(self) -> int | None:
         return self.options.block_size if self.packing == "documents" else None
 
-    def share(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "StreamingDataset":
+    def shard(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "StreamingDataset":
         """The rows of one rank, after those that `cursor` says."""
         lanes = range(rank, global_batch_size, world_size)
         return replace(self, lanes=lanes, global_batch_size=global_batch_size, cursor=cursor)
@@ -124,8 +124,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
         else:
             packed = pack(self.packing, lengths, self.options.block_size)
         rows = []
-        for first, end in zip(packed.first_pieces[:-1], packed.first_pieces[1:], strict=True):
-            pieces = packed.pieces[first:end]
+        for first, end in zip(packed.first_segments[:-1], packed.first_segments[1:], strict=True):
+            pieces = packed.segments[first:end]
             row = torch.cat([tokens[start:stop] for start, stop in pieces])
             rows.append(Sequence(0, row & ~MASKED, row < MASKED, (pieces[:, 1] - pieces[:, 0]).tolist()))
         return rows

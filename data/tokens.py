@@ -182,7 +182,7 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
         return [], []
     if not tokenizer.chat_template:
         raise OptionError("a conversation, but the tokenizer has no chat template\ngive --chat_template FILE")
-    if has_markers(tokenizer, tools) and not conversation.learned_from:
+    if has_markers(tokenizer, tools) and not conversation.trained_from:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(learn) for learn in marked["assistant_masks"]]
     text = render(tokenizer, messages, tools)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 def wrap(
     objective: nn.Module,
+    decoder_layers: list[nn.Module],
     mesh: DeviceMesh,
     device: torch.device,
     bf16: bool,

@@ -19,7 +19,6 @@ from config.options import Options
 from loss.next_token import passing_through
 from model.compile import set_recomputation
 from model.layers import decoder_layers
-from model.linear import multiply_with_copies
 from parallel.checks import attention_heads
 from parallel.tensor import split_on_meta
 
@@ -100,9 +99,8 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     cast = options.bf16 and options.strategy == "fsdp"
     try:
         compiled, budget = options.torch_compile, options.activation_memory_budget
-        copies = options.copies_weights
         return _count(
-            model, sequences_per_micro_batch(options), options.block_size, options.bf16, cast, copies, compiled, budget
+            model, sequences_per_micro_batch(options), options.block_size, options.bf16, cast, compiled, budget
         )
     except Exception as error:
         raise OptionError(
@@ -118,7 +116,6 @@ def _count(
     length: int,
     bf16: bool,
     cast: bool,
-    copies: bool,
     compiled: bool,
     budget: float | None,
 ) -> Activations:
@@ -127,8 +124,6 @@ def _count(
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
     model.set_attn_implementation("fused")
-    if copies:
-        multiply_with_copies(model)
     saved: dict[int, tuple[object, int, nn.Module | None]] = {}  # by storage, which must live on: the next takes its id
     inputs: dict[int, tuple[object, int]] = {}
     running: list[nn.Module] = []

@@ -30,7 +30,6 @@ from estimate.activations import (
 from loss.cross_entropy import CHUNK_LOGITS
 from loss.next_token import ends_with_head
 from model.layers import decoder_layers, decoder_matrices
-from model.linear import linear_modules
 from parallel.tensor import split_on_meta
 
 GIB = 2**30
@@ -97,8 +96,6 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Activati
     layer = max((numel(layer.parameters()) for layer in decoder_layers(model)), default=0)
     root = whole - sum(numel(layer.parameters()) for layer in decoder_layers(model))
     of_rank = FP32 * numel(model.parameters(), shards)
-    if options.copies_weights:
-        of_rank += BF16 * numel(module.weight for module in linear_modules(model))
     offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
     state, after = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     gradients = FP32 * numel(parameters, shards)

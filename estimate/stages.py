@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 from typing import Any
 
 import torch
@@ -140,13 +141,14 @@ def _can_split(model: PreTrainedModel, options: Options, ranks: int) -> bool:
     return True
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is why it was raised: of a GPU's, or of host memory, for which torch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def explain_out_of_memory(argv: list[str], error: Exception) -> str:
+    """A few lines for the user: what was predicted for the options `argv`, what there is, and what would help.
 
-
-def explain_out_of_memory(argv: list[str], ranks: int, error: Exception) -> str:
-    """What to say of it, in a few lines: what was predicted for the options `argv`, what there is, what would help."""
+    Returns "" if `error` is no lack of memory. A lack of host memory has no class of its own in torch.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return ""
+    ranks = int(os.environ["WORLD_SIZE"])
     lines = [f"out of memory: {first_line(error)}"]
     if torch.cuda.is_available():
         now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()

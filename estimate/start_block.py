@@ -1,17 +1,18 @@
 """The start block: what is about to run, in lines for people."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.options import Options
 from config.plan import Plan, data_parallel_groups, learning_rate_factor
-from data.sequences import Data, describe_data, tokens_per_sequence
-from estimate.stages import stage_name
+from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
+from estimate.stages import memory_forecast, stage_name
+from metrics.hardware import gpu_memory
+from model.layers import decoder_matrices
 from model.weights import Weights
 
 
@@ -24,20 +25,19 @@ def start_block(
     options: Options,
     plan: Plan,
     data: Data,
+    tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     weights: Weights,
-    optimizer: torch.optim.Optimizer,
     device: torch.device,
-    resumed_from: Path | None,
-    memory: str,
 ) -> str:
-    """What is about to run, as lines for people; `memory` is what model/memory.py foresees."""
+    """A description of the run for people. `model` is on the meta device, before it is wrapped.
+
+    Costs a second or three for the memory forecast. With `show_examples`, the first training sequences follow.
+    """
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    parameters = list(model.parameters())
-    masters = dtype_names(parameters)
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
-    compute = "bfloat16" if options.bf16 else masters
+    compute = "bfloat16" if options.bf16 else "float32"
     compute += ", what layers are given, too" * options.bf16_residual
     compute += ", matrix products of layers float8" * options.float8 + ", layers compiled" * options.torch_compile
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
@@ -46,25 +46,27 @@ def start_block(
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
         "strategy": f"{stage_name(options)}: {sharded(options, ranks)}",
-        "model": f"{type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in parameters):,} parameters",
+        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "dtypes": f"parameters, gradients and optimizer state float32; compute {compute}",
         "activations": activations_line(options),
-        "memory": memory,
+        "memory": memory_forecast(model, options, ranks, gpu_memory(device)),
         **describe_data(data, plan.block_size),
         "objective": f"dpo, held to the model as it begins with beta {options.dpo_beta}"
         if options.objective == "dpo"
         else "next token",
         "global batch": f"{micro_batch} rows x {plan.accumulation} micro-steps x "
-        f"{data_parallel_groups(options, ranks // options.ranks_a_row)} = "
+        f"{data_parallel_groups(options, ranks // options.model_parallel_size)} = "
         f"{plan.global_batch_size} rows, up to {tokens:,} tokens",
-        "optimizer": optimizer_line(optimizer),
+        "optimizer": optimizer_line(model, options),
         "learning rate": learning_rate_line(options, plan.global_batch_size),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
-        "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
     }
-    return "\n".join(f"{key:<13} {value}" for key, value in lines.items())
+    block = "\n".join(f"{key:<13} {value}" for key, value in lines.items())
+    if options.show_examples:
+        block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
+    return block
 
 
 def sharded(options: Options, ranks: int) -> str:
@@ -95,12 +97,11 @@ def activations_line(options: Options) -> str:
     return "kept"
 
 
-def optimizer_line(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_line(model: PreTrainedModel, options: Options) -> str:
     """Which parameters are updated how."""
-    muon = [group for group in optimizer.param_groups if "momentum" in group]
-    if not muon:
+    if options.optim != "muon":
         return "AdamW"
-    elements = sum(parameter.numel() for group in muon for parameter in group["params"])
+    elements = sum(matrix.numel() for matrix in decoder_matrices(model).values())
     return f"Muon for {elements:,} parameters in matrices of the decoder layers, AdamW for all others"
 
 

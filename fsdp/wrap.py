@@ -8,11 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from parallel.tensor import apply_tensor_parallel
-
 
 def wrap(
     objective: nn.Module,
+    decoder_layers: list[nn.Module],
     mesh: DeviceMesh,
     device: torch.device,
     bf16: bool,
@@ -36,9 +35,6 @@ def wrap(
     them and its state: what is gathered is copied to `device` first, and what was reduced is copied back.
     """
     model: PreTrainedModel = objective.model
-    decoder_layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    if mesh["tensor"].size() > 1:
-        apply_tensor_parallel(objective, decoder_layers, mesh["tensor"])
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
     home, offload = device, OffloadPolicy()
     if cpu_offload:

@@ -10,6 +10,8 @@ from loss.cross_entropy import log_probabilities
 class Preference(nn.Module):
     """Direct preference optimisation (Rafailov et al. 2023, equation 7): no reward model, no sampling."""
 
+    needs_initial_model = True  # also in a resumed run: rewards refer to it
+
     def __init__(self, model: PreTrainedModel, beta: float) -> None:
         super().__init__()
         self.model = model

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from checkpoint.identity import fingerprint_weights
 from checkpoint.ranks import compute_once
 from config.options import Options
-from data.sequences import Data, Mixture, PreparedDataset
+from data.prepare import Data
+from data.sequences import Mixture, PreparedDataset
 from loss.evaluation import forward_no_grad
 
 
@@ -34,8 +35,8 @@ def add_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Opt
         for name, table in reference.items():
             results = forward_no_grad(wrapped, splits[name], options, device)
             for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0):
-                pairs = len(batch["rows"])
-                table[:, batch["rows"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
+                pairs = len(batch["indices"])
+                table[:, batch["indices"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
             dist.all_reduce(table)  # each column was filled by one rank, or alike by those of a tensor-parallel group
             table /= options.tensor_parallel
         return reference

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from config.options import Options
+from config.plan import data_parallel_rank_and_size
 from data.batches import (
     Batch,
-    data_parallel_rank_and_size,
-    make_loader,
     to_device,
     validation_batches,
 )
+from data.loader import make_loader
 from data.sequences import Mixture, PreparedDataset
 
 
@@ -21,7 +22,8 @@ def forward_no_grad(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
     wrapped.eval()
-    indices = validation_batches(len(rows), *data_parallel_rank_and_size(options), options.per_device_eval_batch_size)
+    rank, size = data_parallel_rank_and_size(options, dist.get_rank(), dist.get_world_size())
+    indices = validation_batches(len(rows), rank, size, options.per_device_eval_batch_size)
     for batch in make_loader(rows, indices, options, workers=0):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             result = wrapped(**to_device(batch, device))

@@ -21,6 +21,8 @@ from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softm
 class NextToken(nn.Module):
     """Next-token prediction. Head and loss are computed as one, unless the model does more than its head at the end."""
 
+    needs_initial_model = False
+
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         super().__init__()
         self.model = model

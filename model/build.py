@@ -160,16 +160,17 @@ def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     return map_hidden_states(lambda hidden_BTD: hidden_BTD.to(compute_dtype(hidden_BTD)), inputs, named)
 
 
-def generate_completion(directory: Path, prompt: str, trust_remote_code: bool, new_tokens: int = 48) -> str:
-    """What the exported model, loaded as any user of transformers would, makes of `prompt`; drawn with a fixed seed.
+def generate_completion(options: Options, new_tokens: int = 48) -> str:
+    """The completion of `options.prompt` by the exported model, loaded as any user of transformers would load it.
 
-    On the CPU: beside the training state, the GPU may have no room for a second model.
+    It is sampled with a fixed seed, on the CPU: beside the training state, the GPU may have no room for a second model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    prompt_BT = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
+    prompt_BT = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
     output_BT = model.generate(
         **prompt_BT, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0
     )
-    return tokenizer.decode(output_BT[0], skip_special_tokens=True)
+    completion = tokenizer.decode(output_BT[0], skip_special_tokens=True)
+    return f"--- completion of {options.prompt!r} ---\n{completion}\n---"

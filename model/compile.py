@@ -40,7 +40,7 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     # than 8, the default.
     torch._dynamo.config.recompile_limit = 64
     experts = any("experts" in name for name, _ in model.named_modules())
-    by_transformers = options.offload_activations or options.ranks_a_row > 1 or experts or random_noise(model)
+    by_transformers = options.offload_activations or options.model_parallel_size > 1 or experts or random_noise(model)
     for layer in decoder_layers(model):
         forward = layer.forward
         if layer.gradient_checkpointing and not by_transformers:

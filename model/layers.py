@@ -6,8 +6,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: what is one unit for FSDP, for compilation and for checkpointing."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The decoder layers, in order: one unit each for FSDP, compilation, checkpointing, memory, Muon and float8.
+
+    A layer is a GradientCheckpointingLayer of transformers; in the few models without any, a module whose class stands
+    in `_no_split_modules`. No layer is within another. Returns an empty list for a model that marks neither.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        names = getattr(model, "_no_split_modules", None) or ()
+        layers = [module for module in model.modules() if type(module).__name__ in names]
+    inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if id(layer) not in inner]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ Weights know nothing of it: for DDP and FSDP, these are ranks like all others, a
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from model.attention import attend, supports_variable_length
 from parallel.group import Group, pad_sequences
 
 NAME = "context_parallel"
 
+Attention = Callable[..., tuple[Tensor, None]]
 
-def apply_context_parallel(objective: nn.Module, ranks: dist.ProcessGroup) -> None:
+
+def apply_context_parallel(objective: nn.Module, ranks: dist.ProcessGroup, attend: Attention | None = None) -> None:
     """Let `objective` compute this rank's piece of each row that it is given. Must be called before wrapping.
 
     Its loss becomes N times the sum over the targets of that piece, the mean over the group of which is what each would
@@ -40,7 +42,7 @@ def apply_context_parallel(objective: nn.Module, ranks: dist.ProcessGroup) -> No
     objective.register_forward_pre_hook(partial(pad_sequences, group), with_kwargs=True)
     objective.register_forward_pre_hook(partial(_take_piece, group), with_kwargs=True)
     objective.register_forward_hook(lambda objective, inputs, loss: loss * group.size)
-    AttentionInterface.register(NAME, partial(_attend, group))
+    AttentionInterface.register(NAME, partial(_attend, group, attend))
     model.set_attn_implementation(NAME)
 
 
@@ -88,6 +90,7 @@ def _exchange(pieces: Tensor, group: Group) -> Tensor:
 
 def _attend(
     group: Group,
+    attend: Attention | None,
     module: nn.Module,
     query_BHPE: Tensor,
     key_BKPE: Tensor,
@@ -114,7 +117,7 @@ def _attend(
         attended_BThE = functional.scaled_dot_product_attention(
             query_BhTE, key_BkTE, value_BkTE, is_causal=True, scale=scaling, enable_gqa=True
         ).transpose(1, 2)
-    elif supports_variable_length(whole.device, whole.dtype):
+    elif attend is not None:
         if document_ends is None:  # each row is one
             document_ends = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=whole.device)
         attended_BThE, _ = attend(module, query_BhTE, key_BkTE, value_BkTE, None, document_ends, scaling, window)

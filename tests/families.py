@@ -25,7 +25,6 @@ from transformers import (
 
 from config.options import Options
 from model.build import build_model
-from model.linear import multiply_with_copies
 from model.weights import load_weights
 
 # Sizes that four ranks cannot divide: the last one has fewer rows of the vocabulary, and no expert at all.
@@ -96,8 +95,6 @@ def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Pa
 def drawn(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     """The model that train.py builds for `options`, on the CPU: with the same values each time."""
     model = build_model(options, copy.deepcopy(config))
-    if options.copies_weights:
-        multiply_with_copies(model)
     model.to_empty(device="cpu")
     model.tie_weights()
     torch.manual_seed(0)

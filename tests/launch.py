@@ -27,7 +27,10 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-PROJECT = ("checkpoint", "config", "data", "ddp", "fsdp", "metrics", "model", "tests")  # the names of our modules
+PROJECT = (  # the names of our modules
+    *("checkpoint", "compare", "config", "data", "ddp", "estimate", "fsdp", "loss", "metrics", "model", "optim"),
+    *("parallel", "runtime", "tests", "train"),
+)
 DEADLINE = 180  # seconds; a run takes a few
 
 

@@ -182,8 +182,8 @@ def mean_of_means() -> None:
         targets = (next_tokens(labels_BT) != IGNORED).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
-    def count_micro_batches(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
-        return collate(rows, documents_of) | {"targets": torch.tensor(1)}
+    def count_micro_batches(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
+        return collate(rows, padded_length) | {"targets": torch.tensor(1)}
 
     loss.next_token.head_and_loss_sum = mean
     data.batches.collate = count_micro_batches
@@ -214,7 +214,7 @@ def main() -> None:
                 run = curve(case, [*options, *more], directory / f"{index}-{label}")
                 measured = dataclasses.astuple(deviation(run, references[label], first))
                 held = all(value <= gate for value, gate in zip(measured, dataclasses.astuple(GATES), strict=True))
-                readers = case.ranks // parse([*case.options]).ranks_a_row
+                readers = case.ranks // parse([*case.options]).model_parallel_size
                 shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // readers} | {label}"
                 lines.append(f"| {case.name} | {shape} | {' | '.join(f'{value:.1e}' for value in measured)} |")
                 _say(lines[-1:])

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from config.errors import OptionError
 from config.options import Options
 from data.conversations import Conversation
-from data.prepare import prepare_data
-from data.sequences import GRAY, GREEN, Data, show_examples
+from data.prepare import GRAY, GREEN, Data, prepare_data, show_examples
 from data.tokens import encode_messages
 from tests.launch import train_ok
 from tests.world import PLAIN, with_markers, without_markers
@@ -120,7 +119,7 @@ def prepare_records(
 
 def rows_of(data: Data) -> list[tuple[list[int], list[bool]]]:
     rows = (data.train[index] for index in range(len(data.train)))
-    return [(row.tokens.tolist(), row.learned.tolist()) for row in rows]
+    return [(row.tokens.tolist(), row.trained_on.tolist()) for row in rows]
 
 
 MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
@@ -183,10 +182,10 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert (counts.documents, counts.cut_documents) == (21, 1)
     assert (counts.targetless_documents, counts.empty_documents) == (2, 1)
     assert counts.tokens == sum(len(tokens) for tokens, _ in rows_of(data))
-    assert counts.learned_tokens == sum(sum(learned) for _, learned in rows_of(data))
+    assert counts.trained_tokens == sum(sum(learned) for _, learned in rows_of(data))
     assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(OptionError) as error:
-        prepare_records(records, tokenizer, tmp_path, max_targetless_share=0.08)
+        prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08)
     assert "2 of 24 records have no token to learn" in str(error.value)
     assert "chat.jsonl: line 22: '<|im_start|>user" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from config.errors import OptionError
 from config.options import Options
 from data.batches import IGNORED, collate, micro_batches, validation_batches
-from data.prepare import prepare_data
+from data.prepare import Data, prepare_data
 from data.records import FRAGMENT, read
-from data.sequences import Data, Mixture, PreparedDataset
+from data.sequences import Mixture, PreparedDataset
 from data.sources import find_sources
 from data.stream import StreamingDataset
 from tests import world
@@ -261,7 +261,7 @@ def test_collate_masks_by_length() -> None:
     batch = collate([world.row(torch.tensor([5, 6, 0]), 3), world.row(torch.tensor([7]), 1)])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORED, IGNORED]]
-    assert (batch["rows"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([3, 1], [3, 1], 2)
+    assert (batch["indices"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([3, 1], [3, 1], 2)
     nothing = collate([])
     assert (int(nothing["tokens"].sum()), int(nothing["targets"])) == (0, 0)
     assert nothing["input_ids"].shape == (1, 2)

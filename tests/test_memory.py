@@ -32,7 +32,6 @@ from estimate.stages import advice, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, passing_through
 from model.build import build_model
 from model.compile import compile_layers
-from model.linear import linear_modules
 from tests.families import FAMILIES, drawn
 from tests.launch import ROOT, Ranks, train
 
@@ -120,10 +119,10 @@ def test_a_stage(
     options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     options = dataclasses.replace(options, bf16=False, **{"torch_compile": False, **values})
     kind = "tensor" if options.tensor_parallel > 1 else "context"
-    shared = f"{kind} parallel {options.ranks_a_row} x " if options.ranks_a_row > 1 else ""
+    shared = f"{kind} parallel {options.model_parallel_size} x " if options.model_parallel_size > 1 else ""
     assert stage_name(options) == shared + name
     argv = [word for option, value in values.items() for word in (f"--{option}", str(value))]
-    more = ["--global_batch_size", 8 * ranks // options.ranks_a_row, "--max_steps", 4, "--logging_steps", 100]
+    more = ["--global_batch_size", 8 * ranks // options.model_parallel_size, "--max_steps", 4, "--logging_steps", 100]
     more += ["--trace_steps", 1, "--validation_split_percentage", 0]
     outcome = train(ranks, [*tiny, *argv, *more, "--output_dir", tmp_path], partial(record, tmp_path / "bytes.json"))
     assert outcome.exit_codes == [0] * ranks, outcome.output
@@ -179,23 +178,6 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
     actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
     chosen = budget or (compiled and options.float8)
     assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_copies_of_weights(meta_model: PreTrainedModel, compiled: bool) -> None:
-    """Where layers have them, they are two bytes a weight; what is foreseen of a stage is so for whatever was built."""
-    plain = Options(block_size=64, bf16=True, torch_compile=compiled)
-    saving = dataclasses.replace(plain, gradient_checkpointing=True)
-    layers = sum(module.weight.numel() for module in linear_modules(meta_model))
-    whole = 4 * sum(parameter.numel() for parameter in meta_model.parameters())
-    built = [
-        build_model(options, meta_model.config)
-        for options in (plain, saving, dataclasses.replace(plain, strategy="fsdp"))
-    ]
-    for options, expected in ((plain, whole + 2 * layers), (saving, whole)):
-        foreseen = [moments(model, options, 1) for model in built]
-        assert {memory.parameters for each in foreseen for memory in each} == {expected}
-        assert foreseen[0] == foreseen[1] == foreseen[2]
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 
 def test_shares_and_passes(mixture: Mixture) -> None:
     """In every epoch the shares are those of the weights; over epochs, a row comes again after all of its source."""
-    epochs = [mixture.of_epoch(epoch, 42) for epoch in range(7)]
+    epochs = [mixture.epoch_indices(epoch, 42) for epoch in range(7)]
     large, small = (rows for rows, _ in mixture.sources)
     for numbers in epochs:
         assert len(numbers) == len(mixture) == large + small
@@ -62,8 +62,8 @@ def test_shares_and_passes(mixture: Mixture) -> None:
 def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
     """A function of (seed, epoch) alone: nothing is drawn from a state that a resume would have to restore."""
     again = Mixture(mixture.parts, [4, 6])
-    assert np.array_equal(again.of_epoch(5, 42), mixture.of_epoch(5, 42))
-    assert not np.array_equal(mixture.of_epoch(5, 43), mixture.of_epoch(5, 42))
+    assert np.array_equal(again.epoch_indices(5, 42), mixture.epoch_indices(5, 42))
+    assert not np.array_equal(mixture.epoch_indices(5, 43), mixture.epoch_indices(5, 42))
     number = len(mixture) - 1
     assert mixture[number].number == number
     assert mixture[number].tokens.equal(mixture.parts[1][len(mixture.parts[1]) - 1].tokens)

@@ -40,6 +40,7 @@ from metrics.records import read_records
 from model.attention import expect_one_document_per_sequence
 from model.build import build_model, load_config_and_tokenizer
 from model.export import write_model
+from model.layers import decoder_layers
 from model.weights import Weights, find_weights, load_weights
 from tests.families import FAMILIES, SIZES, TIED, make_family
 from tests.launch import train, train_ok
@@ -150,7 +151,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
     weights = find_weights(options, built)
     meta = {tensor.device.type for tensor in built.state_dict().values()}
     mesh = init_device_mesh("cpu", (1, RANKS, 1), mesh_dim_names=("replicate", "shard", "tensor"))
-    wrapped = twin.wrap(NextToken(built), mesh, CPU, False, True, False)
+    wrapped = twin.wrap(NextToken(built), decoder_layers(built), mesh, CPU, False, True, False)
     load_weights(built, weights)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     head, embedding = built.get_output_embeddings().weight, built.get_input_embeddings().weight
@@ -159,7 +160,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
         loss = wrapped.eval()(input_ids=input_ids, labels=input_ids) / (2 * 19)
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     Path(options.output_dir).mkdir(exist_ok=True)
-    export_model(options, built, tokenizer)
+    export_model(options, built, tokenizer, [])
     exported = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32)
     with torch.no_grad():
         expected = exported(input_ids=input_ids, labels=input_ids).loss
@@ -181,7 +182,7 @@ def export_again(path: Path, directory: Path) -> list[list[str]]:
     there = []
     for largest_file in ("5GB", "30KB", "5GB"):
         model.export.LARGEST_FILE = largest_file
-        export_model(Options(output_dir=str(directory)), loaded, tokenizer)
+        export_model(Options(output_dir=str(directory)), loaded, tokenizer, [])
         there.append(sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()))
         dist.barrier()
     return there
@@ -595,11 +596,11 @@ def export_within(limit: int, path: Path, output_dir: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (before + limit, before + limit))
     built = build_model(options, config)
     weights = find_weights(options, built)
-    fsdp.wrap(NextToken(built), mesh, CPU, False, True, False)
+    fsdp.wrap(NextToken(built), decoder_layers(built), mesh, CPU, False, True, False)
     load_weights(built, weights)
     output_dir.mkdir(exist_ok=True)
     model.export.LARGEST_FILE = "30MB"
-    export_model(options, built, tokenizer)
+    export_model(options, built, tokenizer, [])
     print(
         f"{limit / MIB:.0f} MiB above {before / MIB:.0f} are enough; {(status('VmData') - before) / MIB:.0f} at the end"
     )

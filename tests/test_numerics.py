@@ -41,8 +41,8 @@ def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
     original, calls = data.batches.collate, iter(range(10_000))
 
-    def collate(rows: list[Sequence], documents_of: int | None = None) -> dict[str, Tensor]:
-        batch = original(rows, documents_of)
+    def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
+        batch = original(rows, padded_length)
         if next(calls) // 2 + 1 in steps:
             batch["labels"].fill_(IGNORED)
             batch["targets"].zero_()

@@ -33,7 +33,7 @@ def test_no_slot_is_wasted(number: int) -> None:
     """At least 98% of the slots hold a token; with a thousand documents it is 99.7%, with 20,000 99.98%."""
     lengths = ragged_lengths(number)
     packed = pack("documents", lengths, 4096)
-    assert lengths.sum() / ((len(packed.first_pieces) - 1) * 4096) > 0.98
+    assert lengths.sum() / ((len(packed.first_segments) - 1) * 4096) > 0.98
 
 
 @pytest.mark.parametrize("packing", ["documents", "none", "concat"])
@@ -41,12 +41,12 @@ def test_no_token_is_lost(packing: str) -> None:
     """Each token is in one row; documents are cut only where they are longer than a row (fault 17: 100 times)."""
     lengths = np.concatenate([ragged_lengths(300), [0, 25_600, 1, 256, 257]])
     packed = pack(packing, lengths, 256)
-    sizes = packed.pieces[:, 1] - packed.pieces[:, 0]
-    rows = np.add.reduceat(sizes, packed.first_pieces[:-1])
+    sizes = packed.segments[:, 1] - packed.segments[:, 0]
+    rows = np.add.reduceat(sizes, packed.first_segments[:-1])
     assert rows.max() <= 256
     assert sizes.min() > 0
     used = np.zeros(lengths.sum(), np.int64)
-    for start, end in packed.pieces:
+    for start, end in packed.segments:
         used[start:end] += 1
     assert used.max() == 1
     left_out = used.size - used.sum()
@@ -62,12 +62,12 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> No
     lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
     parts = list(pack_in_parts("concat", lengths, 256))
     whole = pack("concat", lengths, 256)
-    assert [piece for part in parts for piece in part.pieces.tolist()] == whole.pieces.tolist()
-    assert sum(len(part.first_pieces) - 1 for part in parts) == len(whole.first_pieces) - 1 == tokens // 256
+    assert [piece for part in parts for piece in part.segments.tolist()] == whole.segments.tolist()
+    assert sum(len(part.first_segments) - 1 for part in parts) == len(whole.first_segments) - 1 == tokens // 256
     assert len(parts) == -(-tokens // (256 * 3))
 
 
-def documents_of(lengths: list[int], vocabulary: int) -> list[Tensor]:
+def padded_length(lengths: list[int], vocabulary: int) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randint(0, vocabulary, (length,)) for length in lengths]
 
@@ -102,16 +102,16 @@ def sliding_model() -> PreTrainedModel:
 
 def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """A micro-batch of two packed rows, and each of their documents as a micro-batch of its own."""
-    documents = documents_of([17, 30, 1, 9, 25, 31], 384)
+    documents = padded_length([17, 30, 1, 9, 25, 31], 384)
     rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
     alone = []
     for row in rows:
         start = 0
-        for length in row.lengths:
+        for length in row.segment_lengths:
             part = slice(start, start + length)
-            alone.append(collate([Sequence(0, row.tokens[part], row.learned[part], [length])]))
+            alone.append(collate([Sequence(0, row.tokens[part], row.trained_on[part], [length])]))
             start += length
-    return collate(rows, documents_of=64), alone
+    return collate(rows, padded_length=64), alone
 
 
 @pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
@@ -175,7 +175,7 @@ def test_variable_length_attention(
 
 def test_collate_keeps_documents_apart() -> None:
     """Positions start again, the first token of a document is no target, and ends are those of the line of all rows."""
-    batch = collate([packed_row(documents_of([4, 3], 9)), packed_row(documents_of([8], 9), 1)], documents_of=8)
+    batch = collate([packed_row(padded_length([4, 3], 9)), packed_row(padded_length([8], 9), 1)], padded_length=8)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch["document_ends"].tolist() == [0, 4, 7, 8, 16]
     assert int(batch["targets"]) == (4 - 1 - 2) + (3 - 1) + (8 - 1 - 2)

@@ -14,7 +14,8 @@ from config.errors import OptionError
 from data.batches import collate_pairs
 from data.ledger import problems, read
 from data.packing import pack
-from data.sequences import Sequence, show_examples
+from data.prepare import show_examples
+from data.sequences import Sequence
 from loss.dpo import Preference
 from metrics.records import read_records
 from tests import world
@@ -53,7 +54,9 @@ def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, m
     pairs = prepare_records([PAIRS[name]], tokenizer, tmp_path, **DPO)
     assert (pairs.packing, pairs.counts["train"].shape) == ("pairs", "preference")
     row = pairs.train[0]
-    pieces = zip(torch.split(row.tokens, row.lengths), torch.split(row.learned, row.lengths), strict=True)
+    pieces = zip(
+        torch.split(row.tokens, row.segment_lengths), torch.split(row.trained_on, row.segment_lengths), strict=True
+    )
     (tmp_path / "alone").mkdir()
     for answer, (tokens, learned) in zip(("good", "bad, too"), pieces, strict=True):
         text, end = (True, "<eos>") if name == "text" else (False, "<|im_end|>")
@@ -80,10 +83,10 @@ def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert len(pairs.train) == counts.rows == 20
     assert (counts.documents, counts.cut_documents) == (40, 1)
     assert (counts.targetless_documents, counts.empty_documents) == (4, 2)
-    assert all(len(pairs.train[index].lengths) == 2 for index in range(20))
+    assert all(len(pairs.train[index].segment_lengths) == 2 for index in range(20))
     assert rows_of(pairs)[0] == rows_of(pairs)[-1]
     with pytest.raises(OptionError) as error:
-        prepare_records(records, tokenizer, tmp_path, max_targetless_share=0.08, **DPO)
+        prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08, **DPO)
     assert "2 of 23 records have no token to learn" in str(error.value)
     assert "chat.jsonl: line 20: 'word word" in str(error.value)
 
@@ -119,8 +122,8 @@ def test_prepared_pairs_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path
 
 def test_pack_pairs() -> None:
     packed = pack("pairs", torch.tensor([3, 5, 0, 0, 2, 4]).numpy(), 5)
-    assert packed.pieces.tolist() == [[0, 3], [3, 8], [8, 10], [10, 14]]
-    assert packed.first_pieces.tolist() == [0, 2, 4]
+    assert packed.segments.tolist() == [[0, 3], [3, 8], [8, 10], [10, 14]]
+    assert packed.first_segments.tolist() == [0, 2, 4]
 
 
 def test_collate_pairs() -> None:
@@ -134,7 +137,7 @@ def test_collate_pairs() -> None:
     batch = collate_pairs([pair(4, 2, 3), pair(1, 4, 1)], reference)
     assert batch["input_ids"].tolist() == [[1, 2, 0, 0], [1, 2, 3, 4], [3, 4, 5, 0], [5, 0, 0, 0]]
     assert batch["labels"].tolist()[2] == [-100, 4, 5, -100]
-    assert (batch["rows"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([4, 1], [2, 4, 3, 1], 2)
+    assert (batch["indices"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([4, 1], [2, 4, 3, 1], 2)
     assert batch["reference"].tolist() == [4, 1, 9, 6]
     assert "reference" not in collate_pairs([pair(0, 2, 2)])
     nothing = collate_pairs([], reference)
@@ -164,7 +167,7 @@ def some_pairs(number: int) -> list[Sequence]:
 
 def learned_log_probability(model: PreTrainedModel, row: Sequence, side: int) -> Any:
     """By hand, in the dtype of the model: one sequence, without padding, token by token."""
-    tokens, learned = (torch.split(part, row.lengths)[side] for part in (row.tokens, row.learned))
+    tokens, learned = (torch.split(part, row.segment_lengths)[side] for part in (row.tokens, row.trained_on))
     log_p_TV = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
     return torch.stack([log_p_TV[t - 1, tokens[t]] for t in range(1, len(tokens)) if learned[t]]).sum()
 

@@ -150,7 +150,7 @@ def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, t
     rows = prepare_data(options, tokenizer)
     dropped = rows.counts["train"].dropped_tokens
     assert dropped == (len(expected) % 32 if packing == "concat" else 0)
-    pieces = sorted(map(tuple, rows.train.pieces.tolist()))  # type: ignore[union-attr]
+    pieces = sorted(map(tuple, rows.train.segments.tolist()))  # type: ignore[union-attr]
     assert pieces[0][0] == 0
     assert [end for _, end in pieces[:-1]] == [start for start, _ in pieces[1:]]
     assert pieces[-1][1] == len(expected) - dropped

@@ -67,7 +67,7 @@ def test_shapes_of_conversations(line: str, place: Path) -> None:
     options = Options(train_file=str(place / "chat.jsonl"), data_cache_dir=str(place / "cache"), block_size=64)
     options.validation_split_percentage = 0
     row = prepare_data(options, tokenizer).train[0]
-    assert tokenizer.decode(row.tokens[row.learned]).strip() == "MIT.<eos>"
+    assert tokenizer.decode(row.tokens[row.trained_on]).strip() == "MIT.<eos>"
 
 
 def test_learning_from_preferences(place: Path) -> None:
@@ -83,7 +83,7 @@ def test_learning_from_preferences(place: Path) -> None:
         (place / "pairs.jsonl").write_text(line)
         rows.append(prepare_data(options, tokenizer).train[0])
     assert rows[0].tokens.tolist() == rows[1].tokens.tolist()
-    assert [tokenizer.decode(row.tokens[row.learned]) for row in rows] == [
+    assert [tokenizer.decode(row.tokens[row.trained_on]) for row in rows] == [
         "MIT.<eos>No idea.<eos>",
         "MIT.<eos>No idea.<eos>",
         " MIT.<eos> unknown.<eos>",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint.load
-from checkpoint.identity import Progress
+from checkpoint.identity import Progress, RunIdentity
 from checkpoint.load import problems
 from checkpoint.save import Saver
 from config.options import Options
@@ -102,11 +102,11 @@ def save_again(elsewhere: Path) -> None:
     """Patch a rank so that it saves what it has just loaded, elsewhere."""
     load = checkpoint.load.load_checkpoint
 
-    def load_and_save(path: Path, model: Any, optimizer: Any, expected: Any) -> Progress:
-        progress = load(path, model, optimizer, expected)
+    def load_and_save(path: Path, model: Any, optimizer: Any, identity: RunIdentity) -> Progress:
+        progress = load(path, model, optimizer, identity)
         elsewhere.mkdir(exist_ok=True)
         saver = Saver(Options(output_dir=str(elsewhere), async_save=False))
-        saver.save(model, optimizer, progress)
+        saver.save(model, optimizer, progress, identity)
         return progress
 
     checkpoint.load.load_checkpoint = load_and_save

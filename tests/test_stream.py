@@ -58,7 +58,7 @@ def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: obje
 
 def steps_of(stream: StreamingDataset, world_size: int, cursor: Cursor) -> Iterator[list[Sequence]]:
     """The global batches after a cursor, gathered from all ranks, in the order of lanes."""
-    shares = [iter(stream.share(rank, world_size, LANES, cursor)) for rank in range(world_size)]
+    shares = [iter(stream.shard(rank, world_size, LANES, cursor)) for rank in range(world_size)]
     while True:
         rows = [row for share in shares for row in islice(share, LANES // world_size)]
         yield sorted(rows, key=lambda row: row.cursor[4] % LANES)
@@ -66,9 +66,9 @@ def steps_of(stream: StreamingDataset, world_size: int, cursor: Cursor) -> Itera
 
 def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
     return all(
-        (one.number, one.cursor, one.lengths) == (other.number, other.cursor, other.lengths)
+        (one.number, one.cursor, one.segment_lengths) == (other.number, other.cursor, other.segment_lengths)
         and torch.equal(one.tokens, other.tokens)
-        and torch.equal(one.learned, other.learned)
+        and torch.equal(one.trained_on, other.trained_on)
         for one, other in zip(ours, theirs, strict=True)
     )
 
@@ -100,7 +100,7 @@ def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.Mo
     path = tmp_path / "large.txt"
     path.write_text("one two\n" * 6000)
     stream = stream_of(path, tokenizer, packing="none")
-    rows = [row for row in islice(stream.share(0, 1, 1, []), 10_000) if row.cursor[0] == 0]
+    rows = [row for row in islice(stream.shard(0, 1, 1, []), 10_000) if row.cursor[0] == 0]
     assert [len(row.tokens) for row in rows[:-1]] == [32] * (len(rows) - 1)
     assert torch.cat([row.tokens for row in rows]).tolist() == expected_tokens(tokenizer, [path.read_text()])
 

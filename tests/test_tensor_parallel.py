@@ -21,7 +21,9 @@ from config.errors import OptionError
 from config.options import Options
 from data.batches import IGNORED
 from loss.next_token import NextToken
+from model.adapt import adapt_model
 from model.build import build_model, load_config_and_tokenizer
+from model.layers import decoder_layers
 from model.weights import Stored, find_weights, load_weights
 from parallel.checks import check_tensor_parallel
 from parallel.group import Group, pad_sequences
@@ -69,7 +71,9 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     weights = find_weights(options, built)
     foreseen = {parameter: tensor.shape for parameter, tensor in split_on_meta(built, 2).named_parameters()}
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
-    wrapped = fsdp.wrap(NextToken(built), mesh, torch.device("cpu"), False, True, False)
+    objective = NextToken(built)
+    adapt_model(objective, options, "none", mesh)
+    wrapped = fsdp.wrap(objective, decoder_layers(built), mesh, torch.device("cpu"), False, True, False)
     read = count_reads()
     load_weights(built, weights)
     kept = sum(parameter.to_local().numel() for parameter in built.parameters() if isinstance(parameter, DTensor))
@@ -93,7 +97,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
 
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(exist_ok=True)
-    export_model(options, built, tokenizer)
+    export_model(options, built, tokenizer, [])
     return {
         "different": different,
         "foreseen otherwise": [name for name, tensor in built.named_parameters() if part(tensor) != foreseen[name]],

@@ -98,8 +98,8 @@ BUGS = [
         "None in the curve. From the second epoch on, rows are repeated and lost at every resume.",
         one(
             "train.py",
-            "epoch, steps_into_epoch = divmod(steps_done, plan.steps_per_epoch)",
-            "epoch, steps_into_epoch = 0, steps_done % plan.steps_per_epoch",
+            "epoch, steps_into_epoch = divmod(done.step, plan.steps_per_epoch)",
+            "epoch, steps_into_epoch = 0, done.step % plan.steps_per_epoch",
         ),
         "tests/test_ledger.py::test_two_resumes_in_one_epoch",
         source="huggingface/accelerate#4071",
@@ -108,7 +108,7 @@ BUGS = [
         "documents without EOS",
         "Documents are joined without a token between them, so that the end of a text is never learned.",
         "The loss looks normal; the model never stops writing.",
-        one("data/encode.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
+        one("data/tokens.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
         "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
     ),
     Bug(
@@ -145,7 +145,7 @@ BUGS = [
         "the end of the answer is masked",
         "The mask covers the answer, and not the token that ends the turn, which the template writes after it.",
         "None in the loss. The model answers, and then does not stop.",
-        one("data/chat.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
+        one("data/conversations.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
         "tests/test_chat.py::test_what_is_learned",
         source="huggingface/trl#5988",
     ),
@@ -175,7 +175,7 @@ BUGS = [
         "The model shifts the labels by one, and so does the loss function that it calls: what is learned is the token "
         "after next.",
         "The loss falls, and stays too high; samples skip every other word.",
-        one("model/loss.py", "labels_BT[:, 1:], (0, 1)", "labels_BT[:, 2:], (0, 2)"),
+        one("data/batches.py", "labels_BT[:, 1:], (0, 1)", "labels_BT[:, 2:], (0, 2)"),
         "tests/test_rooms.py::test_labels_are_the_next_tokens",
         Curve(),
         source="huggingface/transformers#47395",
@@ -184,7 +184,7 @@ BUGS = [
         "labels not shifted",
         "The loss expects shifted labels and gets the inputs: each position has to predict itself.",
         "The best loss ever seen, falling towards zero: a residual connection is all it takes.",
-        one("model/loss.py", "return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)", "return labels_BT"),
+        one("data/batches.py", "return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)", "return labels_BT"),
         "tests/test_rooms.py::test_labels_are_the_next_tokens",
         Curve(),
     ),
@@ -214,7 +214,7 @@ BUGS = [
         "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch, on one "
         "rank, and the all-reduce hands it on to the others.",
         "One day the loss is NaN, and from then on every weight is.",
-        one("model/loss.py", 'reduction="sum")', 'reduction="mean") * (targets_N != IGNORED).sum()'),
+        one("loss/cross_entropy.py", 'reduction="sum")', 'reduction="mean") * (targets_N != IGNORED).sum()'),
         "tests/test_rooms.py::test_a_batch_without_targets_is_finite",
         source="allenai/OLMo-core#657",
     ),
@@ -223,7 +223,7 @@ BUGS = [
         "Each rank divides by its own number of targets, and DDP averages the ranks: where a rank has fewer targets, "
         "each of them counts more. It was left over when transformers had mended its accumulation.",
         "The curve depends on the number of GPUs. It looks like noise, and it is a bias.",
-        one("train.py", BACKWARD, '(loss / max(1, int(sum_of(step_batches, "targets")))).backward()'),
+        one("train.py", BACKWARD, '(loss / max(1, int(total(step_batches, "targets")))).backward()'),
         curve_test("DDP-2x8"),
         Curve(4, ("--per_device_train_batch_size", 4)),
         source="huggingface/transformers#34242",
@@ -331,7 +331,7 @@ BUGS = [
         "logits gives. Megatron's word for what was forgotten: the all-reduce in the backward.",
         "The loss is right to the last digit, and falls. Each layer below the head learns from a part of the "
         "vocabulary, another one on each rank, and replicas drift apart.",
-        one("fsdp/tensor_parallel.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
+        one("parallel/tensor.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
         DIVIDED,
     ),
     Bug(
@@ -340,7 +340,7 @@ BUGS = [
         "in the loss, and the last position of each piece has no label any more.",
         "As many targets are missing as there are cuts. The curve is a little off, and nothing says so: the model does "
         "not learn one token in as many as a piece has.",
-        one("model/context_parallel.py", '["labels"][:, start : end + 1]', '["labels"][:, start:end]'),
+        one("parallel/context.py", '["labels"][:, start : end + 1]', '["labels"][:, start:end]'),
         ROWS_DIVIDED,
     ),
     Bug(
@@ -371,7 +371,7 @@ BUGS = [
         "One seed for all ranks is right for the weights and the data order. Kept for dropout, all ranks drop the same "
         "places.",
         "None in the curve: the noise of a large batch is that of a small one.",
-        one("checkpoint.py", 'f"{seed} {step} {rank}"', 'f"{seed} {step}"'),
+        one("checkpoint/rng.py", 'f"{seed} {step} {rank}"', 'f"{seed} {step}"'),
         "tests/test_resume.py::test_each_rank_draws_its_own_dropout",
         source="huggingface/transformers#31412",
     ),
@@ -443,7 +443,7 @@ BUGS = [
         "All parameters are in one group: the scales of the norms are pulled towards zero with the matrices.",
         "Slightly worse, with the same curve at first; the scales shrink by the learning rate times the decay.",
         one(
-            "model/optimizer.py",
+            "optim/adamw.py",
             '"weight_decay": 0.0}]',
             '"weight_decay": options.weight_decay}]',
         ),
@@ -468,7 +468,7 @@ BUGS = [
         "WarmupLR in a DeepSpeed file rises along a logarithm, unless the file says linear. Who ports the file writes "
         "the warmup that everybody else means.",
         "The rate is far too low for most of the warmup: two runs that are the same on paper part.",
-        one("model/optimizer.py", 'parameters.get("warmup_type") == "linear"', 'kind == "WarmupLR"'),
+        one("optim/schedule.py", 'parameters.get("warmup_type") == "linear"', 'kind == "WarmupLR"'),
         "tests/test_deepspeed.py::test_schedules[WarmupLR]",
         Curve(1, ("--lr_scheduler_type", "WarmupLR", "--warmup_steps", 30), value="learning_rate"),
     ),
@@ -553,7 +553,7 @@ BUGS = [
         "left in evaluation mode",
         "After the first evaluation nobody calls train() again.",
         "Dropout is off for the rest of the run: the training loss steps down, and overfitting begins early.",
-        one("train.py", "    wrapped.train()\n", ""),
+        one("loss/evaluation.py", "    wrapped.train()\n", ""),
         "tests/test_topology.py::test_evaluation_changes_nothing",
         source="wkentaro/pytorch-fcn#57",
     ),
@@ -574,7 +574,7 @@ BUGS = [
         "saved while it changes",
         "A checkpoint is written beside training from the live tensors: some are of this step, some of later ones.",
         "None, until one resumes: a small jump in the loss that nobody can explain.",
-        one("checkpoint.py", "        if self.options.async_save:\n", "        if False:\n"),
+        one("checkpoint/save.py", "        if self.options.async_save:\n", "        if False:\n"),
         "tests/test_saving.py::test_the_bytes_are_those_of_the_saved_step[topology0]",
         source="Lightning-AI/pytorch-lightning#21079",
     ),
@@ -583,8 +583,8 @@ BUGS = [
         "The checkpoint is written under its final name, so that one that was cut off looks like one that was not.",
         "None, until the power fails during a save.",
         one(
-            "checkpoint.py",
-            '    saving = output_dir / _broadcast(f".saving-{uuid.uuid4().hex}", group)\n',
+            "checkpoint/save.py",
+            '    saving = output_dir / broadcast_object(f".saving-{uuid.uuid4().hex}", group)\n',
             "    saving = final\n",
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
@@ -595,11 +595,11 @@ BUGS = [
         "To save room, the last checkpoint goes before the next one is written.",
         "None, until a save fails, and there is no checkpoint any more.",
         one(
-            "checkpoint.py",
-            "    _together(write_state, group)\n",
-            "    for old in _checkpoints(output_dir) if rank == 0 else []:\n"
+            "checkpoint/save.py",
+            "    run_together(write_state, group)\n",
+            "    for old in list_checkpoints(output_dir) if rank == 0 else []:\n"
             "        shutil.rmtree(old)\n"
-            "    _together(write_state, group)\n",
+            "    run_together(write_state, group)\n",
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
         source="Lightning-AI/pytorch-lightning#1150",
@@ -609,9 +609,9 @@ BUGS = [
         "The newest checkpoint is the last one by name, and checkpoint-99 comes after checkpoint-100.",
         "From step 100 on, the new checkpoints are pruned, and the run resumes at step 99 for ever.",
         one(
-            "checkpoint.py",
-            "if _step_of(path) >= 0), key=_step_of, reverse",
-            "if _step_of(path) >= 0), key=str, reverse",
+            "checkpoint/files.py",
+            "if step_of(path) >= 0), key=step_of, reverse",
+            "if step_of(path) >= 0), key=str, reverse",
         ),
         "tests/test_saving.py::test_a_hundred_saves_that_keep_two",
         source="allenai/open-instruct#541",
@@ -622,7 +622,7 @@ BUGS = [
         "look for.",
         "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
         one(
-            "checkpoint.py",
+            "checkpoint/load.py",
             '(("model", unique_tensors(model)), ("optimizer", moments))',
             '(("model", unique_tensors(model)),)',
         ),
@@ -634,7 +634,7 @@ BUGS = [
         "the step count dropped on resume",
         "AdamW divides by 1 - beta ** step: with the moments of many steps and a count of one, by too little.",
         "A jump at the resume: the second moment is blown up a thousandfold, the first one tenfold.",
-        one("checkpoint.py", '["step"].fill_(step)', '["step"].fill_(0)'),
+        one("checkpoint/load.py", '["step"].fill_(step)', '["step"].fill_(0)'),
         LOADED_STATE,
         Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
         source="NVIDIA/TransformerEngine#1986",
@@ -643,7 +643,7 @@ BUGS = [
         "random numbers dropped on resume",
         "Generators start from the seed again, so that dropout repeats the masks of the beginning.",
         "None: the curve is another one, and as good.",
-        one("checkpoint.py", '_restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
+        one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
         RESUME_TO_THE_BIT,
         source="huggingface/transformers#17055",
     ),
@@ -653,18 +653,12 @@ BUGS = [
         "and then takes the model for its own reference.",
         "After a resume the loss is ln 2 again, and the model is free to drift: with each resume further.",
         (
+            Change("train.py", "    data = prepare_objective(objective, data, wrapped, options, device)\n", ""),
             Change(
                 "train.py",
-                '    if options.objective == "dpo":  # the reference is the model as it is now, before a checkpoint is '
-                "loaded\n        data = with_reference(data, wrapped, model, options, device)\n",
-                "",
-            ),
-            Change(
-                "train.py",
-                "    if rank == 0:\n        checkpoint.make_room(options, progress.step)\n",
-                '    if options.objective == "dpo":\n'
-                "        data = with_reference(data, wrapped, model, options, device)\n"
-                "    if rank == 0:\n        checkpoint.make_room(options, progress.step)\n",
+                "    if rank == 0:\n        clean_output_dir(options, progress.step)\n",
+                "    data = prepare_objective(objective, data, wrapped, options, device)\n"
+                "    if rank == 0:\n        clean_output_dir(options, progress.step)\n",
             ),
         ),
         "tests/test_preference.py::test_resumed_to_the_bit[kept]",

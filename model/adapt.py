@@ -1,0 +1,44 @@
+"""The wiring of a model before it is wrapped: attention within documents, tensor and context parallelism, compilation."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from config.options import Options
+from model.attention import (
+    attend,
+    attend_within_documents,
+    expect_one_document_per_sequence,
+    supports_variable_length,
+)
+from model.compile import compile_layers
+from model.layers import decoder_layers
+from parallel.context import apply_context_parallel
+from parallel.tensor import apply_tensor_parallel
+
+
+def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: DeviceMesh) -> None:
+    """Change `objective` (loss/objective.py) and its model in place, as `options` ask, before it is wrapped.
+
+    `packing` is that of the data: with "documents", attention stays within each document. `mesh` has the dimensions
+    replicate, shard and tensor. Every rank must call: context parallelism creates process groups.
+    """
+    model: PreTrainedModel = objective.model
+    device = torch.device(mesh.device_type)
+    if packing == "documents":
+        attend_within_documents(model, device, options.bf16)
+    else:
+        expect_one_document_per_sequence()
+    if options.context_parallel > 1:
+        timeout = timedelta(seconds=options.ddp_timeout)
+        group, _ = dist.new_subgroups(options.context_parallel, timeout=timeout)  # type: ignore[no-untyped-call]
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        apply_context_parallel(objective, group, attend if supports_variable_length(device, dtype) else None)
+    if options.tensor_parallel > 1:
+        apply_tensor_parallel(objective, decoder_layers(model), mesh["tensor"])
+    if options.torch_compile:
+        compile_layers(model, options)
