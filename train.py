@@ -114,8 +114,8 @@ def main(argv: list[str]) -> None:
     if rank == 0:
         clean_output_dir(options, progress.step)
     recorder = Recorder(options, plan, rank, device, flops)
-    recorder.say(description)
-    recorder.say(f"{'start':<13} {f'resumed from {resumed_from}' if resumed_from else 'from the beginning'}")
+    recorder.print(description)
+    recorder.print(f"{'start':<13} {f'resumed from {resumed_from}' if resumed_from else 'from the beginning'}")
     recorder.start(progress.step, progress.tokens_seen)
     saver = Saver(options)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
@@ -195,11 +195,11 @@ def main(argv: list[str]) -> None:
     # === 6. The finished model, for from_pretrained. ================================================================
     if progress.step == plan.total_steps:
         export_model(options, model, tokenizer, data.stop_tokens)
-        recorder.say(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
+        recorder.print(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
-            recorder.say(generate_completion(options))
+            recorder.print(generate_completion(options))
     else:
-        recorder.say(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
+        recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     dist.barrier()  # without it, a rank that is still busy may find that its peers have exited
     if lock:

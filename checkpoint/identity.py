@@ -82,10 +82,10 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
         different = [name for name in run if any(other[name] != runs[0][name] for other in runs)]
         raise OptionError(
             f"ranks {others}: not the same as on rank 0: {', '.join(different)}\n"
-            "give all ranks the same options, files and Python version"
+            "pass all ranks the same options, files and Python version"
         )
     if blind := [rank for rank, sees in enumerate(sights) if not sees]:
         raise OptionError(
             f"output_dir {options.output_dir}: ranks {blind} do not see what rank 0 writes there\n"
-            "give a directory that all nodes share"
+            "pass a directory that all nodes share"
         )

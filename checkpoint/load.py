@@ -39,7 +39,7 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         return None, None
     if wanted != "auto":
         found = problems(Path(wanted))
-        remedy = "give --resume_from_checkpoint auto, or another one"
+        remedy = "pass --resume_from_checkpoint auto, or another one"
         return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
     candidates = list_checkpoints(Path(options.output_dir))
     for path in candidates:
@@ -51,12 +51,12 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
     if not candidates and finished and not options.overwrite_output_dir:
         return None, (
             f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
-            "give --overwrite_output_dir without it to start anew"
+            "pass --overwrite_output_dir without it to start anew"
         )
     if candidates:
         return None, (
             f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
-            "give --overwrite_output_dir without it to start anew"
+            "pass --overwrite_output_dir without it to start anew"
         )
     return None, None
 
@@ -90,9 +90,9 @@ def load_checkpoint(
     for name, remedy in (
         ("model_fingerprint", "resume with the model that was trained"),
         ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
-        ("seed", f"give --seed {saved['seed']}"),
-        ("global_batch_size", f"give --global_batch_size {saved['global_batch_size']}"),
-        ("optim", f"give --optim {saved['optim']}"),
+        ("seed", f"pass --seed {saved['seed']}"),
+        ("global_batch_size", f"pass --global_batch_size {saved['global_batch_size']}"),
+        ("optim", f"pass --optim {saved['optim']}"),
     ):
         was, now = saved[name], getattr(identity, name)
         if was != now:

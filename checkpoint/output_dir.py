@@ -21,19 +21,19 @@ def claim_output_dir(options: Options) -> IO[str]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = (output_dir / ".lock").open("w")
     except OSError as error:
-        raise OptionError(f"output_dir {output_dir}: {error.strerror}; give a directory that can be written") from error
+        raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
     try:
         # A record lock: unlike one of flock, it ends with this process, and is not held on by forked loader workers.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise OptionError(f"output_dir {output_dir}: another run is writing to it; give another one") from error
+        raise OptionError(f"output_dir {output_dir}: another run is writing to it; pass another one") from error
     except OSError as error:
         raise OptionError(
-            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; give another one"
+            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; pass another one"
         ) from error
     if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
         raise OptionError(
-            f"output_dir {output_dir}: it holds a run already; give another one, or\n"
+            f"output_dir {output_dir}: it holds a run already; pass another one, or\n"
             "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
         )
     return lock

@@ -36,7 +36,7 @@ def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
     try:
         run_together(write)
     except OSError as error:
-        raise OptionError(f"{path}: it cannot be written: {error}; give a --data_cache_dir with room") from error
+        raise OptionError(f"{path}: it cannot be written: {error}; pass a --data_cache_dir with room") from error
     return computed
 
 

@@ -107,7 +107,7 @@ class Saver:
                 raise
             raise OptionError(
                 f"output_dir {self.options.output_dir}: the checkpoint could not be written: {min(causes)[:200]}\n"
-                "make room or give another one; the checkpoint before is intact: --resume_from_checkpoint auto"
+                "make room or pass another one; the checkpoint before is intact: --resume_from_checkpoint auto"
             ) from error
         self.writing = None
 

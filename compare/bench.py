@@ -87,7 +87,7 @@ def main() -> None:
     if arguments.variants:
         names = arguments.variants.split(";")
         if unknown := [name for name in names if name not in (*OURS, *PEERS)]:
-            parser.error(f"--variants {unknown[0]}: give some of {'; '.join([*OURS, *PEERS])}")
+            parser.error(f"--variants {unknown[0]}: pass some of {'; '.join([*OURS, *PEERS])}")
     elif arguments.ranks == 1:
         names = [name for name in names if name not in SEVERAL_RANKS]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended too

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="Their numbers, from 0.")
     numbers = parser.parse_args().cases.split(",")
     if unknown := [number for number in numbers if not number.isdecimal() or int(number) >= len(CASES)]:
-        parser.error(f"--cases {unknown[0]}: give numbers from 0 to {len(CASES) - 1}, as in 0,3")
+        parser.error(f"--cases {unknown[0]}: pass numbers from 0 to {len(CASES) - 1}, as in 0,3")
     cases = [CASES[int(number)] for number in numbers]
     where = torch.cuda.get_device_properties(0).name if ON_GPU else "no GPU"
     print(f"{where}, torch {torch.__version__}\n")

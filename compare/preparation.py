@@ -1,4 +1,4 @@
-"""What preparing data costs: text tokenised and packed per second and core, the memory for it, and a start after it.
+"""What preparing data costs: text tokenized and packed per second and core, the memory for it, and a start after it.
 
     python -m compare.preparation MEGABYTES [other options of train.py]
 
@@ -60,7 +60,7 @@ def prepare(path: Path, options: list[str]) -> Cost:
 
 
 def map_alone(path: Path, options: list[str]) -> float:
-    """Seconds that this process computes while `datasets.map` tokenises a file in batches."""
+    """Seconds that this process computes while `datasets.map` tokenizes a file in batches."""
     arguments = parse(["--data_cache_dir", f"{path}-cache", *options])
     _, tokenizer = load_config_and_tokenizer(arguments)
     rows = load_dataset("json", data_files=str(path), cache_dir=f"{path}-datasets", split="train")

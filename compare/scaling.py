@@ -63,9 +63,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=default)
     arguments = vars(parser.parse_args())
     if unknown := set(arguments["models"].split(",")) - MODELS.keys():
-        parser.error(f"--models {min(unknown)}: give some of {','.join(MODELS)}")
+        parser.error(f"--models {min(unknown)}: pass some of {','.join(MODELS)}")
     if not all(ranks.isdecimal() and int(ranks) for ranks in arguments["ranks"].split(",")):
-        parser.error(f"--ranks {arguments['ranks']}: give numbers of at least 1, as in 8,64")
+        parser.error(f"--ranks {arguments['ranks']}: pass numbers of at least 1, as in 8,64")
     machine = Machine(**{name: arguments[name] for name in rates})
     print(", ".join(f"{name} {arguments[name]:g}" for name in rates) + f"; rows of {LENGTH} tokens, bf16, compiled")
     for name in arguments["models"].split(","):

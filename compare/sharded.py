@@ -96,7 +96,7 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
 
 
 def as_it_is(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """In the place of DDP's all-reduce, which does not understand the fake group's answer: the bucket, in place."""
+    """Instead of DDP's all-reduce, which does not understand the fake group's answer: the bucket, in place."""
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

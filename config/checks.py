@@ -61,12 +61,12 @@ def check(options: Options, world_size: int) -> None:
     if options.lr_scheduler_kwargs is not None:
         _check_schedule(options, options.lr_scheduler_kwargs)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
-        raise OptionError(f"num_train_epochs {options.num_train_epochs}: give more than 0, or max_steps")
+        raise OptionError(f"num_train_epochs {options.num_train_epochs}: pass more than 0, or max_steps")
     if options.model_name_or_path and options.config_name:
-        raise OptionError("model_name_or_path and config_name: give one; config_name means random weights")
+        raise OptionError("model_name_or_path and config_name: pass one; config_name means random weights")
     model = options.model_name_or_path or options.config_name
     if model and Path(model).resolve() == Path(options.output_dir).resolve():
-        raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; give another one")
+        raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; pass another one")
     _check_strategy(options, world_size)
     if options.bf16_residual and not options.bf16:
         raise OptionError("bf16_residual true: it needs --bf16 true")
@@ -78,10 +78,10 @@ def check(options: Options, world_size: int) -> None:
         raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
     if not options.dpo_beta > 0:
         raise OptionError(
-            f"dpo_beta {options.dpo_beta}: give more than 0; 0.1 is usual, and more keeps the model nearer"
+            f"dpo_beta {options.dpo_beta}: pass more than 0; 0.1 is usual, and more keeps the model nearer"
         )
     if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or give none")
+        raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or pass none")
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if 0 < gpus < local_ranks and options.ddp_backend != "gloo":
         raise OptionError(
@@ -89,7 +89,7 @@ def check(options: Options, world_size: int) -> None:
             "GPU with --ddp_backend gloo"
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
-        raise OptionError("ddp_backend nccl: there is no GPU here; give gloo, or leave it out")
+        raise OptionError("ddp_backend nccl: there is no GPU here; pass gloo, or leave it out")
     missing = _missing_for_compilation() if options.torch_compile else None
     if missing:
         options.torch_compile = False
@@ -102,7 +102,7 @@ def check(options: Options, world_size: int) -> None:
     if (options.scale_learning_rate == "none") != (options.reference_batch_size is None):
         raise OptionError(
             f"scale_learning_rate {options.scale_learning_rate}, reference_batch_size {options.reference_batch_size}: "
-            "give both or neither"
+            "pass both or neither"
         )
     rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
     options.learning_rate *= learning_rate_factor(options, rows)
@@ -118,7 +118,7 @@ def _check_strategy(options: Options, world_size: int) -> None:
         )
     if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
         name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "objective dpo"
-        raise OptionError(f"context_parallel {options.context_parallel}: not together with {name}; leave out one")
+        raise OptionError(f"context_parallel {options.context_parallel}: cannot be combined with {name}; leave out one")
     for name in ("tensor_parallel", "replicas"):
         if getattr(options, name) > 1 and options.strategy != "fsdp":
             raise OptionError(
@@ -138,13 +138,13 @@ def _check_strategy(options: Options, world_size: int) -> None:
         )
     if options.tensor_parallel > 1 and options.offload_activations:
         raise OptionError(
-            f"offload_activations true: not together with tensor_parallel {options.tensor_parallel}; leave it out"
+            f"offload_activations true: cannot be combined with tensor_parallel {options.tensor_parallel}; leave it out"
         )
     if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
         name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"
         raise OptionError(
             f"optim muon: not with {name}: it needs each matrix whole, on a GPU\n"
-            "leave that out, or give --optim adamw_torch_fused"
+            "leave that out, or pass --optim adamw_torch_fused"
         )
     world_size //= options.tensor_parallel
     if world_size % options.replicas:
@@ -157,18 +157,18 @@ def _check_strategy(options: Options, world_size: int) -> None:
         raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
     if options.cpu_offload and options.strategy != "fsdp":
         raise OptionError(
-            "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp, or leave it out"
+            "cpu_offload true: ddp keeps all of the model on the GPU; pass --strategy fsdp, or leave it out"
         )
     if not options.reshard_after_forward and options.strategy != "fsdp":
         raise OptionError(
-            "reshard_after_forward false: ddp shards no parameters; give --strategy fsdp, or leave it out"
+            "reshard_after_forward false: ddp shards no parameters; pass --strategy fsdp, or leave it out"
         )
     if options.sync_each_batch and options.strategy != "fsdp":
         raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
     if options.reduce_dtype != "float32" and options.strategy != "fsdp":
-        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; give --strategy fsdp")
+        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; pass --strategy fsdp")
     if options.offload_activations and not options.gradient_checkpointing:
-        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; give both")
+        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; pass both")
 
 
 def _check_schedule(options: Options, text: str) -> None:
@@ -197,11 +197,11 @@ def _missing_for_compilation() -> str | None:
 def _check_memory_budget(options: Options, budget: float) -> None:
     name = f"activation_memory_budget {budget}"
     if not 0 <= budget <= 1:
-        raise OptionError(f"{name}: give a share from 0 to 1")
+        raise OptionError(f"{name}: pass a share from 0 to 1")
     if not options.torch_compile:
-        raise OptionError(f"{name}: the compiler chooses what is kept; give --torch_compile, or leave it out")
+        raise OptionError(f"{name}: the compiler chooses what is kept; pass --torch_compile, or leave it out")
     if options.gradient_checkpointing:
-        raise OptionError(f"{name}: with gradient_checkpointing, only a layer's input is kept anyway; give one of them")
+        raise OptionError(f"{name}: with gradient_checkpointing, only a layer's input is kept anyway; pass one of them")
 
 
 def check_data(options: Options) -> None:
@@ -210,16 +210,16 @@ def check_data(options: Options) -> None:
     _at_least(options, "preprocessing_num_workers", 1)
     _at_least(options, "max_targetless_fraction", 0)
     if not 0 <= options.validation_split_percentage < 100:
-        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: give 0 to 99")
+        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")
     sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]
     if len(sources) > 1:
-        raise OptionError(f"{' and '.join(sources)}: give one")
+        raise OptionError(f"{' and '.join(sources)}: pass one")
     if options.validation_file and not {"train_file", "train_mixture"} & set(sources):
         raise OptionError(f"validation_file {options.validation_file}: needs a train_file or train_mixture beside it")
     if options.streaming and options.max_steps <= 0:
-        raise OptionError("streaming true: the number of rows is not known beforehand; give --max_steps")
+        raise OptionError("streaming true: the number of rows is not known beforehand; pass --max_steps")
     if options.streaming and sources not in (["train_file"], ["dataset_name"]):
-        raise OptionError("streaming true: give --train_file or --dataset_name; only these can be streamed")
+        raise OptionError("streaming true: pass --train_file or --dataset_name; only these can be streamed")
     if options.streaming and options.objective == "dpo":
         raise OptionError("streaming true: not with --objective dpo, which needs a reference of all pairs beforehand")
     if options.train_mixture:

@@ -60,16 +60,16 @@ class File:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise self.error(key, f'give a number of at least {least}, or "auto"')
+            raise self.error(key, f'pass a number of at least {least}, or "auto"')
         if kind is int and value != int(value):
-            raise self.error(key, 'give a whole number, or "auto"')
+            raise self.error(key, 'pass a whole number, or "auto"')
         return kind(value)
 
     def switch(self, key: str) -> bool | None:
         """The same as true or false."""
         value = self.says(key)
         if value is not None and not isinstance(value, bool):
-            raise self.error(key, 'give true, false or "auto"')
+            raise self.error(key, 'pass true, false or "auto"')
         return value
 
     def error(self, key: str, why: str) -> OptionError:
@@ -149,7 +149,7 @@ def _load(name: str) -> dict[str, Any]:
             raise ValueError("it is no mapping")
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
-        raise OptionError(f"deepspeed {name}: {cause}; give a JSON file as DeepSpeed reads it") from error
+        raise OptionError(f"deepspeed {name}: {cause}; pass a JSON file as DeepSpeed reads it") from error
     return values
 
 
@@ -233,7 +233,7 @@ def _optimizer(file: File) -> None:
     betas = file.says(f"{ADAM}.betas")
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float | int) for beta in betas):
-            raise file.error(f"{ADAM}.betas", 'give two numbers, or "auto"')
+            raise file.error(f"{ADAM}.betas", 'pass two numbers, or "auto"')
         file.want(f"{ADAM}.betas", "adam_beta1", betas[0])
         file.want(f"{ADAM}.betas", "adam_beta2", betas[1])
     if file.switch(f"{ADAM}.bias_correction") is False:
@@ -257,7 +257,7 @@ def _scheduler(file: File) -> None:
                 file.explain(key, f"no effect: our own lr_scheduler_type {file.options.lr_scheduler_type}")
         return
     if not isinstance(kind, str) or kind not in SCHEDULE_PARAMETERS:
-        raise file.error("scheduler.type", f"give {', '.join(SCHEDULE_PARAMETERS)}, or remove the section")
+        raise file.error("scheduler.type", f"pass {', '.join(SCHEDULE_PARAMETERS)}, or remove the section")
     file.want("scheduler.type", "lr_scheduler_type", kind)
     steps = f"{RATES}.warmup_num_steps"
     if steps not in file.values or file.says(steps) is not None:
@@ -329,7 +329,7 @@ def _zero(file: File, world_size: int | None) -> None:
         file.explain(f"{ZERO}.mics_shard_size", "no effect: off")
     elif shards is not None and world_size is not None:
         if world_size % shards:
-            raise file.error(f"{ZERO}.mics_shard_size", f"{world_size} ranks are no multiple of it; give a divisor")
+            raise file.error(f"{ZERO}.mics_shard_size", f"{world_size} ranks are no multiple of it; pass a divisor")
         file.want(f"{ZERO}.mics_shard_size", "replicas", world_size // shards)
 
 
@@ -342,7 +342,7 @@ def _offload(file: File, stage: int) -> bool:
         if device == "nvme":
             raise file.error(key, "there is no offload to disks here\nwrite cpu, or shard over more ranks")
         if device not in (None, "none", "cpu"):
-            raise file.error(key, "give cpu or none")
+            raise file.error(key, "pass cpu or none")
         if device == "cpu" and stage < first:
             file.explain(key, f"no effect: it begins with stage {first}")
         elif device is not None:

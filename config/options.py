@@ -61,7 +61,7 @@ class Options:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
     streaming: bool = HfArg(
         default=False,
-        help="Read and tokenise the training data while training: for sets that do not fit on a disk. No row-wise "
+        help="Read and tokenize the training data while training: for sets that do not fit on a disk. No row-wise "
         "shuffle (data/stream.py); needs max_steps, and holds nothing out.",
     )
     text_column: str = HfArg(default="text", help="Column that holds the text of a document.")
@@ -81,19 +81,19 @@ class Options:
         default="auto", help="Shape of the records: text, a kind of conversation, or pairs. auto: by their columns."
     )
     chat_template: str | None = HfArg(
-        default=None, help="File with a chat template (Jinja), in the place of the tokenizer's own."
+        default=None, help="File with a chat template (Jinja), instead of the tokenizer's own."
     )
     max_targetless_fraction: float = HfArg(
         default=0.1, help="Share of conversations that may be left out because no token of them would be learned."
     )
     show_examples: int = HfArg(
-        default=0, help="Training rows to print before the first step, with what is learned told apart in colour."
+        default=0, help="Training rows to print before the first step, with what is learned told apart in color."
     )
     preprocessing_num_workers: int | None = HfArg(
-        default=None, help="Processes that tokenise. None: one for each core that this process may use."
+        default=None, help="Processes that tokenize. None: one for each core that this process may use."
     )
     data_cache_dir: str = HfArg(
-        default="~/.cache/raw-trainer", help="Where tokenised data, references of dpo and the embedded tokenizer are."
+        default="~/.cache/raw-trainer", help="Where tokenized data, references of dpo and the embedded tokenizer are."
     )
     dataloader_num_workers: int = HfArg(default=2, help="Processes per rank that prepare micro-batches.")
     dataloader_prefetch_factor: int = HfArg(default=2, help="Micro-batches that each of them keeps ready.")
@@ -106,7 +106,7 @@ class Options:
         default=None, help="Rows in one optimizer step of all ranks; the accumulation follows from it."
     )
 
-    # What it minimises
+    # What it minimizes
     objective: Literal["sft", "dpo"] = HfArg(
         default="sft", help="sft: the next token. dpo: to prefer the chosen answer of a pair to the rejected one."
     )
@@ -221,13 +221,13 @@ class Options:
     )
     ddp_timeout: int = HfArg(default=1800, help="Seconds after which a collective is given up.")
     full_determinism: bool = HfArg(
-        default=False, help="Only algorithms that give the same bits each time; slower on a GPU."
+        default=False, help="Only algorithms that pass the same bits each time; slower on a GPU."
     )
-    seed: int = HfArg(default=42, help="Seed of initialisation, data order and dropout.")
+    seed: int = HfArg(default=42, help="Seed of initialization, data order and dropout.")
 
     deepspeed: str | None = HfArg(
         default=None,
-        help="A DeepSpeed file, read natively (config/deepspeed.py): what it asks for, in the place of options here.",
+        help="A DeepSpeed file, read natively (config/deepspeed.py): what it asks for, instead of options here.",
     )
 
     # What it writes, and when

@@ -19,7 +19,7 @@ def mixture_weights(value: str) -> dict[str, float]:
             wrong = True
         if wrong:
             raise OptionError(
-                f"train_mixture {part}: give NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
+                f"train_mixture {part}: pass NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
             )
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
@@ -99,7 +99,7 @@ def plan_run(options: Options, rows: int, world_size: int) -> Plan:
             f"global batch of {global_batch_size} rows = per_device_train_batch_size "
             f"{options.per_device_train_batch_size} x {accumulation} micro-steps x {data_parallel_groups(options, world_size)}: the "
             f"training split has only {rows} rows of block_size {options.block_size}\n"
-            "give more text, or a smaller batch"
+            "pass more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)

@@ -136,7 +136,7 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
     if not closing:
         raise OptionError(
             "chat_template: it writes nothing after an answer, so that the model could not learn to stop\n"
-            "give another --chat_template"
+            "pass another --chat_template"
         )
     spans = []
     for index, message in enumerate(conversation.messages):
@@ -151,7 +151,7 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
         if not found or not agrees or start < len(opening) or start > end:
             raise OptionError(
                 f"chat_template: where turn {index} of a conversation begins and ends cannot be told from its text\n"
-                "give a --chat_template that marks what is learned with {% generation %} and {% endgeneration %}"
+                "pass a --chat_template that marks what is learned with {% generation %} and {% endgeneration %}"
             )
         spans.append((start, end + len(closing)))
     return spans

@@ -1,8 +1,8 @@
-"""Documents are tokenised and packed once, and kept in `data_cache_dir`. This may be done ahead, on a host without GPU:
+"""Documents are tokenized and packed once, and kept in `data_cache_dir`. This may be done ahead, on a host without GPU:
 
     python -m data.prepare OPTIONS          the options of train.py
 
-One process reads, and as many as there are cores tokenise; what they make is written in the order of the text, so that
+One process reads, and as many as there are cores tokenize; what they make is written in the order of the text, so that
 it is the same with any number of them. It is memory for a few chunks of text for each process, however big the files.
 What was written when a preparation was cut off is kept, and the next one goes on from there.
 """
@@ -55,7 +55,7 @@ ABANDONED = 7 * 24 * 3600  # seconds after which what is left of one that was cu
 
 Records = NDArray[np.void]  # of RECORD: what was counted of each record
 
-Tokenised = tuple[NDArray[np.uint32], Records]
+Tokenized = tuple[NDArray[np.uint32], Records]
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
     return lines
 
 
-GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # green, grey
+GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # green, gray
 
 
 def show_examples(
     rows: PreparedDataset | Mixture | StreamingDataset, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The first rows as text: learned tokens in green, given ones in grey, and a line between rows and documents."""
+    """The first rows as text: learned tokens in green, given ones in gray, and a line between rows and documents."""
     lines = []
     for row in islice(iter(rows), number):
         lines.append(f"--- row {row.number}: {len(row.tokens)} tokens, {int(row.trained_on.sum())} of them learned ---")
@@ -157,7 +157,7 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     parts = [_prepare_source(source, percentage, options.packing, options, tokenizer) for source in sources]
     packing = parts[0].packing
     if any(part.packing != packing for part in parts):
-        raise OptionError("train_mixture: conversations and texts would be packed in different ways; give --packing")
+        raise OptionError("train_mixture: conversations and texts would be packed in different ways; pass --packing")
     padded_length = options.block_size if packing == "documents" else None
     train = [PreparedDataset(part.folder / "train", padded_length) for part in parts]
     counts = {"train": total([part.counts["train"] for part in parts])}
@@ -236,7 +236,7 @@ def _prepare_source(
                     raise
                 partial.rename(cache / key)
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; give a directory with more room") from error
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory with more room") from error
     about = json.loads((cache / key / "about.json").read_text())
     counts = {name: Split(**values) for name, values in about.pop("counts").items()}
     return Prepared(cache / key, counts=counts, **about)
@@ -318,13 +318,13 @@ def _write_tokens(folder: Path, source: Source, encode: Callable[[list[Raw]], En
     plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
     size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text, if it can be known
     bar = tqdm(
-        desc=f"Tokenising {source.name}", total=size or None, initial=done.bytes, unit="B", unit_scale=True, delay=1
+        desc=f"Tokenizing {source.name}", total=size or None, initial=done.bytes, unit="B", unit_scale=True, delay=1
     )
     saved = time.monotonic()
     with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:
         tokens_file.truncate(done.tokens * 4)
         records_file.truncate(done.records * RECORD.itemsize)
-        for (tokens, records), size, after in _tokenised(chunks(read(source, done.after), CHUNK), encode, workers):
+        for (tokens, records), size, after in _tokenized(chunks(read(source, done.after), CHUNK), encode, workers):
             tokens_file.write(tokens.tobytes())
             records_file.write(records.tobytes())
             done = Done(done.tokens + len(tokens), done.records + len(records), done.bytes + size, after)
@@ -338,9 +338,9 @@ def _write_tokens(folder: Path, source: Source, encode: Callable[[list[Raw]], En
                 saved = time.monotonic()
 
 
-def _tokenised(
+def _tokenized(
     chunks: Iterator[list[Raw]], encode: Callable[[list[Raw]], Encoded], workers: int | None
-) -> Iterator[tuple[Tokenised, int, Position]]:
+) -> Iterator[tuple[Tokenized, int, Position]]:
     """Of each chunk, in order: its tokens and records, its bytes, and where the next one begins.
 
     Two chunks a process are under way at most, so that memory does not depend on the speed of the reader.
@@ -359,7 +359,7 @@ def _tokenised(
         len(first), multiprocessing.get_context("fork"), initializer=_become_worker, initargs=(encode,)
     )
     try:
-        running: deque[tuple[Future[Tokenised], int, Position]] = deque()
+        running: deque[tuple[Future[Tokenized], int, Position]] = deque()
         for chunk in chunks:
             running.append((pool.submit(_encode_chunk, chunk), sum(map(size_of, chunk)), chunk[-1].after))
             if len(running) == 2 * len(first):
@@ -390,11 +390,11 @@ def _become_worker(encode: Callable[[list[Raw]], Encoded]) -> None:
 _encode: Callable[[list[Raw]], Encoded]
 
 
-def _encode_chunk(chunk: list[Raw]) -> Tokenised:
+def _encode_chunk(chunk: list[Raw]) -> Tokenized:
     return _count(_encode(chunk))
 
 
-def _count(encoded: Encoded) -> Tokenised:
+def _count(encoded: Encoded) -> Tokenized:
     """The tokens of records in a line, and what is counted of each record."""
     lengths = np.array([len(row) for row, _ in encoded], np.int64)
     tokens = np.fromiter(chain.from_iterable(row for row, _ in encoded), np.uint32, int(lengths.sum()))
@@ -416,7 +416,7 @@ def _check_targetless(
         raw = next(islice(read(source), int(found[0]), None))
         raise OptionError(
             f"max_targetless_fraction {options.max_targetless_fraction}: {len(found):,} of {len(fates):,} records have no "
-            f"token to learn within block_size {options.block_size}; give it more, or records with answers\n"
+            f"token to learn within block_size {options.block_size}; pass it more, or records with answers\n"
             f"{raw.place}: {readable(raw.place, parsed(raw), shape, tokenizer)[:500]!r}"
         )
 

@@ -16,7 +16,7 @@ from data.sources import (
 
 FRAGMENT = 16_384  # characters; a .txt file is read in pieces, so that its size does not bound memory
 
-CHUNK = 1 << 20  # bytes of records that are tokenised together, by one process
+CHUNK = 1 << 20  # bytes of records that are tokenized together, by one process
 
 Position = tuple[int, int, int]
 
@@ -39,7 +39,7 @@ class Raw(NamedTuple):
 def read(source: Source, start: Position = START) -> Iterator[Raw]:
     """The records of a source from `start` on, in the order of its files. Holds one at a time, or one batch of rows.
 
-    A line of a .jsonl file is not parsed here, where one process reads for all that tokenise. A .txt file is one
+    A line of a .jsonl file is not parsed here, where one process reads for all that tokenize. A .txt file is one
     document, in records {"text": str} of a piece of it each. Other records have the columns of their file or data set.
     Starting within a compressed file costs reading it up to there. Raises OptionError for a file that cannot be read.
     """

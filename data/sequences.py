@@ -1,6 +1,6 @@
 """Rows of tokens, on disk and memory-mapped: opened at once however many there are. data/prepare.py writes them.
 
-They are flat files of numbers, in the place of Arrow: a row is found by arithmetic, and read by slicing.
+They are flat files of numbers, instead of Arrow: a row is found by arithmetic, and read by slicing.
 
 The prepared tokens of a source are one flat file, `tokens.bin`: uint32, all documents in a line; the highest bit of a
 token that is not learned is set. A split of it has two more: `segments.bin` (int64, where each piece of that line starts

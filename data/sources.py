@@ -63,7 +63,7 @@ def cache_directory(options: Options) -> Path:
         if not os.access(cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; give a directory that can be written") from error
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory that can be written") from error
     return cache
 
 
@@ -87,14 +87,14 @@ def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = Fals
             raise OptionError(f"{option} {name}: no file there has one of the suffixes {', '.join(SUFFIXES)}")
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            raise OptionError(f"{option} {file}: give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files")
+            raise OptionError(f"{option} {file}: pass {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files")
     try:
         key = _statuses(files) if streaming else _hash_once(files, cache_dir)
         empty = all(file.stat().st_size == 0 for file in files)
     except OSError as error:
-        raise OptionError(f"{option} {error.filename or value}: {error.strerror}; give a readable file") from error
+        raise OptionError(f"{option} {error.filename or value}: {error.strerror}; pass a readable file") from error
     if empty:
-        raise OptionError(f"{option} {value}: the file is empty; give one that holds text")
+        raise OptionError(f"{option} {value}: the file is empty; pass one that holds text")
     return Source(f"{option} {value}", key, tuple(files))
 
 

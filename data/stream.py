@@ -9,7 +9,7 @@ a chunk ends.) Lanes go on with the next pass when one ends, each in its turn; a
 text, or with nothing to learn, are passed over and not counted.
 
 A global batch is so a function of (seed, step, global batch size) alone: rank r of N has the lanes r, r + N, and so on.
-Each rank reads all of the text, which is cheap, and tokenises the chunks of its own lanes, in one process.
+Each rank reads all of the text, which is cheap, and tokenizes the chunks of its own lanes, in one process.
 
 A cursor says of each lane what its last row was: (pass, file, byte, record) where its chunk begins, the number of the
 chunk, and that of the row in it. From there a stream goes on, on any number of ranks: it reads from the first chunk
@@ -33,7 +33,7 @@ from data.sequences import Sequence
 from data.sources import Source
 from data.tokens import MASKED, Encoded, document_lengths, encoder
 
-CHUNK = 1 << 16  # bytes; what a lane holds of the text, and what a resumed one tokenises again
+CHUNK = 1 << 16  # bytes; what a lane holds of the text, and what a resumed one tokenizes again
 
 BARREN = 1000  # chunks in a row without a row, after which a stream is given up
 
@@ -97,7 +97,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
                 for index, row in enumerate(rows):
                     if [number, index] > mine[lane][4:]:
                         yield row._replace(number=number << 20 | index, cursor=(*place, number, index))
-            raise OptionError(f"{self.source.name}: no row in {barren} chunks of {CHUNK} bytes; give other text")
+            raise OptionError(f"{self.source.name}: no row in {barren} chunks of {CHUNK} bytes; pass other text")
 
         turns = [rows_of(lane) for lane in self.lanes]
         while True:

@@ -57,7 +57,7 @@ def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
 def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
     """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
     if first is None:
-        raise OptionError(f"{source.name}: it has no records; give a file or a data set that has")
+        raise OptionError(f"{source.name}: it has no records; pass a file or a data set that has")
     columns_of_first = parsed(first)
     fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
     shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
@@ -101,7 +101,7 @@ def parsed(raw: Raw) -> Record:
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A record as the text that is tokenised; of a pair, the chosen one."""
+    """A record as the text that is tokenized; of a pair, the chosen one."""
     shape, (record, *_) = unpair(shape, record, place)
     if isinstance(record.get("prompt"), str):
         return f"{record['prompt']}{record.get('completion')}"
@@ -161,7 +161,7 @@ def _encode_conversation(
 ) -> tuple[list[int], list[bool]]:
     """Token ids, and whether each is learned."""
     if shape == "prompt" and isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        # Plain text, without a template. In two parts, because the prompt will be tokenised alone when it is asked.
+        # Plain text, without a template. In two parts, because the prompt will be tokenized alone when it is asked.
         parts = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
         completion = [*parts[1], tokenizer.eos_token_id]
         return parts[0] + completion, [False] * len(parts[0]) + [True] * len(completion)

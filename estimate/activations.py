@@ -79,7 +79,7 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     if (divided_by := options.tensor_parallel) > 1:
         if not options.torch_compile:
             raise OptionError(
-                f"tensor_parallel {divided_by}: what it needs is not predicted; give --torch_compile true"
+                f"tensor_parallel {divided_by}: what it needs is not predicted; pass --torch_compile true"
             )
         kept = count_activations(split_on_meta(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
         hidden = (

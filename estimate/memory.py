@@ -176,7 +176,7 @@ def optimizer_memory(model: PreTrainedModel, options: Options, divided_by: int) 
     """Bytes of the optimizer's state, `divided_by` as many ranks, and of what its step works with.
 
     Two moments of each parameter and the number of its steps; of the matrices that Muon updates one moment, and no
-    number. A sharded optimizer passes on a copy of a rank's part. Muon has its longest matrix as it came, normalised,
+    number. A sharded optimizer passes on a copy of a rank's part. Muon has its longest matrix as it came, normalized,
     and as the next of the iteration; and what goes back.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

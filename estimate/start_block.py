@@ -37,7 +37,8 @@ def start_block(
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
-    compute = "bfloat16" if options.bf16 else "float32"
+    masters = dtype_names(model.parameters())  # gradients and moments follow the dtype of their parameter
+    compute = "bfloat16" if options.bf16 else masters
     compute += ", what layers are given, too" * options.bf16_residual
     compute += ", matrix products of layers float8" * options.float8 + ", layers compiled" * options.torch_compile
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
@@ -48,7 +49,7 @@ def start_block(
         "strategy": f"{stage_name(options)}: {sharded(options, ranks)}",
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters, gradients and optimizer state float32; compute {compute}",
+        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "activations": activations_line(options),
         "memory": memory_forecast(model, options, ranks, gpu_memory(device)),
         **describe_data(data, plan.block_size),

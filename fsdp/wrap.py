@@ -63,7 +63,7 @@ def wrap(
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:
     """What is kept whole for a backward must be freed in evaluation, where none will come.
 
-    Otherwise the optimizer and the checkpoint would meet full parameters in the place of this rank's shards.
+    Otherwise the optimizer and the checkpoint would meet full parameters instead of this rank's shards.
     """
     if not torch.is_grad_enabled():
         for module in objective.modules():

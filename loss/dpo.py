@@ -8,7 +8,7 @@ from loss.cross_entropy import log_probabilities
 
 
 class Preference(nn.Module):
-    """Direct preference optimisation (Rafailov et al. 2023, equation 7): no reward model, no sampling."""
+    """Direct preference optimization (Rafailov et al. 2023, equation 7): no reward model, no sampling."""
 
     needs_initial_model = True  # also in a resumed run: rewards refer to it
 

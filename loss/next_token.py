@@ -1,4 +1,4 @@
-"""What a step minimises: a module that holds the model, and whose forward gives the sum of the losses of a micro-batch.
+"""What a step minimizes: a module that holds the model, and whose forward gives the sum of the losses of a micro-batch.
 
 Model and loss are one module because they are wrapped as one: the vocabulary head belongs to both, and its parameters
 are there, whole, only inside of the wrapped forward.

@@ -24,7 +24,7 @@ def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _softmax_of_row(logits, targets, log_p, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program per row. Powers of two in the place of e: the hardware knows no others."""
+    """One program per row. Powers of two instead of e: the hardware knows no others."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)  # a chunk has more logits than an int32 can count
     logits += row * V

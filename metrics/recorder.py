@@ -27,7 +27,7 @@ Rows of evaluations:
     eval_perplexity            e to the power of eval_loss
     eval_tokens                target tokens evaluated
 
-and with --objective dpo, in the place of the last three:
+and with --objective dpo, instead of the last three:
 
     eval_loss                  nats per pair of all validation rows; ln 2 = 0.693 where no answer is preferred
     eval_pairs                 pairs evaluated
@@ -115,11 +115,11 @@ class Recorder:
             self.saving += time.perf_counter() - before
 
     def step(self, tokens: int) -> None:
-        """Count a step of `tokens` input tokens over all ranks. Costs no synchronisation."""
+        """Count a step of `tokens` input tokens over all ranks. Costs no synchronization."""
         self.tokens_seen += tokens
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
-            self.say(report)
+            self.print(report)
 
     def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
         """Write a row of training; the floats must have been read from the device, so that its work is done."""
@@ -145,13 +145,13 @@ class Recorder:
         """Write a row of evaluation."""
         if self.objective == "dpo":
             self._write(step, eval_loss=loss, eval_pairs=targets)
-            self.say(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
+            self.print(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
             return
         perplexity = math.exp(min(loss, 700.0))
         self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=targets)
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
+        self.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line for people, above the progress bar; from rank 0 only."""
         if self.writes:
             self.bar.write(text, file=sys.stdout)
@@ -160,7 +160,7 @@ class Recorder:
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.trace and not self.trace.done:
-            self.say(f"trace_steps {self.trace.steps}: the run has ended before they were done; nothing was written")
+            self.print(f"trace_steps {self.trace.steps}: the run has ended before they were done; nothing was written")
         self.bar.close()
         if self.board is not None:
             self.board.close()

@@ -56,7 +56,7 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
             tokenizer.chat_template = Path(options.chat_template).read_text()
         except (OSError, ValueError) as error:
             raise OptionError(
-                f"chat_template {options.chat_template}: {error}; give a file that can be read"
+                f"chat_template {options.chat_template}: {error}; pass a file that can be read"
             ) from error
 
     positions = getattr(text_config, "max_position_embeddings", None) or 1024
@@ -80,9 +80,9 @@ def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedC
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        remedy = "give a directory that holds config.json, or a hub id"
+        remedy = "pass a directory that holds config.json, or a hub id"
         if "trust_remote_code" in str(error):
-            remedy = "read that code, and give --trust_remote_code if it may run here"
+            remedy = "read that code, and pass --trust_remote_code if it may run here"
         raise OptionError(
             f"{option} {name}: no model configuration could be loaded: {first_line(error)}\n{remedy}"
         ) from error
@@ -122,7 +122,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         option = "model_name_or_path" if options.model_name_or_path else "config_name"
         raise OptionError(
             f"{option} {config.name_or_path}: {first_line(error)}\n"
-            "give a model that AutoModelForCausalLM of transformers knows"
+            "pass a model that AutoModelForCausalLM of transformers knows"
         ) from error
     if options.model_name_or_path and model.can_generate():
         with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration

@@ -107,7 +107,7 @@ def find_weights(options: Options, model: PreTrainedModel) -> Weights:
     except (OSError, ValueError) as error:
         raise OptionError(
             f"model_name_or_path {options.model_name_or_path}: {first_line(error)}\n"
-            f"give a complete checkpoint of a {type(model).__name__} in safetensors, as `save_pretrained` writes it"
+            f"pass a complete checkpoint of a {type(model).__name__} in safetensors, as `save_pretrained` writes it"
         ) from error
 
 
@@ -164,7 +164,7 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
             unexpected.add(tensor.name)
             continue
         if expected[target].is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(f"{tensor.name} is quantised, in {tensor.dtype}")
+            raise ValueError(f"{tensor.name} is quantized, in {tensor.dtype}")
         source = weights.setdefault(target, Source(by_pattern[pattern] if pattern else None, {}))
         if source.stored and source.converter is None:
             raise ValueError(f"{target} is there twice")
@@ -247,16 +247,16 @@ def load_weights(model: PreTrainedModel, weights: Weights | None) -> None:
 
 
 def _draw(model: PreTrainedModel, filled: set[int]) -> None:
-    """Initialise, as transformers does, the tensors that are not `filled`: drawn weights, and buffers nobody saves.
+    """Initialize, as transformers does, the tensors that are not `filled`: drawn weights, and buffers nobody saves.
 
-    Raises OptionError for one that the model's class does not initialise.
+    Raises OptionError for one that the model's class does not initialize.
     """
     for module, owner in _bottom_up(model, model):
         own = {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
         wanting = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
         if not wanting:
             continue
-        # In the place of the module, one with whole tensors on the CPU; what is filled has no values there.
+        # Instead of the module, one with whole tensors on the CPU; what is filled has no values there.
         whole = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
         for name, tensor in wanting.items():
             whole[name] = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
@@ -270,7 +270,7 @@ def _draw(model: PreTrainedModel, filled: set[int]) -> None:
             if whole[name].isnan().any():
                 raise OptionError(
                     f"{type(owner).__name__}: {name} of its {type(module).__name__} is in no file, and _init_weights "
-                    "of its class does not initialise it\ngive a model whose code is that of transformers"
+                    "of its class does not initialize it\ngive a model whose code is that of transformers"
                 )
             local, place = _of_rank(tensor)
             local.copy_(whole[name][place])
@@ -278,7 +278,7 @@ def _draw(model: PreTrainedModel, filled: set[int]) -> None:
 
 
 def _bottom_up(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """Each module after its children, beside the model that knows how to initialise it: the innermost it is part of."""
+    """Each module after its children, beside the model that knows how to initialize it: the innermost it is part of."""
     for child in module.children():
         yield from _bottom_up(child, child if isinstance(child, PreTrainedModel) else owner)
     yield module, owner

@@ -38,9 +38,9 @@ class Muon(torch.optim.AdamW):
         """Update every parameter that has a gradient. Where `found_inf` is 1, nothing changes. Every rank must call.
 
         Gradients are divided by `grad_scale` first, where that is set. Both are AdamW's, and torch's.
-        Whole matrices alone can be orthogonalised. Of those that are sharded by rows, each of W ranks gets another one
+        Whole matrices alone can be orthogonalized. Of those that are sharded by rows, each of W ranks gets another one
         whole: two exchanges for every W matrices, together twice their elements. Of those that each rank has whole,
-        all ranks orthogonalise all.
+        all ranks orthogonalize all.
         """
         groups = self.param_groups
         self.param_groups = [group for group in groups if "momentum" not in group]

@@ -36,7 +36,7 @@ def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
         if size % ranks:
             raise OptionError(
                 f"tensor_parallel {ranks}: {name} has {size:,} {what}, and {size:,} / {ranks} = {size / ranks:,.6g}\n"
-                + (f"give a divisor of {common}, which divides all that must be divided" if common > 1 else remedy)
+                + (f"pass a divisor of {common}, which divides all that must be divided" if common > 1 else remedy)
             )
 
 
@@ -64,7 +64,7 @@ def check_context_parallel(config: PretrainedConfig, ranks: int) -> None:
         raise OptionError(
             f"context_parallel {ranks}: {name} has {heads} attention heads and {keys} of keys and values, which "
             f"{ranks} ranks share as {shared}; {heads} / {shared} = {heads / shared:,.6g}\n"
-            + (f"give {', '.join(fitting)}, or {remedy}" if fitting else remedy)
+            + (f"pass {', '.join(fitting)}, or {remedy}" if fitting else remedy)
         )
 
 

@@ -119,7 +119,7 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _use_parts(modules: Iterable[nn.Module], unit: nn.Module, inputs: object) -> None:
-    """Before a unit of FSDP runs: in the place of the parameters that FSDP has gathered, what this rank has of them.
+    """Before a unit of FSDP runs: instead of the parameters that FSDP has gathered, what this rank has of them.
 
     FSDP puts its own back when it frees what it has gathered. Where it keeps that for another micro-step, the parts of
     the last one are there still. Others are made: their gradients would come only after FSDP has exchanged the unit's,
@@ -237,7 +237,7 @@ class _ProjectBack(nn.Linear):
 def _embed(
     module: nn.Embedding, lookup: Callable[[Tensor], Tensor], padding: int | None, group: Group, ids_BT: Tensor
 ) -> Tensor:
-    """In the place of its forward, `lookup`: each rank looks up the tokens that it has; the sum is the whole [B, T, D].
+    """Instead of its forward, `lookup`: each rank looks up the tokens that it has; the sum is the whole [B, T, D].
 
     `padding` is the token whose row learns nothing from here.
     """

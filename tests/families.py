@@ -1,4 +1,4 @@
-"""Tiny models of each family that transformers knows by another class, with values that no initialisation gives."""
+"""Tiny models of each family that transformers knows by another class, with values that no initialization gives."""
 
 import copy
 import shutil
@@ -75,7 +75,7 @@ def asked_for(request: pytest.FixtureRequest, test: Callable[..., None]) -> list
 def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Path:
     """Its checkpoint as `save_pretrained` writes it, with the files of `tokenizer`, at `directory`/NAME.
 
-    `sizes` are in the place of those above.
+    `sizes` are instead of those above.
     """
     config, dtype, largest_file = copy.deepcopy(FAMILIES[name])
     config.update(sizes)

@@ -136,7 +136,7 @@ MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
     ],
 )
 def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, record: dict[str, Any]) -> None:
-    """The same conversation in every shape gives the same row; the shape is recognised, and can be forced."""
+    """The same conversation in every shape gives the same row; the shape is recognized, and can be forced."""
     data = prepare_records([record], tokenizer, tmp_path)
     assert data.counts["train"].shape == shape
     assert data.packing == "documents"

@@ -59,7 +59,7 @@ def findings(
 
 
 def try_all(families: dict[str, Path], findings: Path) -> None:
-    """In the place of train.py."""
+    """Instead of train.py."""
     dist.init_process_group("gloo")
     groups = {size: dist.new_subgroups(size)[0] for size in (2, 4)}  # type: ignore[no-untyped-call]
     found = {

@@ -249,24 +249,24 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
             "Adam would add weight_decay 0.1 to the gradient, which is not AdamW",
         ),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["--weight_decay", 1], "not AdamW"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, [], "betas 0.9: give two numbers"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": give a number of at least 0'),
-        ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": give WarmupLR, WarmupDecayLR'),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, [], "betas 0.9: pass two numbers"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": pass a number of at least 0'),
+        ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": pass WarmupLR, WarmupDecayLR'),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
         ({"compression_training": {"weight_quantization": {"enabled": True}}}, [], "it changes what is trained"),
         ({"elasticity": {"enabled": True}}, [], "it would choose the batch"),
-        ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: give a whole number"),
+        ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: pass a whole number"),
         ({"communication_data_type": "bf16"}, [], "ddp reduces in fp32, fsdp (stages 2 and 3) in fp32 or bf16"),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             [],
             "gradients are summed, reduced and kept in fp32; write fp32",
         ),
-        ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: give WarmupLR, WarmupDecayLR'),
+        ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: pass WarmupLR, WarmupDecayLR'),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "updates that come late are other updates"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are no multiple of it"),
         ('{"train_batch_size": 1, "train_batch_size": 2}', [], "train_batch_size stands in it twice"),
-        ("{", [], "give a JSON file as DeepSpeed reads it"),
+        ("{", [], "pass a JSON file as DeepSpeed reads it"),
         ("[]", [], "it is no mapping"),
     ],
 )
@@ -370,7 +370,7 @@ def test_every_key_is_named(
 def test_meaning_of_a_key(
     content: Any, key: str, meaning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is not followed is named as such: a switch with a typo in it, a switch in the place of its section."""
+    """What is not followed is named as such: a switch with a typo in it, a switch instead of its section."""
     options_of(tmp_path, content)
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
     expected = meaning.replace("unknown", UNKNOWN)
@@ -487,7 +487,7 @@ def test_the_other_shapes_run(content: dict[str, Any], stage: str, tiny: list[ob
 
 
 def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int]]], output_dir: Path) -> None:
-    """In the place of train.py, on each of its ranks: the same file, blocks and initial weights under DeepSpeed itself.
+    """Instead of train.py, on each of its ranks: the same file, blocks and initial weights under DeepSpeed itself.
 
     Writes the loss of each step, a mean over all ranks and micro-steps, and the parameters after the last.
     """

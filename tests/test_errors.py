@@ -43,10 +43,10 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--adam_beta1", "1"], "adam_beta1 1.0: must be at least 0 and below 1"),
         (["--replicas", "2"], "replicas 2: needs --strategy fsdp"),
         (["--strategy", "fsdp", "--replicas", "3"], "2 ranks are 0.667 for each replica"),
-        (["--cpu_offload"], "cpu_offload true: ddp keeps all of the model on the GPU; give --strategy fsdp"),
+        (["--cpu_offload"], "cpu_offload true: ddp keeps all of the model on the GPU; pass --strategy fsdp"),
         (["--sync_each_batch"], "sync_each_batch true: ddp keeps whole gradients in any case; leave it out"),
         (["--offload_activations"], "offload_activations true: it is the inputs that --gradient_checkpointing keeps"),
-        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: give a share from 0"),
+        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: pass a share from 0"),
         (["--activation_memory_budget", "0.5"], "activation_memory_budget 0.5: the compiler chooses what is kept"),
         (
             ["--activation_memory_budget", "0.5", "--torch_compile", "--gradient_checkpointing"],
@@ -61,7 +61,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--gradient_checkpointing", "--offload_activations"],
-            "offload_activations true: not together with tensor_parallel 2; leave it out",
+            "offload_activations true: cannot be combined with tensor_parallel 2; leave it out",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
@@ -69,10 +69,13 @@ def refused(*argv: object, world_size: int = 1) -> str:
         ),
         (["--reshard_after_forward", "false"], "reshard_after_forward false: ddp shards no parameters"),
         (["--context_parallel", "3"], "context_parallel 3: 2 ranks are 0.667 groups of 3"),
-        (["--context_parallel", "2", "--objective", "dpo"], "context_parallel 2: not together with objective dpo"),
+        (
+            ["--context_parallel", "2", "--objective", "dpo"],
+            "context_parallel 2: cannot be combined with objective dpo",
+        ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--context_parallel", "2"],
-            "context_parallel 2: not together with tensor_parallel 2; leave out one",
+            "context_parallel 2: cannot be combined with tensor_parallel 2; leave out one",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--optim", "muon"],
@@ -85,21 +88,21 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--float8", "--bf16", "true"],
             "float8 true: it is for whole layers; leave out one of it and tensor_parallel",
         ),
-        (["--validation_split_percentage", "100"], "validation_split_percentage 100: give 0 to 99"),
+        (["--validation_split_percentage", "100"], "validation_split_percentage 100: pass 0 to 99"),
         (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
-        (["--dpo_beta", "0"], "dpo_beta 0.0: give more than 0"),
-        (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: give more than 0"),
-        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: give one"),
-        (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: give one"),
-        (["--train_mixture", "a.jsonl=1", "--train_file", "b"], "train_file and train_mixture: give one"),
-        (["--train_mixture", "a.jsonl"], "train_mixture a.jsonl: give NAME=WEIGHT"),
-        (["--train_mixture", "a.jsonl=1,b.jsonl=0"], "train_mixture b.jsonl=0: give NAME=WEIGHT"),
+        (["--dpo_beta", "0"], "dpo_beta 0.0: pass more than 0"),
+        (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: pass more than 0"),
+        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: pass one"),
+        (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: pass one"),
+        (["--train_mixture", "a.jsonl=1", "--train_file", "b"], "train_file and train_mixture: pass one"),
+        (["--train_mixture", "a.jsonl"], "train_mixture a.jsonl: pass NAME=WEIGHT"),
+        (["--train_mixture", "a.jsonl=1,b.jsonl=0"], "train_mixture b.jsonl=0: pass NAME=WEIGHT"),
         (["--streaming", "--train_file", "a", "--num_train_epochs", "1"], "streaming true: the number of rows is not"),
-        (["--streaming", "--max_steps", "3"], "streaming true: give --train_file or --dataset_name"),
+        (["--streaming", "--max_steps", "3"], "streaming true: pass --train_file or --dataset_name"),
         (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
-        (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: give both"),
-        (["--reference_batch_size", "8"], "scale_learning_rate none, reference_batch_size 8: give both or neither"),
+        (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: pass both"),
+        (["--reference_batch_size", "8"], "scale_learning_rate none, reference_batch_size 8: pass both or neither"),
         (["missing.json"], "missing.json: cannot be read as a file of options"),
         (["options.ini"], "options.ini: not an option and not a .json or .yaml file"),
     ],
@@ -126,7 +129,7 @@ def test_printed_once_by_torchrun(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--train_file", "no.txt"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1  # torchrun's; it names the workers' exit code 2
     assert "exitcode  : 2" in run.stderr
-    assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; give a readable file") == 1
+    assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; pass a readable file") == 1
     assert 'train.py", line' not in run.stderr, "a traceback of ours"
 
 
@@ -194,7 +197,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     output = ["--output_dir", tmp_path / "output"]
     for name, content, expected in (
         ("empty.txt", "", "the file is empty"),
-        ("text.csv", "a,b", "give .txt, .jsonl, .json, "),
+        ("text.csv", "a,b", "pass .txt, .jsonl, .json, "),
         ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\ngive --text_column"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
@@ -311,7 +314,7 @@ def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) ->
     """As root, permissions do not bind: a file in the way, and a file system that nobody may write to."""
     write(tmp_path / "file", "")
     message = refused(*tiny, "--output_dir", tmp_path / "file" / "output")
-    assert message.startswith(f"output_dir {tmp_path}/file/output: Not a directory; give a directory that can be")
+    assert message.startswith(f"output_dir {tmp_path}/file/output: Not a directory; pass a directory that can be")
     assert "output_dir /proc/output: " in refused(*tiny, "--output_dir", "/proc/output")
     message = refused(*tiny, "--output_dir", tmp_path / "output", "--data_cache_dir", "/proc/cache")
     assert message.startswith("data_cache_dir /proc/cache: ")

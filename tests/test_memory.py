@@ -233,7 +233,7 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert len(memory_forecast(meta_model, options, 8, room).splitlines()) == 2
     divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
     assert [stage.replicas for stage in stages(dataclasses.replace(divided, tensor_parallel=16), 16)] == [1] * 5
-    unknown = "tensor_parallel 2: what it needs is not predicted; give --torch_compile true"
+    unknown = "tensor_parallel 2: what it needs is not predicted; pass --torch_compile true"
     assert memory_forecast(meta_model, divided, 8, room) == unknown
 
 

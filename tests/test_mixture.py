@@ -96,7 +96,7 @@ def test_packed_alike(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp
         block_size=32,
         validation_split_percentage=0,
     )
-    with pytest.raises(OptionError, match="give --packing"):
+    with pytest.raises(OptionError, match="pass --packing"):
         prepare_data(options, tokenizer)
     options.packing = "documents"
     train = prepare_data(options, tokenizer).train

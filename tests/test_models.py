@@ -130,7 +130,7 @@ def findings(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def try_all(families: dict[str, Path], directory: Path) -> None:
-    """In the place of train.py."""
+    """Instead of train.py."""
     dist.init_process_group("gloo")
     found: dict[str, Any] = {
         f"{name} {twin.__name__}": try_one(path, directory, twin)
@@ -332,10 +332,10 @@ def test_truncated(copied: Path) -> None:
     assert f"{path.name} is damaged: " in refused(copied)
 
 
-def test_quantised(copied: Path) -> None:
+def test_quantized(copied: Path) -> None:
     name = "model.norm.weight"
     rewrite(copied, lambda t: name in t and t.update({name: t[name].to(torch.float8_e4m3fn)}))
-    assert f"{name} is quantised, in torch.float8_e4m3fn\n" in refused(copied)
+    assert f"{name} is quantized, in torch.float8_e4m3fn\n" in refused(copied)
 
 
 def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
@@ -390,10 +390,10 @@ def test_names_of_other_checkpoints(families: dict[str, Path], tmp_path: Path) -
 def test_no_causal_language_model(model_dir: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(model_dir, tmp_path / "DIR"))
     T5Config(vocab_size=389).save_pretrained(copied)
-    assert "give a model that AutoModelForCausalLM of transformers knows" in refused(copied)
+    assert "pass a model that AutoModelForCausalLM of transformers knows" in refused(copied)
 
 
-def test_what_nobody_initialises(families: dict[str, Path]) -> None:
+def test_what_nobody_initializes(families: dict[str, Path]) -> None:
     """A buffer in no file that only the constructor computes would be what was in its memory."""
     loaded = build_model(Options(), FAMILIES["qwen3"][0])
     loaded.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
@@ -450,7 +450,7 @@ def test_remote_code_is_asked_for(families: dict[str, Path], tmp_path: Path, mon
     auto_map = {"AutoConfig": "code.OtherConfig", "AutoModelForCausalLM": "code.OtherForCausalLM"}
     (copied / "config.json").write_text(json.dumps(config | {"model_type": "other", "auto_map": auto_map}))
     message = refused(copied)
-    assert message.splitlines()[-1] == "read that code, and give --trust_remote_code if it may run here"
+    assert message.splitlines()[-1] == "read that code, and pass --trust_remote_code if it may run here"
     assert not trace.exists()
     loaded = loaded_whole(copied, trust_remote_code=True)
     assert trace.exists()
@@ -587,7 +587,7 @@ def test_more_than_a_rank_may_hold(model_dir: Path, tmp_path: Path, ranks: int) 
 
 
 def export_within(limit: int, path: Path, output_dir: Path) -> None:
-    """In the place of train.py: load and export, with `limit` bytes of private memory above what is there before."""
+    """Instead of train.py: load and export, with `limit` bytes of private memory above what is there before."""
     dist.init_process_group("gloo")
     options = Options(model_name_or_path=str(path), output_dir=str(output_dir))
     config, tokenizer = load_config_and_tokenizer(options)

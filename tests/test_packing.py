@@ -67,7 +67,7 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> No
     assert len(parts) == -(-tokens // (256 * 3))
 
 
-def padded_length(lengths: list[int], vocabulary: int) -> list[Tensor]:
+def tokens_of_documents(lengths: list[int], vocabulary: int) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randint(0, vocabulary, (length,)) for length in lengths]
 
@@ -102,7 +102,7 @@ def sliding_model() -> PreTrainedModel:
 
 def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """A micro-batch of two packed rows, and each of their documents as a micro-batch of its own."""
-    documents = padded_length([17, 30, 1, 9, 25, 31], 384)
+    documents = tokens_of_documents([17, 30, 1, 9, 25, 31], 384)
     rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
     alone = []
     for row in rows:
@@ -175,7 +175,9 @@ def test_variable_length_attention(
 
 def test_collate_keeps_documents_apart() -> None:
     """Positions start again, the first token of a document is no target, and ends are those of the line of all rows."""
-    batch = collate([packed_row(padded_length([4, 3], 9)), packed_row(padded_length([8], 9), 1)], padded_length=8)
+    batch = collate(
+        [packed_row(tokens_of_documents([4, 3], 9)), packed_row(tokens_of_documents([8], 9), 1)], padded_length=8
+    )
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch["document_ends"].tolist() == [0, 4, 7, 8, 16]
     assert int(batch["targets"]) == (4 - 1 - 2) + (3 - 1) + (8 - 1 - 2)

@@ -160,7 +160,7 @@ def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, t
 def test_workers_do_not_matter(
     options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path, small_chunks: None
 ) -> None:
-    """The same rows and the same fingerprint, however many processes tokenise."""
+    """The same rows and the same fingerprint, however many processes tokenize."""
     options.train_file = str(train_file)
     prepared = []
     for workers in (1, 2, 3):
@@ -300,7 +300,7 @@ def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureF
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr == (
-        f"data.prepare: error: train_file {tmp_path}/none.txt: No such file or directory; give a readable file\n"
+        f"data.prepare: error: train_file {tmp_path}/none.txt: No such file or directory; pass a readable file\n"
     )
 
 

@@ -208,8 +208,8 @@ def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--seed", 7], "give --seed 42"),
-        (["--global_batch_size", 8], "give --global_batch_size 16"),
+        (["--seed", 7], "pass --seed 42"),
+        (["--global_batch_size", 8], "pass --global_batch_size 16"),
         (["--block_size", 32], "resume with the data"),
     ],
 )

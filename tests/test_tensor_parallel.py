@@ -55,7 +55,7 @@ def findings(
 
 
 def try_all(families: dict[str, Path], directory: Path) -> None:
-    """In the place of train.py."""
+    """Instead of train.py."""
     dist.init_process_group("gloo")
     found = {name: try_one(path, directory / f"{name} exported") for name, path in families.items()}
     if dist.get_rank() == 0:

@@ -26,7 +26,7 @@ PLAIN = r"""
 
 
 def make_documents() -> list[str]:
-    """200 documents of 1 to 400 words, drawn from the licence, so that they are the same each time."""
+    """200 documents of 1 to 400 words, drawn from the license, so that they are the same each time."""
     words = (ROOT / "LICENSE").read_text().split(" ")
     draw = random.Random(0)
     lengths = [int(400 ** draw.random()) for _ in range(200)]

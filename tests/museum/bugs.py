@@ -1,4 +1,4 @@
-"""The bugs: classics of distributed training, each as a wrong line in the place of a right one.
+"""The bugs: classics of distributed training, each as a wrong line instead of a right one.
 
 The order is that of a run: what the step learns from, its loss, its gradient, the update, the evaluation, the resume.
 """
@@ -277,7 +277,7 @@ BUGS = [
         source="pytorch/torchtitan#3575",
     ),
     Bug(
-        "never synchronised",
+        "never synchronized",
         "no_sync() covers the last micro-step too, by an index that is off by one: ranks train models of their own.",
         "No error and no slow step, rather a fast one. The replicas drift apart; what is saved is that of one of them.",
         one("train.py", "index == plan.accumulation - 1", "index == plan.accumulation"),
@@ -378,7 +378,7 @@ BUGS = [
     Bug(
         "other weights on each rank",
         "Every rank draws its random weights with a seed of its own. DDP can cover it up by a broadcast from rank 0; "
-        "sharding takes a slice from each, and the whole is a model that nobody initialised.",
+        "sharding takes a slice from each, and the whole is a model that nobody initialized.",
         "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
         one("train.py", "torch.manual_seed(options.seed)  #", "torch.manual_seed(options.seed + rank)  #"),
         "tests/test_topology.py::test_random_weights_do_not_depend_on_ranks",
@@ -501,8 +501,8 @@ BUGS = [
         "Each rank trains its own part of the model and leaves the rest as it was at the start.",
         one(
             "train.py",
-            "        strategy.gather_parameters(optimizer)  # the parts that other ranks have updated, with a sharded "
-            "optimizer\n",
+            "        strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks have "
+            "updated\n",
             "",
         ),
         curve_test("DDP, sharded optimizer-2x2"),

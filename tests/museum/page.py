@@ -50,7 +50,7 @@ def difference(right: str, wrong: str) -> list[str]:
 
 
 def plot(title: str, right: list[tuple[int, float]], wrong: list[tuple[int, float]]) -> str:
-    """An SVG of two curves over steps, [(step, value), ...]: grey is right, red has the bug."""
+    """An SVG of two curves over steps, [(step, value), ...]: gray is right, red has the bug."""
     width, height, left, bottom = 560, 200, 48, 24
     values = [value for _, value in [*right, *wrong]]
     low, high, last = min(values), max(values), max(step for step, _ in [*right, *wrong])
