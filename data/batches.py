@@ -56,15 +56,15 @@ def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str,
     """
     lengths = [len(row.tokens) for row in rows]
     shape = (max(1, len(rows)), padded_length or max([2, *lengths]))
-    input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+    input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
     position_ids_BT, ends = torch.arange(shape[1]).repeat(shape[0], 1), [0]
     for index, (_, tokens, learned, pieces, _) in enumerate(rows):
         input_ids_BT[index, : len(tokens)] = tokens
-        labels_BT[index, : len(tokens)] = tokens.where(learned, IGNORED)
+        labels_BT[index, : len(tokens)] = tokens.where(learned, IGNORE_INDEX)
         start = 0
         for length in pieces:
             if start > 0:
-                labels_BT[index, start] = IGNORED  # what comes before it is another document
+                labels_BT[index, start] = IGNORE_INDEX  # what comes before it is another document
             position_ids_BT[index, start : start + length] = torch.arange(length)
             start += length
             ends.append(index * shape[1] + start)
@@ -74,7 +74,7 @@ def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str,
         "labels": labels_BT,
         "indices": torch.tensor([row.number for row in rows], dtype=torch.int64),
         "tokens": torch.tensor(lengths, dtype=torch.int64),
-        "targets": (next_tokens(labels_BT) != IGNORED).sum(),
+        "targets": (next_tokens(labels_BT) != IGNORE_INDEX).sum(),
     }
     if rows and rows[0].cursor:
         batch["cursor"] = torch.tensor([row.cursor for row in rows])
@@ -106,11 +106,11 @@ def _piece(row: Sequence, index: int) -> Sequence:
     return Sequence(row.number, row.tokens[part], row.trained_on[part], [row.segment_lengths[index]])
 
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 """The label of a position that is no target: padding, or text that is given and not learned."""
 
 
 def next_tokens(labels_BT: Tensor) -> Tensor:
     """What position t has to predict: label t + 1; nothing at the last position of a row."""
-    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)

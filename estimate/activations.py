@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from config.errors import OptionError, first_line
 from config.options import Options
-from loss.next_token import passing_through
+from loss.next_token import bypass_head
 from model.compile import set_recomputation
 from model.layers import decoder_layers
 from parallel.checks import attention_heads
@@ -163,7 +163,7 @@ def _count(
             layer.register_forward_hook(leave)
         ids_BT = torch.zeros(rows, length, dtype=torch.int64)
         with (
-            passing_through(model.get_output_embeddings()),
+            bypass_head(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):

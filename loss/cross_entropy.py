@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.batches import IGNORED, next_tokens
+from data.batches import IGNORE_INDEX, next_tokens
 from model.layers import compute_dtype
 
 # The most logits in memory at a time. A GPU wants large matrix products; a CPU wants to find them in its cache.
@@ -44,7 +44,7 @@ def head_and_loss_sum(
     device, dtype = hidden_BTD.device.type, compute_dtype(weight_VD)
     targets_BT = next_tokens(labels_BT)[:, : hidden_BTD.shape[1]]
     # Positions that are no target must not reach the weight: there, the head is given zeros.
-    hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORED).unsqueeze(-1), 0)
+    hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORE_INDEX).unsqueeze(-1), 0)
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     chunks = math.ceil(targets_N.numel() * len(weight_VD) / CHUNK_LOGITS[device])
     size = math.ceil(targets_N.numel() / chunks)
@@ -90,7 +90,7 @@ class _HeadAndLoss(torch.autograd.Function):
                 there = 1 if losses else 0  # at first, it has memory and no values
                 _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=there)
             if d_bias_V is not None:
-                d_bias_V += (targets_C != IGNORED).to(dtype) @ d_logits_CV
+                d_bias_V += (targets_C != IGNORE_INDEX).to(dtype) @ d_logits_CV
             losses.append(loss)
             del d_logits_CV  # or the next chunk's would be there beside it
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
@@ -125,11 +125,11 @@ def cross_entropy_(logits_CV: Tensor, targets_C1: Tensor, softmax_: InPlace = so
 
 def _target_sum(cross_entropy_: InPlace, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """The sum of the cross entropies of what is a target."""
-    return (cross_entropy_(logits_CV, targets_C.clamp(0)[:, None])[:, 0] * (targets_C != IGNORED)).sum()
+    return (cross_entropy_(logits_CV, targets_C.clamp(0)[:, None])[:, 0] * (targets_C != IGNORE_INDEX)).sum()
 
 
 def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -148,5 +148,5 @@ def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Of each row, the log-probability of all its targets together, in nats: fp32 [B]."""
     logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
     targets_BT = next_tokens(labels_BT)
-    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORED, reduction="none")
+    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORE_INDEX, reduction="none")
     return -losses_N.view(targets_BT.shape).sum(dim=1)

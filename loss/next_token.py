@@ -39,14 +39,14 @@ class NextToken(nn.Module):
     ) -> Tensor:
         """The sum of the cross entropies of all targets: a scalar in fp32. `input_ids` and `labels` are int64 [B, T].
 
-        Labels are the input ids, or IGNORED: the loss shifts them by one. data/batches.py says what keeps the documents
+        Labels are the input ids, or IGNORE_INDEX: the loss shifts them by one. data/batches.py says what keeps the documents
         of a row apart; without it, a row is one document.
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "document_ends": document_ends}
         if not self.ends_with_head:
             return token_loss_sum(self.model(**inputs, use_cache=False).logits, labels)
         head = self.model.get_output_embeddings()
-        with passing_through(head):
+        with bypass_head(head):
             hidden_BTD = self.model(**inputs, use_cache=False).logits
         return head_and_loss_sum(hidden_BTD, head.weight, head.bias, labels, self.cross_entropy_)
 
@@ -61,7 +61,7 @@ def fastest_softmax() -> InPlace:
 
 
 @contextlib.contextmanager
-def passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
+def bypass_head(head: nn.Module) -> Iterator[list[Tensor]]:
     """In here, the model gives as its logits what its head was given, which is also put into the list."""
     given: list[Tensor] = []
 
@@ -87,7 +87,7 @@ def ends_with_head(model: PreTrainedModel) -> bool:
         return False
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print why
     try:
-        with passing_through(head) as given, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with bypass_head(head) as given, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     except Exception:
         return False

@@ -23,7 +23,7 @@ from torch import Tensor
 import data.batches
 import loss.next_token
 from config.command_line import parse
-from data.batches import IGNORED, next_tokens
+from data.batches import IGNORE_INDEX, next_tokens
 from data.sequences import Sequence
 from metrics.records import read_records
 from tests import world
@@ -179,7 +179,7 @@ def mean_of_means() -> None:
     loss_sum, collate = loss.next_token.head_and_loss_sum, data.batches.collate
 
     def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
-        targets = (next_tokens(labels_BT) != IGNORED).sum()
+        targets = (next_tokens(labels_BT) != IGNORE_INDEX).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
     def count_micro_batches(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from config.errors import OptionError
 from config.options import Options
-from data.batches import IGNORED, collate, micro_batches, validation_batches
+from data.batches import IGNORE_INDEX, collate, micro_batches, validation_batches
 from data.prepare import Data, prepare_data
 from data.records import FRAGMENT, read
 from data.sequences import Mixture, PreparedDataset
@@ -260,7 +260,7 @@ def test_collate_masks_by_length() -> None:
     """Padding is ignored because of where it stands; EOS, which many tokenizers pad with, is learned."""
     batch = collate([world.row(torch.tensor([5, 6, 0]), 3), world.row(torch.tensor([7]), 1)])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
-    assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORE_INDEX, IGNORE_INDEX]]
     assert (batch["indices"].tolist(), batch["tokens"].tolist(), int(batch["targets"])) == ([3, 1], [3, 1], 2)
     nothing = collate([])
     assert (int(nothing["tokens"].sum()), int(nothing["targets"])) == (0, 0)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import config.checks
 from compare.memory import CASES, GIB, foresee, measuring
 from config.options import Options
-from data.batches import IGNORED
+from data.batches import IGNORE_INDEX
 from loss.cross_entropy import cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from loss.next_token import NextToken, fastest_softmax
 from metrics.recorder import Recorder
@@ -262,7 +262,7 @@ def test_head_and_loss(compiled: bool) -> None:
     hidden_BTD = torch.randn(4, 4096, 64, device="cuda", requires_grad=True)
     weight_VD = torch.randn(131_072, 64, device="cuda", requires_grad=True)
     labels_BT = torch.randint(0, 131_072, (4, 4096), device="cuda")
-    labels_BT[1, 100:] = IGNORED
+    labels_BT[1, 100:] = IGNORE_INDEX
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
         return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, [hidden_BTD, weight_VD]), strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
 
 import loss.cross_entropy
-from data.batches import IGNORED
+from data.batches import IGNORE_INDEX
 from loss.cross_entropy import cross_entropy_, head_and_loss_sum, token_loss_sum
 from loss.next_token import NextToken
 from tests.proof import relative_l2
@@ -37,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def labels_BT() -> Tensor:
     labels_BT = torch.randint(0, 96, (3, 11), generator=torch.Generator().manual_seed(1))
-    labels_BT[0, 4:], labels_BT[2, :5] = IGNORED, IGNORED
+    labels_BT[0, 4:], labels_BT[2, :5] = IGNORE_INDEX, IGNORE_INDEX
     return labels_BT
 
 
@@ -75,7 +75,7 @@ def test_same_as_through_all_logits(labels_BT: Tensor, head: str, bf16: bool) ->
 def test_without_a_target(labels_BT: Tensor) -> None:
     """Positions that are no target give no loss and no gradient, whatever is there."""
     hidden_BTD, weight_VD = torch.randn(3, 11, 8, requires_grad=True), torch.randn(96, 8, requires_grad=True)
-    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, torch.full_like(labels_BT, IGNORED), cross_entropy_)
+    loss = head_and_loss_sum(hidden_BTD, weight_VD, None, torch.full_like(labels_BT, IGNORE_INDEX), cross_entropy_)
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, [hidden_BTD, weight_VD]))
 

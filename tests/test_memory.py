@@ -29,7 +29,7 @@ from estimate.activations import Activations, count_activations
 from estimate.communication import Collectives, predict_collectives
 from estimate.memory import BESIDE_TENSORS, host_memory, moments, predict, readable
 from estimate.stages import advice, memory_forecast, stage_name, stages
-from loss.next_token import NextToken, passing_through
+from loss.next_token import NextToken, bypass_head
 from model.build import build_model
 from model.compile import compile_layers
 from tests.families import FAMILIES, drawn
@@ -167,7 +167,7 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
 
     ids_BT = torch.zeros(3, 64, dtype=torch.int64)
     with (
-        passing_through(model.get_output_embeddings()),
+        bypass_head(model.get_output_embeddings()),
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
     ):

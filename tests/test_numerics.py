@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data.batches
 import loss.next_token
-from data.batches import IGNORED
+from data.batches import IGNORE_INDEX
 from data.sequences import Sequence
 from metrics.records import read_records
 from tests.launch import train, train_ok
@@ -44,7 +44,7 @@ def all_masked(steps: set[int]) -> None:
     def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
         batch = original(rows, padded_length)
         if next(calls) // 2 + 1 in steps:
-            batch["labels"].fill_(IGNORED)
+            batch["labels"].fill_(IGNORE_INDEX)
             batch["targets"].zero_()
         return batch
 

@@ -24,7 +24,7 @@ from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import Options
 from config.plan import plan_run
-from data.batches import IGNORED, collate, next_tokens
+from data.batches import IGNORE_INDEX, collate, next_tokens
 from estimate.flops import flops_per_token
 from estimate.stages import stage_name
 from estimate.start_block import activations_line, sharded
@@ -89,7 +89,7 @@ def test_loss_is_that_of_transformers(model_dir: Path) -> None:
 
 
 def test_labels_are_the_next_tokens() -> None:
-    assert next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, IGNORED]]
+    assert next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, IGNORE_INDEX]]
 
 
 def test_mean_of_means_would_be_another_gradient(model_dir: Path) -> None:

@@ -19,7 +19,7 @@ import fsdp
 from checkpoint.export import export_model
 from config.errors import OptionError
 from config.options import Options
-from data.batches import IGNORED
+from data.batches import IGNORE_INDEX
 from loss.next_token import NextToken
 from model.adapt import adapt_model
 from model.build import build_model, load_config_and_tokenizer
@@ -163,7 +163,7 @@ def test_documents_of_padded_rows() -> None:
     _, padded = pad_sequences(Group("", 2, 0), nn.Module(), (), given)
     assert padded["document_ends"].tolist() == [0, 2, 6, 10, 12]
     assert padded["document_ends"].dtype == torch.int32
-    assert padded["labels"].tolist() == [[0, 1, 2, 3, 4, IGNORED], [5, 6, 7, 8, 9, IGNORED]]
+    assert padded["labels"].tolist() == [[0, 1, 2, 3, 4, IGNORE_INDEX], [5, 6, 7, 8, 9, IGNORE_INDEX]]
     assert padded["input_ids"].shape == (2, 6)
 
 
