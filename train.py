@@ -19,50 +19,40 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DistributedSampler
 
+import checkpoint
+import config
 import ddp
+import estimate
 import fsdp
-from checkpoint.export import export_model
-from checkpoint.identity import Progress, identify_run, require_same_run
-from checkpoint.load import choose_checkpoint, load_checkpoint
-from checkpoint.output_dir import claim_output_dir, clean_output_dir
-from checkpoint.rng import seed_rank
-from checkpoint.save import Saver
-from config.checks import check, check_skipped
-from config.command_line import parse
-from config.options import Options
-from config.plan import Plan, data_parallel_rank_and_size, mesh_shape, plan_run
+import metrics
+import optim
+import runtime
+from config import Options, Plan
 from data.batches import Batch, micro_batches, to_device
 from data.ledger import Ledger
 from data.loader import make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
-from estimate.flops import flops_per_token
-from estimate.stages import explain_out_of_memory
-from estimate.start_block import start_block
 from loss.evaluation import forward_no_grad
 from loss.objective import build_objective, prepare_objective
-from metrics.recorder import Recorder
 from model.adapt import adapt_model
 from model.build import build_model, generate_completion, load_config_and_tokenizer
 from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
-from optim.adamw import build_optimizer
-from optim.schedule import learning_rate
-from runtime import configure_libraries, listen_for_stop_signals, rank_from_environment, run
 
 
 def main(argv: list[str]) -> None:
     """Train as the command line `argv` says. Raises OptionError for a mistake of the user."""
     # === 1. What to train. A user's mistake ends the run here, before any process group exists. =====================
-    rank, world_size, local_rank = rank_from_environment()
-    options = parse(argv, world_size)
-    check(options, world_size)
-    configure_libraries(options.full_determinism)
-    lock = claim_output_dir(options) if rank == 0 else None
+    rank, world_size, local_rank = runtime.rank_from_environment()
+    options = config.parse(argv, world_size)
+    config.check(options, world_size)
+    runtime.configure_libraries(options.full_determinism)
+    lock = checkpoint.claim_output_dir(options) if rank == 0 else None
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
-    plan = plan_run(options, len(data.train), world_size)
+    plan = config.plan_run(options, len(data.train), world_size)
     model = build_model(options, model_config)  # on the meta device: parameters have shapes, and no memory yet
     weights = find_weights(options, model)  # which file holds which tensor
     objective = build_objective(model, options)  # model and loss as one module
@@ -76,54 +66,47 @@ def main(argv: list[str]) -> None:
     gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
-    require_same_run(options, identify_run(options, plan, data.fingerprint, model), weights)
+    checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
     # The ranks as a grid. Along each dimension, a rank belongs to one process group: of the ranks that hold the same
     # parameters, that shard them, or that split each layer.
-    shape = mesh_shape(options, world_size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    mesh_names = ("replicate", "shard", "tensor")
+    mesh = init_device_mesh(device.type, config.mesh_shape(options, world_size), mesh_dim_names=mesh_names)
 
     # === 3. Replicate or shard the model, load its weights, build the optimizer. ====================================
-    description = start_block(options, plan, data, tokenizer, model, weights, device) if rank == 0 else ""
-    flops = flops_per_token(model, plan.block_size)
+    resumed_from = checkpoint.choose_checkpoint(options)
+    description = ""
+    if rank == 0:
+        description = estimate.describe_run(options, plan, data, tokenizer, model, weights, device, resumed_from)
     adapt_model(objective, options, data.packing, mesh)
-    # `wrapped` is the module to call. `model` stays a view of the same parameters, by their own names.
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
+    layers, reduce_dtype = decoder_layers(model), getattr(torch, options.reduce_dtype)
+    # `wrapped` is the module to call. `model` stays a view of the same parameters, by their own names.
     wrapped: nn.Module = strategy.wrap(
-        objective,
-        decoder_layers(model),
-        mesh,
-        device,
-        bf16=options.bf16,
-        reshard_after_forward=options.reshard_after_forward,
-        cpu_offload=options.cpu_offload,
-        reduce_dtype=getattr(torch, options.reduce_dtype),
+        objective, layers, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
-    resumed_from = choose_checkpoint(options)
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random initial weights
     load_weights(model, weights if not resumed_from or objective.needs_initial_model else None)
-    optimizer = build_optimizer(model, options)
+    optimizer = optim.build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     data = prepare_objective(objective, data, wrapped, options, device)
-    seed_rank(options.seed, 0, rank)  # from here on different on each rank: all must not drop the same activations
-    identity, progress = identify_run(options, plan, data.fingerprint, model), Progress()
+    checkpoint.seed_rank(options.seed, 0, rank)  # from here on different on each rank: dropout must not be the same
+    identity, progress = checkpoint.identify_run(options, plan, data.fingerprint, model), checkpoint.Progress()
     if resumed_from:
-        progress = load_checkpoint(resumed_from, model, optimizer, identity)
+        progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
     # === 4. Batches, logging, saving. ===============================================================================
     if rank == 0:
-        clean_output_dir(options, progress.step)
-    recorder = Recorder(options, plan, rank, device, flops)
+        checkpoint.clean_output_dir(options, progress.step)
+    recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
-    recorder.print(f"{'start':<13} {f'resumed from {resumed_from}' if resumed_from else 'from the beginning'}")
     recorder.start(progress.step, progress.tokens_seen)
-    saver = Saver(options)
+    saver = checkpoint.Saver(options)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
-    stop_requested = listen_for_stop_signals()
+    stop_requested = runtime.listen_for_stop_signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if progress.step == 0 and data.validation:
-        with recorder.pause("evaluate"):
-            recorder.evaluation(0, *evaluate(wrapped, data.validation, options, device))
+        recorder.evaluation(0, *evaluate(wrapped, data.validation, options, recorder))
 
     # === 5. The loop: one optimizer step per turn. ==================================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
@@ -132,8 +115,8 @@ def main(argv: list[str]) -> None:
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
-        # and not a mean of means. A signal or a full disk may have met one rank only: in the sum, all ranks see it and
-        # leave at the same step. These are CPU tensors, over gloo: the CPU does not synchronize with the GPU.
+        # not a mean of means. A signal or a full disk may have met one rank only: through the sum, all ranks leave at
+        # the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
         happened = torch.tensor([stop_requested.is_set(), saver.failed()])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), happened])
         dist.all_reduce(counts)
@@ -148,27 +131,24 @@ def main(argv: list[str]) -> None:
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**to_device(batch, device))  # a sum over targets, in fp32
-            # DDP and FSDP average gradients over ranks. The gradient we want is the sum over ranks, divided by the
-            # targets of all ranks: hence the factor world_size / targets. (Ranks that split a sequence among them
-            # count its targets more than once, on both sides of the fraction.)
+            # DDP and FSDP average gradients over ranks. We want their sum over ranks, divided by the targets of all
+            # ranks: hence world_size / targets. (Ranks that split a sequence count its targets twice, on both sides.)
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.grad_norm(wrapped)
 
         # Skip the update if the gradient is not finite, or comes from no target at all. Every rank has the same norm,
-        # so all ranks decide the same. The fused optimizer changes nothing where found_inf is 1: it reads this flag on
+        # so all ranks decide the same. Where found_inf is 1, the fused optimizer changes nothing: it reads this flag on
         # the GPU, by the convention of torch's GradScaler, so the CPU does not synchronize.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        # Clip, as torch.nn.utils.clip_grad_norm_ does: divide gradients by norm / max_grad_norm where that is above 1.
+        # Clip as torch.nn.utils.clip_grad_norm_ does: divide gradients by norm / max_grad_norm where that is above 1.
         # The fused optimizer divides by grad_scale as it reads each gradient, which saves a pass over all of them.
         if options.max_grad_norm:
             optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
-
-        rate = learning_rate(step, plan.total_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = optim.learning_rate(step, plan.total_steps, options)
         optimizer.step()
         strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks have updated
         wrapped.zero_grad()
@@ -176,15 +156,14 @@ def main(argv: list[str]) -> None:
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
-            # .item() waits for the GPU.
-            recorder.log(step, loss_sum.item() / max(1, targets), grad_norm.item(), rate, int(skipped.item()))
-            check_skipped(options, step, int(skipped_in_a_row.item()))
+            mean_loss, rate = loss_sum.item() / max(1, targets), group["lr"]  # item() waits for the GPU
+            recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
+            config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
-            with recorder.pause("evaluate"):
-                recorder.evaluation(step, *evaluate(wrapped, data.validation, options, device))
+            recorder.evaluation(step, *evaluate(wrapped, data.validation, options, recorder))
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             cursor = gather_cursor(step_batches, options)
-            progress = Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
+            progress = checkpoint.Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress, identity)
         if stop:
@@ -194,7 +173,7 @@ def main(argv: list[str]) -> None:
 
     # === 6. The finished model, for from_pretrained. ================================================================
     if progress.step == plan.total_steps:
-        export_model(options, model, tokenizer, data.stop_tokens)
+        checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
@@ -207,7 +186,7 @@ def main(argv: list[str]) -> None:
 
 
 def training_batches(
-    dataset: PreparedDataset | Mixture | StreamingDataset, plan: Plan, options: Options, done: Progress
+    dataset: PreparedDataset | Mixture | StreamingDataset, plan: Plan, options: Options, done: checkpoint.Progress
 ) -> Iterator[Batch]:
     """This rank's micro-batches without end, from the first that comes after the steps that are `done`.
 
@@ -217,7 +196,7 @@ def training_batches(
     An epoch holds every sequence once; with a mixture, each source contributes its share (data/sequences.py). A stream
     has no epochs: it resumes at its cursor (data/stream.py).
     """
-    rank, size = data_parallel_rank_and_size(options, dist.get_rank(), dist.get_world_size())
+    rank, size = config.data_parallel_rank_and_size(options, dist.get_rank(), dist.get_world_size())
     if isinstance(dataset, StreamingDataset):
         yield from stream_batches(dataset.shard(rank, size, plan.global_batch_size, done.cursor), options)
         return
@@ -240,13 +219,14 @@ def training_batches(
 
 
 def evaluate(
-    wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, device: torch.device
+    wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, recorder: metrics.Recorder
 ) -> tuple[float, int]:
     """The mean loss of all targets of `dataset`, and their number. Every rank must call."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and targets
-    for batch, loss in forward_no_grad(wrapped, dataset, options, device):
-        totals[0] += loss
-        totals[1] += batch["targets"]
+    totals = torch.zeros(2, dtype=torch.float64, device=recorder.device)  # loss and targets
+    with recorder.pause("evaluate"):
+        for batch, loss in forward_no_grad(wrapped, dataset, options, recorder.device):
+            totals[0] += loss
+            totals[1] += batch["targets"]
     dist.all_reduce(totals)
     loss, targets = totals.tolist()
     return loss / max(1, targets), int(targets) // options.model_parallel_size  # so many ranks counted each target
@@ -268,4 +248,4 @@ def total(batches: list[Batch], name: str) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(main, explain_out_of_memory)
+    runtime.run(main, estimate.explain_out_of_memory)

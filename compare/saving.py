@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint.load
+import checkpoint
 from metrics.records import read_records
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -60,8 +60,8 @@ def run_timed(options: list[str]) -> None:
 
         return call
 
-    checkpoint.load.choose_checkpoint = timed(checkpoint.load.choose_checkpoint)
-    checkpoint.load.load_checkpoint = timed(checkpoint.load.load_checkpoint)
+    checkpoint.choose_checkpoint = timed(checkpoint.choose_checkpoint)
+    checkpoint.load_checkpoint = timed(checkpoint.load_checkpoint)
     sys.argv = ["train.py", *options]
     runpy.run_path(str(TRAIN), run_name="__main__")
 

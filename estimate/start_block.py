@@ -1,6 +1,7 @@
 """The start block: what is about to run, in lines for people."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def dtype_names(tensors: Iterable[Any]) -> str:
     return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
-def start_block(
+def describe_run(
     options: Options,
     plan: Plan,
     data: Data,
@@ -29,6 +30,7 @@ def start_block(
     model: PreTrainedModel,
     weights: Weights,
     device: torch.device,
+    resumed_from: Path | None,
 ) -> str:
     """A description of the run for people. `model` is on the meta device, before it is wrapped.
 
@@ -63,6 +65,7 @@ def start_block(
         "learning rate": learning_rate_line(options, plan.global_batch_size),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
+        "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
     }
     block = "\n".join(f"{key:<13} {value}" for key, value in lines.items())
     if options.show_examples:

@@ -2,3 +2,7 @@
 
 Nothing here computes a loss or decides what happens next.
 """
+
+from metrics.recorder import Recorder
+
+__all__ = ["Recorder"]

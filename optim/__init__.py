@@ -2,3 +2,8 @@
 
 Nothing here depends on how the model is replicated or sharded, except that Muon gathers a matrix that is sharded.
 """
+
+from optim.adamw import build_optimizer
+from optim.schedule import learning_rate
+
+__all__ = ["build_optimizer", "learning_rate"]

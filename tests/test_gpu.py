@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import config.checks
+import config
 from compare.memory import CASES, GIB, foresee, measuring
 from config.options import Options
 from data.batches import IGNORE_INDEX
@@ -232,7 +232,7 @@ def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
 
 def wait_for_nothing() -> None:
     """Patch a rank: from what follows the report of its second step to the end of its fourth, waiting is an error."""
-    end_of_step, check_skipped, calls = Recorder.step, config.checks.check_skipped, iter(range(1, 100))
+    end_of_step, check_skipped, calls = Recorder.step, config.check_skipped, iter(range(1, 100))
 
     def step(*arguments: Any) -> None:
         end_of_step(*arguments)
@@ -244,7 +244,7 @@ def wait_for_nothing() -> None:
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")
 
-    Recorder.step, config.checks.check_skipped = step, check  # type: ignore[assignment, method-assign]
+    Recorder.step, config.check_skipped = step, check  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

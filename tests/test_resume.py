@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import checkpoint.load
+import checkpoint
 from checkpoint.identity import Progress, RunIdentity
 from checkpoint.load import problems
 from checkpoint.save import Saver
@@ -100,7 +100,7 @@ def ddp_on_two(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def save_again(elsewhere: Path) -> None:
     """Patch a rank so that it saves what it has just loaded, elsewhere."""
-    load = checkpoint.load.load_checkpoint
+    load = checkpoint.load_checkpoint
 
     def load_and_save(path: Path, model: Any, optimizer: Any, identity: RunIdentity) -> Progress:
         progress = load(path, model, optimizer, identity)
@@ -109,7 +109,7 @@ def save_again(elsewhere: Path) -> None:
         saver.save(model, optimizer, progress, identity)
         return progress
 
-    checkpoint.load.load_checkpoint = load_and_save
+    checkpoint.load_checkpoint = load_and_save
 
 
 @pytest.mark.parametrize(
