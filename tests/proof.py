@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-import data.batches
+import data.loader
 import loss.next_token
 from config.command_line import parse
 from data.batches import IGNORE_INDEX, next_tokens
@@ -176,7 +176,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def mean_of_means() -> None:
     """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
-    loss_sum, collate = loss.next_token.head_and_loss_sum, data.batches.collate
+    loss_sum, collate = loss.next_token.head_and_loss_sum, data.loader.collate
 
     def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
         targets = (next_tokens(labels_BT) != IGNORE_INDEX).sum()
@@ -186,7 +186,7 @@ def mean_of_means() -> None:
         return collate(rows, padded_length) | {"targets": torch.tensor(1)}
 
     loss.next_token.head_and_loss_sum = mean
-    data.batches.collate = count_micro_batches
+    data.loader.collate = count_micro_batches
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import data.batches
+import data.loader
 import loss.next_token
 from data.batches import IGNORE_INDEX
 from data.sequences import Sequence
@@ -39,7 +39,7 @@ def nan_on_rank_1(steps: set[int]) -> None:
 
 def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
-    original, calls = data.batches.collate, iter(range(10_000))
+    original, calls = data.loader.collate, iter(range(10_000))
 
     def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
         batch = original(rows, padded_length)
@@ -48,7 +48,7 @@ def all_masked(steps: set[int]) -> None:
             batch["targets"].zero_()
         return batch
 
-    data.batches.collate = collate
+    data.loader.collate = collate
 
 
 @pytest.mark.parametrize(
