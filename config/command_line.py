@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from config.deepspeed import read
+from config.deepspeed import read_deepspeed_file
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import GROUPS, RENAMED, Options
@@ -54,7 +54,7 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
             del defaults["max_steps"]  # it would override the epochs that the user asked for
     options = Options(**defaults | given)
     if options.deepspeed:
-        table = read(options, set(given), world_size)
+        table = read_deepspeed_file(options, set(given), world_size)
         if os.environ.get("RANK", "0") == "0":
             print(table, flush=True)
     return options

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from config.checks import check
 from config.command_line import parse
-from config.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED, UNKNOWN
+from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
 from config.options import SCHEDULE_PARAMETERS, Options
 from data.ledger import read
@@ -227,7 +227,11 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "16 is not train_micro_batch_size_per_gpu 4 x "),
         (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "gradient_accumulation_steps 2 x 4 ranks = 32"),
         ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "30 = train_micro_batch_size_per_gpu 4 x "),
-        ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "steps 1.875 x 4 ranks: not whole"),
+        (
+            {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4},
+            [],
+            "steps 1.875 x 4 ranks: not a whole number",
+        ),
         ({"train_batch_size": 16}, ["--global_batch_size", 32], "global_batch_size 32: train_batch_size 16 of "),
         (ALL_AUTO, ["--strategy", "ddp"], "strategy ddp: zero_optimization.stage 3 of "),
         (STAGE_2_OFFLOADED, ["--learning_rate", 1], "learning_rate 1.0: scheduler.params.warmup_max_lr 0.003 of "),
@@ -238,11 +242,21 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}},
             [],
-            'offload_param.device "nvme": there is no offload to disks here\nwrite cpu, or shard over more ranks',
+            'offload_param.device "nvme": offload to a disk is not implemented\nwrite cpu, or train on more ranks',
         ),
-        ({"zero_optimization": {"stage": 4}}, [], "the stages are 0 to 3"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "weights travel in bf16 or fp32"),
-        ({"optimizer": {"type": "Lamb"}}, [], 'optimizer.type "Lamb": the optimizer here is AdamW'),
+        ({"zero_optimization": {"stage": 4}}, [], "pass a stage from 0 to 3"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            [],
+            "weights are gathered in bf16 or fp32",
+        ),
+        ({"optimizer": {"type": "Lamb"}}, [], '"Lamb": a file can set AdamW only\nremove the section, or write AdamW'),
+        (
+            {"optimizer": {"type": "Muon"}},
+            [],
+            '"Muon": a file can set AdamW only\nremove the section, and pass --optim m',
+        ),
+        ({"optimizer": {"type": "AdamW"}}, ["--optim", "muon"], 'optim muon: optimizer.type "AdamW" of '),
         (
             {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0.1}}},
             [],
@@ -253,21 +267,25 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": pass a number of at least 0'),
         ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": pass WarmupLR, WarmupDecayLR'),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
-        ({"compression_training": {"weight_quantization": {"enabled": True}}}, [], "it changes what is trained"),
+        (
+            {"compression_training": {"weight_quantization": {"enabled": True}}},
+            [],
+            "it changes the model; remove the key",
+        ),
         ({"elasticity": {"enabled": True}}, [], "it would choose the batch"),
         ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: pass a whole number"),
         ({"communication_data_type": "bf16"}, [], "ddp reduces in fp32, fsdp (stages 2 and 3) in fp32 or bf16"),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             [],
-            "gradients are summed, reduced and kept in fp32; write fp32",
+            "gradients accumulate in fp32; write fp32",
         ),
         ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: pass WarmupLR, WarmupDecayLR'),
-        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "updates that come late are other updates"),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are no multiple of it"),
-        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "train_batch_size stands in it twice"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "late updates change the numbers"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are not a multiple of it"),
+        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "the key train_batch_size appears twice"),
         ("{", [], "pass a JSON file as DeepSpeed reads it"),
-        ("[]", [], "it is no mapping"),
+        ("[]", [], "it is not a JSON object"),
     ],
 )
 def test_refused(content: Any, argv: list[object], expected: str, tmp_path: Path) -> None:
@@ -303,13 +321,12 @@ def test_every_key_is_named(
     told = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
     assert list(dict.fromkeys(key.split(".")[0] for key in told)) == list(content)
     assert len(told) == len(re.findall(r'": (?!\{)', json.dumps(content)))
-    assert told["train_batch_size"].endswith("global_batch_size 16 = 4 rows x 1 micro-steps x 4 ranks")
-    assert told["zero_optimization.overlap_comm"].startswith("true         no effect: the exchange always overlaps")
+    assert told["train_batch_size"].endswith("global_batch_size 16 = micro-batch 4 x accumulation 1 x 4 ranks")
+    assert told["zero_optimization.overlap_comm"].startswith("true         no effect: communication always overlaps")
     assert told["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl has the times of a step")
     assert lines[-2:] == [
-        "unknown key gradient_cliping: not a key that is known here, and without effect; did you mean "
-        "gradient_clipping?",
-        "unknown key frobnicate.x: not a key that is known here, and without effect",
+        "unknown key gradient_cliping: not known here, without effect; did you mean gradient_clipping?",
+        "unknown key frobnicate.x: not known here, without effect",
     ]
 
     monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "3"])
@@ -327,11 +344,11 @@ def test_every_key_is_named(
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation.stage", "unknown; did you mean zero_optimization.st"),
         ({"moe": {"enabled": True}}, "moe.enabled", "unknown"),
         ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo", "unknown"),
-        ({"steps_per_print": float("inf")}, "steps_per_print", "our own logging_steps 10"),
+        ({"steps_per_print": float("inf")}, "steps_per_print", "left to logging_steps 10"),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
             "scheduler.params.warmup_max_lr",
-            "no effect: the highest rate of WarmupCosineLR is the optimizer's",
+            "no effect: the highest rate of WarmupCosineLR is that of the optimizer",
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
@@ -351,9 +368,14 @@ def test_every_key_is_named(
         (
             {"scheduler": {"params": {"warmup_min_lr": 1}}},
             "scheduler.params.warmup_min_lr",
-            "no effect: our own lr_sch",
+            "no effect: left to lr_sch",
         ),
-        ({}, "gradient_clipping", "our own max_grad_norm 1.0"),
+        (
+            {"zero_optimization": {"stage": 3, "save_muon_momentum_buffer_in_memory": True}},
+            "zero_optimization.save_muon_momentum_buffer_in_memory",
+            "no effect: for NVMe only; the moment of --optim muon is always in memory",
+        ),
+        ({}, "gradient_clipping", "left to max_grad_norm 1.0"),
         (
             {
                 "zero_optimization": {
@@ -378,10 +400,15 @@ def test_meaning_of_a_key(
     assert ("did you mean" in told[key]) == ("did you mean" in expected)
 
 
-def test_options_of_ours_exist() -> None:
-    assert {option for option, _ in DIRECT.values()} | set(OURS.values()) <= Options.__dataclass_fields__.keys()
-    assert not (DIRECT.keys() | OURS.keys()) & NO_EFFECT.keys()
+def test_tables_name_options_that_exist() -> None:
+    assert {option for option, _ in DIRECT.values()} | set(
+        DECIDING_OPTION.values()
+    ) <= Options.__dataclass_fields__.keys()
+    assert not (DIRECT.keys() | DECIDING_OPTION.keys()) & NO_EFFECT.keys()
     assert not DIRECT.keys() & REFUSED.keys()
+    reasons = " ".join([*NO_EFFECT.values(), *REFUSED.values()])
+    named = set(re.findall(r"--(\w+)", reasons))
+    assert {"optim", "reduce_dtype", "trace_steps"} <= named <= Options.__dataclass_fields__.keys()
 
 
 # Kind, steps of warmup, parameters, and the rates of the first 12 steps that DeepSpeed 0.19.8 gave for 0.5.
