@@ -25,7 +25,9 @@ INTRODUCTION = (
     "default is true, --no_OPTION sets it to false. docs/options.md explains more."
 )
 
-DEMO_LINE = "Without model_name_or_path and config_name, the demo runs, with defaults of its own: config/demo.py."
+DEMO_LINE = (
+    "Without model_name_or_path and config_name, the demo model is trained, with defaults of its own: config/demo.py."
+)
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as in transformers
 

@@ -24,9 +24,9 @@ GROUPS = (
     SEED := "Seed and determinism",
 )
 
-# Every rank must have the same options, or ranks wait for each other in different collectives. These may differ
-# between nodes, for one of two reasons. A path may: the content behind it is compared instead (checkpoint/identity.py).
-# An option may that does not change the result, or that rank 0 alone reads.
+# All ranks must have the same options. Otherwise they wait for each other in different collectives. These options may
+# differ between nodes. Paths may, because the content of their files is compared instead (checkpoint/identity.py). The
+# others may, because they do not change the result, or because only rank 0 reads them.
 MAY_DIFFER_BETWEEN_NODES = {
     *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
     *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "torch_compile"),

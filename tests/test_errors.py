@@ -43,14 +43,20 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--adam_beta1", "1"], "adam_beta1 1.0: must be at least 0 and below 1"),
         (["--replicas", "2"], "replicas 2: needs --strategy fsdp"),
         (["--strategy", "fsdp", "--replicas", "3"], "2 ranks are 0.667 for each replica"),
-        (["--cpu_offload"], "cpu_offload true: ddp keeps all of the model on the GPU; pass --strategy fsdp"),
-        (["--sync_each_batch"], "sync_each_batch true: ddp keeps whole gradients in any case; leave it out"),
-        (["--offload_activations"], "offload_activations true: it is the inputs that --gradient_checkpointing keeps"),
-        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: pass a share from 0"),
-        (["--activation_memory_budget", "0.5"], "activation_memory_budget 0.5: the compiler chooses what is kept"),
+        (
+            ["--cpu_offload"],
+            "cpu_offload true: ddp has the full model on the GPU\npass --strategy fsdp, or remove --cpu_",
+        ),
+        (["--sync_each_batch"], "sync_each_batch true: ddp has full gradients in any case\npass --strategy fsdp, or"),
+        (
+            ["--offload_activations"],
+            "offload_activations true: it offloads the inputs that gradient checkpointing saves",
+        ),
+        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: pass a fraction from"),
+        (["--activation_memory_budget", "0.5"], "activation_memory_budget 0.5: needs torch_compile, because the c"),
         (
             ["--activation_memory_budget", "0.5", "--torch_compile", "--gradient_checkpointing"],
-            "activation_memory_budget 0.5: with gradient_checkpointing, only a layer's input is kept anyway",
+            "activation_memory_budget 0.5: cannot be combined with gradient_checkpointing, which saves a layer's input",
         ),
         (["--lr_scheduler_kwargs", '{"a": 1}'], 'lr_scheduler_kwargs {"a": 1}: --lr_scheduler_type cosine takes none'),
         (
@@ -61,11 +67,11 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--gradient_checkpointing", "--offload_activations"],
-            "offload_activations true: cannot be combined with tensor_parallel 2; leave it out",
+            "offload_activations true: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
-            "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
+            "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 sequences; 15 / 4 = 3.75",
         ),
         (["--reshard_after_forward", "false"], "reshard_after_forward false: ddp shards no parameters"),
         (["--context_parallel", "3"], "context_parallel 3: 2 ranks are 0.667 groups of 3"),
@@ -75,31 +81,43 @@ def refused(*argv: object, world_size: int = 1) -> str:
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--context_parallel", "2"],
-            "context_parallel 2: cannot be combined with tensor_parallel 2; leave out one",
+            "context_parallel 2: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--optim", "muon"],
-            "optim muon: not with tensor_parallel 2: it needs each matrix whole",
+            "optim muon: cannot be combined with tensor_parallel 2, because Muon needs the full matrix",
         ),
-        (["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"], "optim muon: not with cpu_offload true: it needs"),
-        (["--bf16_residual", "--bf16", "false"], "bf16_residual true: it needs --bf16 true"),
-        (["--float8", "--bf16", "false"], "float8 true: it needs --bf16 true"),
+        (
+            ["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"],
+            "optim muon: cannot be combined with cpu_offload true",
+        ),
+        (["--bf16_residual", "--bf16", "false"], "bf16_residual true: needs bf16; pass --bf16 true"),
+        (["--float8", "--bf16", "false"], "float8 true: needs bf16; pass --bf16 true"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--float8", "--bf16", "true"],
-            "float8 true: it is for whole layers; leave out one of it and tensor_parallel",
+            "float8 true: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: pass 0 to 99"),
-        (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
+        (["--objective", "dpo", "--packing", "none"], "packing none: cannot be combined with objective dpo"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: pass more than 0"),
         (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: pass more than 0"),
-        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: pass one"),
-        (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: pass one"),
-        (["--train_mixture", "a.jsonl=1", "--train_file", "b"], "train_file and train_mixture: pass one"),
+        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file a.txt: cannot be combined with dataset_name b"),
+        (
+            ["--model_name_or_path", "a", "--config_name", "b"],
+            "model_name_or_path a: cannot be combined with config_name b",
+        ),
+        (
+            ["--train_mixture", "a.jsonl=1", "--train_file", "b"],
+            "train_file b: cannot be combined with train_mixture a.jsonl=1",
+        ),
         (["--train_mixture", "a.jsonl"], "train_mixture a.jsonl: pass NAME=WEIGHT"),
         (["--train_mixture", "a.jsonl=1,b.jsonl=0"], "train_mixture b.jsonl=0: pass NAME=WEIGHT"),
-        (["--streaming", "--train_file", "a", "--num_train_epochs", "1"], "streaming true: the number of rows is not"),
-        (["--streaming", "--max_steps", "3"], "streaming true: pass --train_file or --dataset_name"),
-        (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
+        (
+            ["--streaming", "--train_file", "a", "--num_train_epochs", "1"],
+            "streaming true: the number of sequences is not",
+        ),
+        (["--streaming", "--max_steps", "3"], "only these can be streamed: pass --train_file or --dataset_name"),
+        (["--validation_file", "a.txt"], "validation_file a.txt: pass --train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
         (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: pass both"),
         (["--reference_batch_size", "8"], "scale_learning_rate none, reference_batch_size 8: pass both or neither"),
@@ -118,7 +136,7 @@ def test_options(argv: list[str], expected: str) -> None:
 def test_impossible_division_shows_the_arithmetic() -> None:
     message = refused("--global_batch_size", 30, "--per_device_train_batch_size", 4, world_size=2)
     assert message.startswith(
-        "global_batch_size 30: not a multiple of per_device_train_batch_size 4 x 2 ranks = 8 rows"
+        "global_batch_size 30: not a multiple of per_device_train_batch_size 4 x 2 ranks = 8 sequences"
     )
     assert "30 / 8 = 3.75 micro-steps" in message
 
@@ -214,9 +232,11 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
 
 
 def test_small_data(tiny: list[object], tmp_path: Path) -> None:
-    """Fault 22: a data set smaller than one global batch is an error, long before 30 s, with the arithmetic."""
+    """Data smaller than one global batch is an error with the arithmetic."""
     message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
-    assert message.startswith("global batch of 8000 rows = per_device_train_batch_size 4 x 2000 micro-steps x 1 ranks")
+    assert message.startswith(
+        "global batch of 8000 sequences = per_device_train_batch_size 4 x accumulation 2000 x 1 rank: "
+    )
 
 
 def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:

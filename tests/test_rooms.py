@@ -154,7 +154,7 @@ def test_help_lists_each_option_in_its_group(capsys: pytest.CaptureFixture[str])
     assert len(shown.splitlines()) <= 120
     introduction, *groups, last = re.split(r"\n\n", shown.strip())[1:]
     assert "Brackets show the default" in introduction
-    assert "the demo runs, with defaults of its own" in last
+    assert "the demo model is trained, with defaults of its own" in last
     assert [group.partition(":\n")[0] for group in groups[1:]] == list(GROUPS)
     listed = [name for group in groups[1:] for name in re.findall(r"^  --(\w+)", group, re.MULTILINE)]
     assert listed == [field.name for field in dataclasses.fields(Options)], "a group holds neighbors"
@@ -280,7 +280,7 @@ def test_activations_of_the_start_block(argv: list[str], expected: str) -> None:
 def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int) -> None:
     options = Options(global_batch_size=16, per_device_train_batch_size=2, block_size=8, num_train_epochs=1.5)
     check(options, world_size)
-    plan = plan_run(options, rows=100, world_size=world_size)
+    plan = plan_run(options, sequences=100, world_size=world_size)
     assert (plan.accumulation, plan.global_batch_size) == (accumulation, 16)
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 9)
 
