@@ -1,4 +1,8 @@
-"""What a user can get wrong: a message of one to three lines, exit code 2, no traceback, nothing lost on the disk."""
+"""Proves config/checks.py, config/command_line.py, config/plan.py, runtime.py and checkpoint/output_dir.py.
+
+A mistake of the user ends the run with a message of one to three lines and exit code 2. There is no traceback, and no
+file on the disk is lost.
+"""
 
 import fcntl
 import json
@@ -24,7 +28,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
     outcome = train(world_size, argv)
     assert outcome.exit_codes == [2] * world_size, outcome.output
     assert "Traceback" not in outcome.output
-    # Without torchrun to end the others, each rank speaks in its turn, with the same words.
+    # Here no torchrun ends the other ranks, so each rank prints the message.
     _, *messages = outcome.output.split("train.py: error: ")
     assert len(messages) == world_size
     assert len(messages[0].splitlines()) <= 3
@@ -142,17 +146,17 @@ def test_impossible_division_shows_the_arithmetic() -> None:
 
 
 def test_printed_once_by_torchrun(tmp_path: Path) -> None:
-    """The real command: of four ranks, one speaks; what else is said is torchrun's own report."""
+    """With the real torchrun, one of four ranks prints the message. The rest is the report of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", str(ROOT / "train.py")]
     run = subprocess.run([*command, "--train_file", "no.txt"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1  # torchrun's; it names the workers' exit code 2
+    assert run.returncode == 1  # of torchrun, whose report has the exit code 2 of the ranks
     assert "exitcode  : 2" in run.stderr
     assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; pass a readable file") == 1
-    assert 'train.py", line' not in run.stderr, "a traceback of ours"
+    assert 'train.py", line' not in run.stderr, "a traceback of train.py"
 
 
 def test_without_torchrun() -> None:
-    """The real command without a launcher: nothing in the environment says which rank this is."""
+    """Without a launcher, the environment does not say which rank this is."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(ROOT / "train.py"), "--zzz"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -167,7 +171,7 @@ def another_value_on_rank_1(option: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "values"),
-    [("--seed", ("42", "7")), ("--tensor_parallel", ("1", "2"))],  # the ranks would never meet with the second
+    [("--seed", ("42", "7")), ("--tensor_parallel", ("1", "2"))],  # the second would hang
     ids=str,
 )
 def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path, option: str, values: tuple[str, str]) -> None:
@@ -185,7 +189,7 @@ def other_weights_on_rank_1(other: Path) -> None:
 
 
 def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
-    """The same model by its shapes, of another training: as where each host has files of its own."""
+    """Weights of the same shapes with other values, as if each node had its own files."""
     shutil.copytree(model_dir, tmp_path / "other")
     tensors = {name: tensor + 1 for name, tensor in load_file(model_dir / "model.safetensors").items()}
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
@@ -281,14 +285,14 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def test_output_dir_with_a_run(tiny: list[object], finished: Path, model_dir: Path) -> None:
-    """Refused unless it is to be resumed or replaced; and nothing in it changes."""
+    """A run is refused unless it is resumed or replaced, and no file in it changes."""
     before = content(finished)
     message = refused(*tiny, "--output_dir", finished)
     assert message.startswith(f"output_dir {finished}: it holds a run already")
     assert "--resume_from_checkpoint auto" in message
     assert "--overwrite_output_dir" in message
     assert "it is the model's own directory" in refused(*tiny, "--output_dir", model_dir, "--overwrite_output_dir")
-    # An error that is found later, with the permission to replace it given.
+    # An error that is found later, although the run may be replaced.
     refused(*tiny, "--output_dir", finished, "--overwrite_output_dir", "--global_batch_size", 8000)
     assert content(finished) == before
 
@@ -323,7 +327,7 @@ def test_damaged_checkpoint(tiny: list[object], finished: Path, tmp_path: Path) 
 
 
 def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, tmp_path: Path) -> None:
-    """`auto` starts anew where there is nothing, but does not take that as a permission to replace a model."""
+    """`auto` starts from the beginning in an empty directory, but does not replace a finished model."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoint-*"))
     message = refused(*tiny, "--output_dir", run, "--resume_from_checkpoint", "auto")
@@ -331,7 +335,7 @@ def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, 
 
 
 def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) -> None:
-    """As root, permissions do not bind: a file in the way, and a file system that nobody may write to."""
+    """A file in place of the directory, and a file system that is read-only, because permissions do not bind root."""
     write(tmp_path / "file", "")
     message = refused(*tiny, "--output_dir", tmp_path / "file" / "output")
     assert message.startswith(f"output_dir {tmp_path}/file/output: Not a directory; pass a directory that can be")
