@@ -141,7 +141,7 @@ def test_run_file(tmp_path: Path) -> None:
 
 
 def test_epochs_win_over_the_recipe() -> None:
-    """Who asks for epochs gets them, also with the small model, whose recipe counts steps."""
+    """--num_train_epochs works in the demo, too, although its recipe sets max_steps."""
     assert parse(["--num_train_epochs", "1"]).max_steps == -1
     assert parse([]).max_steps == DEMO_RECIPE["max_steps"]
 
