@@ -1,4 +1,4 @@
-"""Print what each key of a DeepSpeed file becomes: python -m config FILE --ranks N [options of train.py]."""
+"""Print the options that a DeepSpeed file sets: python -m config FILE --ranks N [options of train.py]."""
 
 import argparse
 import sys
@@ -9,14 +9,16 @@ from config.errors import OptionError
 
 
 def main(argv: list[str]) -> None:
-    """Print the table of a file."""
-    parser = argparse.ArgumentParser(prog="python -m config", description="What a DeepSpeed file becomes.")
+    """Print the table of the keys of a file, and check the options. Raises OptionError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m config", description="Print what each key of a DeepSpeed file means here."
+    )
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it will run on")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="number of ranks of the run")
     arguments, options_of_train = parser.parse_known_args(argv)
     if arguments.ranks < 1:
         raise OptionError(f"ranks {arguments.ranks}: must be at least 1")
-    options = parse(["--deepspeed", arguments.file, *options_of_train], arguments.ranks)  # which prints it
+    options = parse(["--deepspeed", arguments.file, *options_of_train], arguments.ranks)  # prints the table
     check(options, arguments.ranks)
 
 

@@ -44,11 +44,21 @@ NOT_NEGATIVE = (
     "save_steps",
 )
 
+# Options for FSDP only, and why DDP cannot have them.
+FSDP_ONLY = {
+    "tensor_parallel": "needs --strategy fsdp (in a DeepSpeed file: zero_optimization.stage 2 or 3)",
+    "replicas": "needs --strategy fsdp (in a DeepSpeed file: zero_optimization.stage 2 or 3)",
+    "cpu_offload": "ddp has the full model on the GPU",
+    "reshard_after_forward": "ddp shards no parameters",
+    "sync_each_batch": "ddp has full gradients in any case",
+    "reduce_dtype": "ddp reduces gradients in fp32",
+}
+
 
 def check(options: Options, world_size: int) -> None:
     """Refuse what cannot work, derive `gradient_accumulation_steps` from `global_batch_size`, scale `learning_rate`.
 
-    Costs nothing and needs no process group. Raises OptionError.
+    `world_size` is the number of ranks. Needs no process group. Raises OptionError.
     """
     for name in POSITIVE:
         _at_least(options, name, 1)
@@ -61,114 +71,58 @@ def check(options: Options, world_size: int) -> None:
     if options.lr_scheduler_kwargs is not None:
         _check_schedule(options, options.lr_scheduler_kwargs)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
-        raise OptionError(f"num_train_epochs {options.num_train_epochs}: pass more than 0, or max_steps")
-    if options.model_name_or_path and options.config_name:
-        raise OptionError("model_name_or_path and config_name: pass one; config_name means random weights")
-    model = options.model_name_or_path or options.config_name
-    if model and Path(model).resolve() == Path(options.output_dir).resolve():
-        raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; pass another one")
-    _check_strategy(options, world_size)
-    if options.bf16_residual and not options.bf16:
-        raise OptionError("bf16_residual true: it needs --bf16 true")
-    if options.float8 and (options.tensor_parallel > 1 or not options.bf16):
-        needs = "is for whole layers; leave out one of it and tensor_parallel" if options.bf16 else "needs --bf16 true"
-        raise OptionError(f"float8 true: it {needs}")
-    world_size //= options.model_parallel_size  # from here on, what reads rows of its own: a group of ranks, or one
-    if options.objective == "dpo" and options.packing:
-        raise OptionError(f"packing {options.packing}: with --objective dpo, a row is a pair; leave it out")
-    if not options.dpo_beta > 0:
-        raise OptionError(
-            f"dpo_beta {options.dpo_beta}: pass more than 0; 0.1 is usual, and more keeps the model nearer"
-        )
-    if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise OptionError("report_to tensorboard: it is not installed here; pip install tensorboard, or pass none")
-    local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if 0 < gpus < local_ranks and options.ddp_backend != "gloo":
-        raise OptionError(
-            f"--nproc_per_node {local_ranks}: this host has {gpus} GPUs\ngive at most that many, or let ranks share a "
-            "GPU with --ddp_backend gloo"
-        )
-    if options.ddp_backend == "nccl" and not torch.cuda.is_available():
-        raise OptionError("ddp_backend nccl: there is no GPU here; pass gloo, or leave it out")
-    missing = _missing_for_compilation() if options.torch_compile else None
-    if missing:
-        options.torch_compile = False
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"torch_compile: off, because {missing} is not here; it trains, at half the speed", file=sys.stderr)
-    if options.activation_memory_budget is not None:
-        _check_memory_budget(options, options.activation_memory_budget)
+        raise OptionError(f"num_train_epochs {options.num_train_epochs}: pass more than 0, or pass --max_steps")
+    _check_model_and_objective(options)
+    _check_strategy(options)
+    _check_parallel(options, world_size)
+    _check_precision(options)
+    _check_machine(options)
+    data_parallel_size = world_size // options.model_parallel_size
     if options.global_batch_size:
-        derive_accumulation(options, world_size)
+        derive_accumulation(options, data_parallel_size)
     if (options.scale_learning_rate == "none") != (options.reference_batch_size is None):
         raise OptionError(
             f"scale_learning_rate {options.scale_learning_rate}, reference_batch_size {options.reference_batch_size}: "
             "pass both or neither"
         )
-    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
-    options.learning_rate *= learning_rate_factor(options, rows)
+    micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    options.learning_rate *= learning_rate_factor(options, micro_batch * accumulation * data_parallel_size)
 
 
-def _check_strategy(options: Options, world_size: int) -> None:
-    """Refuse what the strategies cannot do, or cannot do together."""
-    if world_size % options.context_parallel:
+def check_data(options: Options) -> None:
+    """Refuse what cannot work of the options for data and sequences. Raises OptionError."""
+    _at_least(options, "block_size", 2)
+    _at_least(options, "preprocessing_num_workers", 1)
+    _at_least(options, "max_targetless_fraction", 0)
+    if not 0 <= options.validation_split_percentage < 100:
+        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")
+    sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]
+    if len(sources) > 1:
+        first, second = (f"{name} {getattr(options, name)}" for name in sources[:2])
+        raise OptionError(f"{first}: cannot be combined with {second}\nremove one of them")
+    if options.validation_file and not {"train_file", "train_mixture"} & set(sources):
+        raise OptionError(f"validation_file {options.validation_file}: pass --train_file or --train_mixture, too")
+    if options.streaming and options.max_steps <= 0:
+        raise OptionError("streaming true: the number of sequences is not known before the run; pass --max_steps")
+    if options.streaming and sources not in (["train_file"], ["dataset_name"]):
+        raise OptionError("streaming true: only these can be streamed: pass --train_file or --dataset_name")
+    if options.streaming and options.objective == "dpo":
         raise OptionError(
-            f"context_parallel {options.context_parallel}: {world_size} ranks are "
-            f"{world_size / options.context_parallel:.3g} groups of {options.context_parallel}\ngive a divisor of the "
-            "number of ranks"
+            "streaming true: cannot be combined with objective dpo, which evaluates all pairs before the run\n"
+            "remove --streaming"
         )
-    if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
-        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "objective dpo"
-        raise OptionError(f"context_parallel {options.context_parallel}: cannot be combined with {name}; leave out one")
-    for name in ("tensor_parallel", "replicas"):
-        if getattr(options, name) > 1 and options.strategy != "fsdp":
-            raise OptionError(
-                f"{name} {getattr(options, name)}: needs --strategy fsdp, in a DeepSpeed file zero_optimization.stage "
-                "2 or 3\ngive that, or leave it out"
-            )
-    if world_size % options.tensor_parallel:
+    if options.train_mixture:
+        mixture_weights(options.train_mixture)
+
+
+def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
+    """Raise OptionError if too many consecutive steps were skipped. The counts are equal on all ranks."""
+    if skipped_in_a_row > options.max_skipped_steps:
         raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: {world_size} ranks are "
-            f"{world_size / options.tensor_parallel:.3g} groups of {options.tensor_parallel}\ngive a divisor of the "
-            "number of ranks"
+            f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
+            "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a "
+            f"lower --learning_rate than {options.learning_rate}, or look for sequences without targets"
         )
-    if options.tensor_parallel > 1 and options.ddp_backend == "gloo" and torch.cuda.is_available():
-        raise OptionError(
-            f"tensor_parallel {options.tensor_parallel}: with --ddp_backend gloo, GPU tensors cannot be gathered "
-            "within a layer\nleave ddp_backend out; each rank then needs a GPU of its own"
-        )
-    if options.tensor_parallel > 1 and options.offload_activations:
-        raise OptionError(
-            f"offload_activations true: cannot be combined with tensor_parallel {options.tensor_parallel}; leave it out"
-        )
-    if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
-        name = f"tensor_parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else "cpu_offload true"
-        raise OptionError(
-            f"optim muon: not with {name}: it needs each matrix whole, on a GPU\n"
-            "leave that out, or pass --optim adamw_torch_fused"
-        )
-    world_size //= options.tensor_parallel
-    if world_size % options.replicas:
-        sharing = data_parallel_groups(dataclasses.replace(options, context_parallel=1), world_size)
-        raise OptionError(
-            f"replicas {options.replicas}: {sharing} are "
-            f"{world_size / options.replicas:.3g} for each replica\ngive a divisor of their number"
-        )
-    if options.shard_optimizer and options.strategy != "ddp":
-        raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; leave it out")
-    if options.cpu_offload and options.strategy != "fsdp":
-        raise OptionError(
-            "cpu_offload true: ddp keeps all of the model on the GPU; pass --strategy fsdp, or leave it out"
-        )
-    if not options.reshard_after_forward and options.strategy != "fsdp":
-        raise OptionError(
-            "reshard_after_forward false: ddp shards no parameters; pass --strategy fsdp, or leave it out"
-        )
-    if options.sync_each_batch and options.strategy != "fsdp":
-        raise OptionError("sync_each_batch true: ddp keeps whole gradients in any case; leave it out")
-    if options.reduce_dtype != "float32" and options.strategy != "fsdp":
-        raise OptionError(f"reduce_dtype {options.reduce_dtype}: ddp reduces in fp32; pass --strategy fsdp")
-    if options.offload_activations and not options.gradient_checkpointing:
-        raise OptionError("offload_activations true: it is the inputs that --gradient_checkpointing keeps; pass both")
 
 
 def _check_schedule(options: Options, text: str) -> None:
@@ -180,15 +134,117 @@ def _check_schedule(options: Options, text: str) -> None:
     except (ValueError, TypeError, AttributeError):
         right = False
     if not right:
-        takes = f"a JSON mapping of {', '.join(known)}\nwarmup_type is log or linear, the others are numbers from 0"
+        keys = f"a JSON mapping of {', '.join(known)}\nwarmup_type is log or linear, the others are numbers from 0"
         raise OptionError(
             f"lr_scheduler_kwargs {text}: --lr_scheduler_type {options.lr_scheduler_type} takes "
-            f"{takes if known else 'none; leave it out'}"
+            f"{keys if known else 'none; remove --lr_scheduler_kwargs'}"
         )
 
 
+def _check_model_and_objective(options: Options) -> None:
+    if options.model_name_or_path and options.config_name:
+        raise OptionError(
+            f"model_name_or_path {options.model_name_or_path}: cannot be combined with config_name "
+            f"{options.config_name}\nremove one of them; config_name means random weights"
+        )
+    model = options.model_name_or_path or options.config_name
+    if model and Path(model).resolve() == Path(options.output_dir).resolve():
+        raise OptionError(f"output_dir {options.output_dir}: it is the model's own directory; pass another one")
+    if options.objective == "dpo" and options.packing:
+        raise OptionError(
+            f"packing {options.packing}: cannot be combined with objective dpo, where a sequence is a pair\n"
+            "remove --packing"
+        )
+    if not options.dpo_beta > 0:
+        raise OptionError(
+            f"dpo_beta {options.dpo_beta}: pass more than 0; 0.1 is usual, and more holds the model closer to its start"
+        )
+
+
+def _check_strategy(options: Options) -> None:
+    for name, why in FSDP_ONLY.items():
+        value = getattr(options, name)
+        if options.strategy != "fsdp" and value != getattr(Options, name):
+            raise OptionError(f"{name} {str(value).lower()}: {why}\npass --strategy fsdp, or remove --{name}")
+    if options.shard_optimizer and options.strategy != "ddp":
+        raise OptionError("shard_optimizer true: fsdp shards the optimizer in any case; remove --shard_optimizer")
+    if options.offload_activations and not options.gradient_checkpointing:
+        raise OptionError(
+            "offload_activations true: it offloads the inputs that gradient checkpointing saves\n"
+            "pass --gradient_checkpointing, too"
+        )
+
+
+def _check_parallel(options: Options, world_size: int) -> None:
+    """Refuse numbers of ranks that do not divide, and combinations that tensor and context parallelism do not have."""
+    tensor, context = f"tensor_parallel {options.tensor_parallel}", f"context_parallel {options.context_parallel}"
+    for name in ("context_parallel", "tensor_parallel"):
+        size = getattr(options, name)
+        if world_size % size:
+            raise OptionError(
+                f"{name} {size}: {world_size} ranks are {world_size / size:.3g} groups of {size}\n"
+                "pass a divisor of the number of ranks"
+            )
+    if options.context_parallel > 1 and (options.tensor_parallel > 1 or options.objective == "dpo"):
+        other = tensor if options.tensor_parallel > 1 else "objective dpo"
+        raise OptionError(f"{context}: cannot be combined with {other}\nremove one of them")
+    if options.tensor_parallel > 1 and options.ddp_backend == "gloo" and torch.cuda.is_available():
+        raise OptionError(
+            f"{tensor}: cannot be combined with ddp_backend gloo, which cannot gather GPU tensors within a layer\n"
+            "remove --ddp_backend; each rank then needs a GPU of its own"
+        )
+    if options.tensor_parallel > 1 and options.offload_activations:
+        raise OptionError(f"offload_activations true: cannot be combined with {tensor}\nremove one of them")
+    if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
+        other = tensor if options.tensor_parallel > 1 else "cpu_offload true"
+        raise OptionError(
+            f"optim muon: cannot be combined with {other}, because Muon needs the full matrix on a GPU\n"
+            f"remove --{other.split()[0]}, or pass --optim adamw_torch_fused"
+        )
+    groups = world_size // options.tensor_parallel
+    if groups % options.replicas:
+        sharding = data_parallel_groups(dataclasses.replace(options, context_parallel=1), groups)
+        raise OptionError(
+            f"replicas {options.replicas}: {sharding} are {groups / options.replicas:.3g} for each replica\n"
+            f"pass a divisor of {groups}"
+        )
+
+
+def _check_precision(options: Options) -> None:
+    for name in ("bf16_residual", "float8"):
+        if getattr(options, name) and not options.bf16:
+            raise OptionError(f"{name} true: needs bf16; pass --bf16 true, or remove --{name}")
+    if options.float8 and options.tensor_parallel > 1:
+        raise OptionError(
+            f"float8 true: cannot be combined with tensor_parallel {options.tensor_parallel}\nremove one of them"
+        )
+
+
+def _check_machine(options: Options) -> None:
+    """Refuse what this machine cannot do. Without a compiler, switch torch_compile off and say so."""
+    if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise OptionError(
+            "report_to tensorboard: it is not installed here\npip install tensorboard, or pass --report_to none"
+        )
+    local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < local_ranks and options.ddp_backend != "gloo":
+        raise OptionError(
+            f"--nproc_per_node {local_ranks}: the number of GPUs of this node is {gpus}\npass at most {gpus}, or let "
+            "ranks share a GPU with --ddp_backend gloo"
+        )
+    if options.ddp_backend == "nccl" and not torch.cuda.is_available():
+        raise OptionError("ddp_backend nccl: there is no GPU here; pass --ddp_backend gloo, or remove it")
+    missing = _missing_for_compilation() if options.torch_compile else None
+    if missing:
+        options.torch_compile = False
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"torch_compile: off, because {missing} is not here; training is slower", file=sys.stderr)
+    if options.activation_memory_budget is not None:
+        _check_memory_budget(options, options.activation_memory_budget)
+
+
 def _missing_for_compilation() -> str | None:
-    """What torch.compile needs and this machine lacks, in words."""
+    """The tool that torch.compile needs and this machine does not have, or None."""
     if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
         return "the package triton"
     return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
@@ -197,46 +253,20 @@ def _missing_for_compilation() -> str | None:
 def _check_memory_budget(options: Options, budget: float) -> None:
     name = f"activation_memory_budget {budget}"
     if not 0 <= budget <= 1:
-        raise OptionError(f"{name}: pass a share from 0 to 1")
+        raise OptionError(f"{name}: pass a fraction from 0 to 1")
     if not options.torch_compile:
-        raise OptionError(f"{name}: the compiler chooses what is kept; pass --torch_compile, or leave it out")
-    if options.gradient_checkpointing:
-        raise OptionError(f"{name}: with gradient_checkpointing, only a layer's input is kept anyway; pass one of them")
-
-
-def check_data(options: Options) -> None:
-    """Refuse what cannot work of the options that say what the rows are. Raises OptionError."""
-    _at_least(options, "block_size", 2)
-    _at_least(options, "preprocessing_num_workers", 1)
-    _at_least(options, "max_targetless_fraction", 0)
-    if not 0 <= options.validation_split_percentage < 100:
-        raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")
-    sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]
-    if len(sources) > 1:
-        raise OptionError(f"{' and '.join(sources)}: pass one")
-    if options.validation_file and not {"train_file", "train_mixture"} & set(sources):
-        raise OptionError(f"validation_file {options.validation_file}: needs a train_file or train_mixture beside it")
-    if options.streaming and options.max_steps <= 0:
-        raise OptionError("streaming true: the number of rows is not known beforehand; pass --max_steps")
-    if options.streaming and sources not in (["train_file"], ["dataset_name"]):
-        raise OptionError("streaming true: pass --train_file or --dataset_name; only these can be streamed")
-    if options.streaming and options.objective == "dpo":
-        raise OptionError("streaming true: not with --objective dpo, which needs a reference of all pairs beforehand")
-    if options.train_mixture:
-        mixture_weights(options.train_mixture)
-
-
-def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
-    """Raises OptionError when training does not get on any more. All ranks have counted the same."""
-    if skipped_in_a_row > options.max_skipped_steps:
         raise OptionError(
-            f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
-            "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a "
-            f"lower --learning_rate than {options.learning_rate}, or look for rows without targets"
+            f"{name}: needs torch_compile, because the compiler decides what is saved\n"
+            "pass --torch_compile true, or remove --activation_memory_budget"
+        )
+    if options.gradient_checkpointing:
+        raise OptionError(
+            f"{name}: cannot be combined with gradient_checkpointing, which saves a layer's input only\n"
+            "remove one of them"
         )
 
 
 def _at_least(options: Options, name: str, least: float) -> None:
     value = getattr(options, name)
-    if value is not None and not value >= least:  # so that NaN is refused too
+    if value is not None and not value >= least:  # also refuses NaN
         raise OptionError(f"{name} {value}: must be at least {least}")

@@ -1,4 +1,4 @@
-"""The demo that runs when no model is named: its text, tokenizer, model and options."""
+"""The demo, which runs if no model is named: its recipe of options, its text, tokenizer and model."""
 
 import hashlib
 import sysconfig
@@ -7,12 +7,9 @@ from typing import Any
 
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
-# What the options become when no model is named: a small model that two CPU cores train in a few minutes. An option
-# that the user gives wins over this table.
+# The defaults of options in the demo. Two CPU cores train the small model in a few minutes.
 DEMO_RECIPE: dict[str, Any] = {
     "block_size": 128,
     "per_device_train_batch_size": 4,
@@ -36,9 +33,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 4,096 tokens, trained once on the embedded corpus and kept in `cache_dir`.
+    """A byte-level BPE tokenizer of 4,096 tokens, trained once on the text of the demo and stored in `cache_dir`.
 
-    Any number of processes may call at once: the first one trains, the others wait for its lock.
+    Any number of processes may call it at the same time. The first one trains, and the others wait for its lock.
     """
     files = demo_files()
     digest = hashlib.sha256()
@@ -65,15 +62,14 @@ def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def demo_files() -> list[Path]:
-    """The modules of the standard library without its tests, in an order that is random and always the same."""
+    """The modules of Python's standard library without its tests, in a fixed pseudorandom order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
     files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
     return sorted(files, key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
 
 
-# The model of `make train`: what two CPU cores can teach something in a few minutes. Wide initial weights, because the
-# run is too short to grow them.
+# The model of the demo. Its initial weights have a large standard deviation, because the run is too short to grow them.
 DEMO_MODEL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -1,10 +1,10 @@
-"""The one exception for what a user can get wrong."""
+"""The exception for a mistake of the user."""
 
 
 class OptionError(ValueError):
-    """What a user can get wrong. Its text names the option, the value and the remedy in at most three lines."""
+    """A mistake of the user. Its text names the option, the value and the remedy in at most three lines."""
 
 
 def first_line(error: Exception) -> str:
-    """What an exception has to say, short enough for such a text."""
+    """The first line of an exception's message, at most 200 characters, for the text of an OptionError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

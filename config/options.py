@@ -1,28 +1,44 @@
-"""Every option of the trainer: its name, default, help and check.
+"""Every option of the trainer: its group, default and help.
 
-Names and meanings are those of transformers' `TrainingArguments` and of `run_clm.py`; the few new ones are `strategy`,
-`reshard_after_forward`, `replicas`, `tensor_parallel`, `context_parallel`, `cpu_offload`, `sync_each_batch`,
-`reduce_dtype`, `shard_optimizer`, `offload_activations`, `activation_memory_budget`, `global_batch_size`,
-`train_mixture`, `packing`, `text_column`, `data_format`, `chat_template`, `max_targetless_fraction`, `show_examples`,
-`data_cache_dir`, `max_skipped_steps`, `bf16_residual`, `float8`, `async_save`, `save_dtype`, `objective`, `dpo_beta`,
-`ledger`, `trace_steps`, `scale_learning_rate`, `reference_batch_size` and `prompt`.
+Names and meanings are those of transformers' `TrainingArguments` and of its example script `run_clm.py`, where these
+have the option. docs/options.md explains the options that need more than one line.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers.hf_argparser import HfArg
 
-# Options that may differ between hosts: paths, of which the content must be the same, and what concerns one alone.
+# The groups of options, in the order of `python train.py --help`.
+GROUPS = (
+    MODEL := "Model",
+    DATA := "Data",
+    SEQUENCES := "From records to sequences",
+    BATCH := "Global batch",
+    OBJECTIVE := "Objective",
+    OPTIMIZER := "Optimizer and schedule",
+    STRATEGY := "Strategy: how ranks share the work",
+    PRECISION := "Precision, compilation and memory",
+    OUTPUT := "Output directory and checkpoints",
+    LOGGING := "Evaluation and logging",
+    SEED := "Seed and determinism",
+)
+
+# All ranks must have the same options. Otherwise they wait for each other in different collectives. These options may
+# differ between nodes. Paths may, because the content of their files is compared instead (checkpoint/identity.py). The
+# others may, because they do not change the result, or because only rank 0 reads them.
 MAY_DIFFER_BETWEEN_NODES = {
     *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
     *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "torch_compile"),
     *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
-    *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "show_examples", "trace_steps", "prompt"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "disable_tqdm", "show_examples", "trace_steps"),
+    "prompt",
 }
 
-# What lr_scheduler_kwargs may hold; beside it, learning_rate is the highest rate and warmup_steps the warmup.
+# Old names of options, still accepted on the command line and in a run file, with a line that says the new name.
+RENAMED = {"max_targetless_share": "max_targetless_fraction"}
+
+# The keys of lr_scheduler_kwargs. The highest rate is learning_rate, and the length of the warmup is warmup_steps.
 SCHEDULE_PARAMETERS = {
     "WarmupLR": ("warmup_type", "warmup_min_lr"),
     "WarmupDecayLR": ("warmup_type", "warmup_min_lr", "total_num_steps"),
@@ -30,230 +46,139 @@ SCHEDULE_PARAMETERS = {
 }
 
 
+def option(group: str, default: Any, help: str) -> Any:
+    """A field of `Options`: its group in --help, its default, and its help without the default."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help})
+
+
 @dataclasses.dataclass
 class Options:
-    """The options of one run. `parse` reads them, `check` refuses what cannot work."""
+    """The options of one run. `parse` reads them (config/command_line.py), `check` refuses what cannot work."""
 
-    # The model
-    model_name_or_path: str | None = HfArg(
-        default=None, help="Model to train: a local directory or a hub id. None: a small one with random weights."
-    )
-    config_name: str | None = HfArg(
-        default=None, help="Directory or hub id of a model configuration, to be trained from random weights."
-    )
-    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer, if it is not the model's own.")
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run Python files that come with a model or tokenizer. They may do anything here."
-    )
+    model_name_or_path: str | None = option(MODEL, None, "Model to train: a local directory or a hub id.")
+    config_name: str | None = option(MODEL, None, "Model configuration, local or on the hub, for random weights.")
+    tokenizer_name: str | None = option(MODEL, None, "Tokenizer, local or on the hub. Default: the model's own.")
+    trust_remote_code: bool = option(MODEL, False, "Run Python files that come with the model or tokenizer.")
 
-    # The data
-    train_file: str | None = HfArg(
-        default=None,
-        help="Training text: a file, a directory, a quoted glob, or several with commas between; .txt (one document a "
-        "file), .jsonl or .json (one record a line; also .gz and .zst), .parquet.",
+    train_file: str | None = option(
+        DATA, None, "Training data: file, directory or glob; .txt .jsonl .json .parquet .gz .zst."
     )
-    train_mixture: str | None = HfArg(
-        default=None,
-        help="Several sources with weights instead: a.jsonl=0.7,b.jsonl=0.3 are the shares of the rows of an epoch.",
+    train_mixture: str | None = option(DATA, None, "Weighted sources: a.jsonl=0.7,b.jsonl=0.3 of the sequences.")
+    validation_file: str | None = option(DATA, None, "Validation data, in the formats of train_file.")
+    validation_split_percentage: int = option(DATA, 5, "Without validation data: percentage held out for it.")
+    dataset_name: str | None = option(DATA, None, "Data set to train on: a local directory or a hub id.")
+    dataset_config_name: str | None = option(DATA, None, "Configuration of the data set, if it has several.")
+    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "preference"] = option(
+        DATA, "auto", "Shape of the records. auto: detected by their columns."
     )
-    validation_file: str | None = HfArg(default=None, help="Validation text, like train_file.")
-    dataset_name: str | None = HfArg(default=None, help="Training data by hub id or local directory, via `datasets`.")
-    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
-    streaming: bool = HfArg(
-        default=False,
-        help="Read and tokenize the training data while training: for sets that do not fit on a disk. No row-wise "
-        "shuffle (data/stream.py); needs max_steps, and holds nothing out.",
-    )
-    text_column: str = HfArg(default="text", help="Column that holds the text of a document.")
-    validation_split_percentage: int = HfArg(
-        default=5, help="Without validation data: the last rows in this percentage are held out. 0: no validation."
-    )
-    block_size: int | None = HfArg(
-        default=None, help="Tokens in one row. None: 1024, or the model's positions where those are fewer."
-    )
-    packing: Literal["concat", "documents", "none"] | None = HfArg(
-        default=None,
-        help="concat: documents are joined with EOS and cut into rows. documents: whole documents share a row, without "
-        "attention between them. none: one row per document, padded to the longest of a micro-batch. "
-        "None: documents for conversations, concat for text; a pair of dpo is always a row of its own.",
-    )
-    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "preference"] = HfArg(
-        default="auto", help="Shape of the records: text, a kind of conversation, or pairs. auto: by their columns."
-    )
-    chat_template: str | None = HfArg(
-        default=None, help="File with a chat template (Jinja), instead of the tokenizer's own."
-    )
-    max_targetless_fraction: float = HfArg(
-        default=0.1, help="Share of conversations that may be left out because no token of them would be learned."
-    )
-    show_examples: int = HfArg(
-        default=0, help="Training rows to print before the first step, with what is learned told apart in color."
-    )
-    preprocessing_num_workers: int | None = HfArg(
-        default=None, help="Processes that tokenize. None: one for each core that this process may use."
-    )
-    data_cache_dir: str = HfArg(
-        default="~/.cache/raw-trainer", help="Where tokenized data, references of dpo and the embedded tokenizer are."
-    )
-    dataloader_num_workers: int = HfArg(default=2, help="Processes per rank that prepare micro-batches.")
-    dataloader_prefetch_factor: int = HfArg(default=2, help="Micro-batches that each of them keeps ready.")
+    text_column: str = option(DATA, "text", "Column that holds the text of a document.")
+    streaming: bool = option(DATA, False, "Read and tokenize while training, for data larger than the disk.")
+    data_cache_dir: str = option(DATA, "~/.cache/raw-trainer", "Directory of tokenized data, kept between runs.")
+    preprocessing_num_workers: int | None = option(DATA, None, "Processes that tokenize. Default: one for each core.")
+    dataloader_num_workers: int = option(DATA, 2, "Processes of each rank that load micro-batches.")
+    dataloader_prefetch_factor: int = option(DATA, 2, "Micro-batches that each of them loads ahead.")
 
-    # The global batch
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows in one micro-batch of one rank.")
-    per_device_eval_batch_size: int = HfArg(default=8, help="The same, in evaluation.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches of one rank in one optimizer step.")
-    global_batch_size: int | None = HfArg(
-        default=None, help="Rows in one optimizer step of all ranks; the accumulation follows from it."
+    block_size: int | None = option(SEQUENCES, None, "Tokens in a sequence. Default: 1024, or fewer if the model has.")
+    packing: Literal["concat", "documents", "none"] | None = option(
+        SEQUENCES, None, "How documents fill sequences. Default: documents for conversations, else concat."
+    )
+    chat_template: str | None = option(SEQUENCES, None, "File with a chat template (Jinja). Default: the tokenizer's.")
+    max_targetless_fraction: float = option(
+        SEQUENCES, 0.1, "Fraction of conversations that may be left out: no token to train on."
+    )
+    show_examples: int = option(SEQUENCES, 0, "Sequences to print at the start, tokens trained on in green.")
+
+    per_device_train_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank.")
+    per_device_eval_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank, in evaluation.")
+    gradient_accumulation_steps: int = option(BATCH, 1, "Micro-batches of one rank in an optimizer step.")
+    global_batch_size: int | None = option(BATCH, None, "Sequences in an optimizer step; sets the accumulation.")
+
+    objective: Literal["sft", "dpo"] = option(
+        OBJECTIVE, "sft", "sft: next token. dpo: prefer chosen to rejected answers."
+    )
+    dpo_beta: float = option(OBJECTIVE, 0.1, "dpo: how strongly the model is held to its initial weights.")
+
+    num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences.")
+    max_steps: int = option(OPTIMIZER, -1, "Optimizer steps. Above 0, it overrides num_train_epochs.")
+    optim: Literal["adamw_torch_fused", "muon"] = option(
+        OPTIMIZER, "adamw_torch_fused", "muon: layer matrices by Muon, all else by AdamW."
+    )
+    learning_rate: float = option(OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = option(
+        OPTIMIZER, "linear", "Schedule after the warmup. Names with Warmup are DeepSpeed's."
+    )
+    lr_scheduler_kwargs: str | None = option(OPTIMIZER, None, "JSON with the parameters of a DeepSpeed schedule.")
+    warmup_steps: float = option(OPTIMIZER, 0.0, "Steps of warmup. Below 1: a fraction of all steps.")
+    scale_learning_rate: Literal["none", "sqrt", "linear"] = option(
+        OPTIMIZER, "none", "Multiply learning_rate by global batch / reference_batch_size, or its root."
+    )
+    reference_batch_size: int | None = option(OPTIMIZER, None, "Global batch that learning_rate is meant for.")
+    weight_decay: float = option(OPTIMIZER, 0.0, "Decay of matrices. Norms and biases never decay.")
+    adam_beta1: float = option(OPTIMIZER, 0.9, "AdamW: decay of the first moment.")
+    adam_beta2: float = option(OPTIMIZER, 0.999, "AdamW: decay of the second moment.")
+    adam_epsilon: float = option(OPTIMIZER, 1e-8, "AdamW: term added to the denominator.")
+    max_grad_norm: float = option(OPTIMIZER, 1.0, "Clip gradients to this norm. 0: never.")
+    max_skipped_steps: int = option(
+        OPTIMIZER, 10, "Consecutive skipped steps (no target, gradient not finite) before an error."
     )
 
-    # What it minimizes
-    objective: Literal["sft", "dpo"] = HfArg(
-        default="sft", help="sft: the next token. dpo: to prefer the chosen answer of a pair to the rejected one."
+    strategy: Literal["ddp", "fsdp"] = option(
+        STRATEGY, "ddp", "ddp: each rank holds the model. fsdp: parameters are sharded."
     )
-    dpo_beta: float = HfArg(
-        default=0.1, help="dpo: how strongly the model is held to the one it began as; the lower, the less."
+    reshard_after_forward: bool = option(STRATEGY, True, "fsdp: free a layer's full parameters after its forward.")
+    replicas: int = option(STRATEGY, 1, "fsdp: replicas of the model, each sharded; above 1, hybrid sharding.")
+    tensor_parallel: int = option(STRATEGY, 1, "fsdp: consecutive ranks that split each layer.")
+    context_parallel: int = option(STRATEGY, 1, "Consecutive ranks that split each sequence.")
+    shard_optimizer: bool = option(STRATEGY, False, "ddp: shard the optimizer; each rank updates its shard (ZeRO-1).")
+    sync_each_batch: bool = option(
+        STRATEGY, False, "fsdp: reduce-scatter gradients in each micro-step, not once a step."
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = option(
+        STRATEGY, "float32", "fsdp: dtype in which gradients are reduced."
+    )
+    cpu_offload: bool = option(STRATEGY, False, "fsdp: shards and optimizer in host memory, AdamW on the CPU.")
+    ddp_backend: Literal["nccl", "gloo"] | None = option(
+        STRATEGY, None, "Default: nccl on GPUs, else gloo. gloo lets ranks share a GPU."
+    )
+    ddp_timeout: int = option(STRATEGY, 1800, "Seconds after which a collective fails.")
+    deepspeed: str | None = option(STRATEGY, None, "DeepSpeed file; its keys become options (config/deepspeed.py).")
+
+    bf16: bool = option(
+        PRECISION, torch.cuda.is_available(), "Compute in bf16 over fp32 parameters. With a GPU, the default is true."
+    )
+    bf16_residual: bool = option(PRECISION, False, "bf16 with ddp: bf16 between layers, too. fsdp always does this.")
+    float8: bool = option(PRECISION, False, "bf16: matrix products of the decoder layers in float8.")
+    torch_compile: bool = option(
+        PRECISION, torch.cuda.is_available(), "Compile each layer. With a GPU, the default is true."
+    )
+    gradient_checkpointing: bool = option(PRECISION, False, "Save only each layer's input, and recompute the rest.")
+    offload_activations: bool = option(PRECISION, False, "gradient_checkpointing: save these inputs in host memory.")
+    activation_memory_budget: float | None = option(
+        PRECISION, None, "torch_compile: fraction of activations to save, from 0 to 1."
     )
 
-    # The optimizer and its schedule
-    optim: Literal["adamw_torch_fused", "muon"] = HfArg(
-        default="adamw_torch_fused",
-        help="muon: the matrices of the decoder layers by Muon, one moment each, scaled so that a learning_rate and "
-        "weight_decay for AdamW fit; all else by AdamW.",
-    )
-    learning_rate: float = HfArg(default=5e-5, help="Highest learning rate, reached after the warmup.")
-    scale_learning_rate: Literal["none", "sqrt", "linear"] = HfArg(
-        default="none", help="Multiply learning_rate by global batch / reference_batch_size, or by the root of that."
-    )
-    reference_batch_size: int | None = HfArg(
-        default=None, help="Rows in the global batch that learning_rate is meant for, with scale_learning_rate."
-    )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = HfArg(
-        default="linear",
-        help="How the rate falls after the warmup: to 0 for linear and cosine. Those named Warmup are DeepSpeed's.",
-    )
-    lr_scheduler_kwargs: str | None = HfArg(
-        default=None,
-        help="JSON, for a schedule of DeepSpeed: warmup_type (log or linear), warmup_min_lr; total_num_steps for "
-        "WarmupDecayLR and WarmupCosineLR; for the latter warmup_min_ratio and cos_min_ratio, not warmup_min_lr.",
-    )
-    warmup_steps: float = HfArg(default=0.0, help="Steps of linear warmup; below 1, a share of all steps.")
-    weight_decay: float = HfArg(default=0.0, help="Decay of matrices; norms and biases never decay.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW: decay of the first moment.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW: decay of the second moment.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW: added to the denominator.")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm. 0: never.")
-    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
-    max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it wins over num_train_epochs.")
-    max_skipped_steps: int = HfArg(
-        default=10, help="Steps in a row that may be skipped because their gradient is not finite or has no target."
-    )
+    output_dir: str = option(OUTPUT, "output", "Directory of the checkpoints, metrics and final model.")
+    overwrite_output_dir: bool = option(OUTPUT, False, "Replace the run in output_dir, unless it is resumed.")
+    resume_from_checkpoint: str | None = option(OUTPUT, None, "A checkpoint directory, or auto: the newest valid one.")
+    save_steps: int = option(OUTPUT, 500, "Steps between checkpoints. 0: only after training.")
+    save_total_limit: int | None = option(OUTPUT, None, "Newest checkpoints to keep. Default: all.")
+    save_dtype: Literal["bfloat16", "float32"] = option(OUTPUT, "bfloat16", "Dtype of the final model's files.")
+    async_save: bool = option(OUTPUT, True, "Continue to train while a checkpoint is written.")
 
-    # How it is computed
-    strategy: Literal["ddp", "fsdp"] = HfArg(
-        default="ddp", help="ddp: every rank holds the whole model. fsdp: parameters and moments are sharded."
+    logging_steps: int = option(LOGGING, 10, "Steps between two records of metrics.jsonl.")
+    eval_steps: int = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
+    report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
+    disable_tqdm: bool | None = option(
+        LOGGING,
+        None,
+        "No progress bar. Default: a bar on a terminal, a plain line every logging_steps elsewhere.",
     )
-    reshard_after_forward: bool = HfArg(
-        default=True,
-        help="fsdp: free a layer's full parameters after its forward; costs two gathers a micro-step, not one a step.",
-    )
-    replicas: int = HfArg(
-        default=1, help="fsdp: groups of ranks that each hold all shards; above 1, hybrid sharding on a 2-D mesh."
-    )
-    tensor_parallel: int = HfArg(
-        default=1, help="fsdp: ranks next to each other that divide each layer, and read the same rows."
-    )
-    context_parallel: int = HfArg(
-        default=1,
-        help="Ranks next to each other that divide each row: one has 1 / N of its positions, and for attention all of "
-        "them of 1 / N of the heads. For rows that are too long for one GPU.",
-    )
-    sync_each_batch: bool = HfArg(
-        default=False,
-        help="fsdp: exchange gradients in each micro-step, so that a rank keeps its shard of them alone. Costs a "
-        "reduce-scatter a micro-step. Without, it is one a step, and each rank holds them whole until then, in fp32.",
-    )
-    reduce_dtype: Literal["float32", "bfloat16"] = HfArg(
-        default="float32",
-        help="fsdp: of gradients while they are reduced over ranks. bfloat16 halves what travels, and rounds each sum.",
-    )
-    cpu_offload: bool = HfArg(
-        default=False,
-        help="fsdp: parameters, gradients and moments lie in host memory, where AdamW runs, too; a GPU holds what it "
-        "computes. Costs a copy of each layer to the GPU for each use of it, and one of its gradients back. torchrun "
-        "gives AdamW one CPU thread a rank, unless OMP_NUM_THREADS is set.",
-    )
-    shard_optimizer: bool = HfArg(
-        default=False, help="ddp: each rank updates its part of the parameters, and keeps only that part's moments."
-    )
-    bf16: bool = HfArg(
-        default=torch.cuda.is_available(), help="Compute in bf16 over fp32 parameters. The default is: on a GPU."
-    )
-    bf16_residual: bool = HfArg(
-        default=False,
-        help="With bf16: what a layer is given, and adds to, is bf16, too, as it is with fsdp in any case. Faster, "
-        "less is kept, and each sum is rounded.",
-    )
-    float8: bool = HfArg(
-        default=False,
-        help="With bf16: matrix products of the decoder layers in float8, scaled per tensor (model/float8.py), not "
-        "those of the head. Faster with torch_compile, for wide models, on a GPU of compute capability 8.9 or more.",
-    )
-    torch_compile: bool = HfArg(
-        default=torch.cuda.is_available(),
-        help="Compile each layer, in the first step. The default is: on a GPU, if Triton and a C compiler are there.",
-    )
-    gradient_checkpointing: bool = HfArg(
-        default=False, help="Keep only each layer's input for the backward and compute the rest again."
-    )
-    offload_activations: bool = HfArg(
-        default=False,
-        help="With gradient_checkpointing: keep those inputs in page-locked host memory. Costs a copy of each to the "
-        "host and one back, on the stream that computes.",
-    )
-    activation_memory_budget: float | None = HfArg(
-        default=None,
-        help="With torch_compile: the share of a layer's activations, 0 to 1, that is kept for its backward; the "
-        "cheapest to compute again are not. Costs what they cost: nothing at 1, a second forward at 0. Not for a model "
-        "with dropout or other noise.",
-    )
-    ddp_backend: Literal["nccl", "gloo"] | None = HfArg(
-        default=None, help="None: gloo for CPU tensors and nccl for GPU tensors. gloo lets ranks share one GPU."
-    )
-    ddp_timeout: int = HfArg(default=1800, help="Seconds after which a collective is given up.")
-    full_determinism: bool = HfArg(
-        default=False, help="Only algorithms that pass the same bits each time; slower on a GPU."
-    )
-    seed: int = HfArg(default=42, help="Seed of initialization, data order and dropout.")
+    ledger: bool = option(LOGGING, False, "Record the sequences of each step, for `python -m data.ledger`.")
+    trace_steps: int = option(LOGGING, 0, "Steps to trace with the profiler on rank 0, after two others.")
+    prompt: str | None = option(LOGGING, None, "Text that the trained model completes at the end.")
 
-    deepspeed: str | None = HfArg(
-        default=None,
-        help="A DeepSpeed file, read natively (config/deepspeed.py): what it asks for, instead of options here.",
-    )
-
-    # What it writes, and when
-    output_dir: str = HfArg(default="output", help="Directory of checkpoints, metrics and the final model.")
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="Replace the run that output_dir holds, unless it is resumed."
-    )
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, help="A checkpoint directory, or auto: the newest valid one of output_dir, if there is any."
-    )
-    logging_steps: int = HfArg(default=10, help="Steps between two rows of metrics.jsonl.")
-    eval_steps: int = HfArg(default=0, help="Steps between evaluations. 0: only before and after training.")
-    save_steps: int = HfArg(default=500, help="Steps between checkpoints. 0: only after training.")
-    async_save: bool = HfArg(default=True, help="Train on while a checkpoint is written, from a copy in host memory.")
-    save_dtype: Literal["bfloat16", "float32"] = HfArg(
-        default="bfloat16", help="Of the finished model's files; checkpoints are always fp32."
-    )
-    save_total_limit: int | None = HfArg(default=None, help="Checkpoints that are kept, the newest. None: all.")
-    ledger: bool = HfArg(
-        default=False, help="Record the rows of every step and their tokens; `python -m data.ledger` checks them."
-    )
-    report_to: Literal["none", "tensorboard"] = HfArg(default="none", help="Where else metrics go.")
-    trace_steps: int = HfArg(
-        default=0, help="Steps, after two others, of which rank 0 writes a profiler trace and counts the collectives."
-    )
-    prompt: str | None = HfArg(default=None, help="Text that the trained model completes at the end.")
+    seed: int = option(SEED, 42, "Seed of the initial weights, the data order and dropout.")
+    full_determinism: bool = option(SEED, False, "Only algorithms with the same bits each time; slower on a GPU.")
 
     @property
     def model_parallel_size(self) -> int:

@@ -8,10 +8,10 @@ from config.options import Options
 
 
 def mixture_weights(value: str) -> dict[str, float]:
-    """The weight of each source that --train_mixture names, divided by their sum. Raises OptionError."""
+    """The weight of each source in --train_mixture, normalized to a sum of 1. Raises OptionError."""
     weights: dict[str, float] = {}
-    for part in value.split(","):
-        name, _, weight = part.rpartition("=")
+    for source in value.split(","):
+        name, _, weight = source.rpartition("=")
         try:
             weights[name] = float(weight)
             wrong = not name or not 0 < weights[name] < math.inf
@@ -19,87 +19,85 @@ def mixture_weights(value: str) -> dict[str, float]:
             wrong = True
         if wrong:
             raise OptionError(
-                f"train_mixture {part}: pass NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
+                f"train_mixture {source}: pass NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
             )
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
-    """The ranks as a grid: replicas of the model x ranks that shard each of them x ranks that divide each layer."""
+    """The ranks as a grid: replicas of the model, ranks that shard each replica, ranks that split each layer."""
     replicas = world_size if options.strategy == "ddp" else options.replicas
     return replicas, world_size // replicas // options.tensor_parallel, options.tensor_parallel
 
 
 def data_parallel_rank_and_size(options: Options, rank: int, world_size: int) -> tuple[int, int]:
-    """Which part of the sequences `rank` reads, and of how many parts.
+    """The data-parallel rank of `rank`, and the data-parallel size.
 
-    Ranks that split each layer or each sequence among themselves read the same sequences: they count as one.
+    Data-parallel rank r of N reads every N-th sequence from the r-th. Ranks that split each layer or each sequence read
+    the same sequences, so they share one data-parallel rank.
     """
     return rank // options.model_parallel_size, world_size // options.model_parallel_size
 
 
 def data_parallel_groups(options: Options, number: int) -> str:
-    """Those who read rows of their own, in words: ranks, or groups of ranks that divide each layer or row."""
+    """The data-parallel size `number` in words: so many ranks, or groups of ranks that split each layer or sequence."""
+    plural = "" if number == 1 else "s"
     if options.model_parallel_size == 1:
-        return f"{number} ranks"
-    return f"{number} group{'' if number == 1 else 's'} of {options.model_parallel_size} ranks"
+        return f"{number} rank{plural}"
+    return f"{number} group{plural} of {options.model_parallel_size} ranks"
 
 
-def derive_accumulation(options: Options, world_size: int) -> None:
-    """Set the accumulation that gives `global_batch_size` rows; an OptionError shows an impossible division.
-
-    `world_size` is the number of those that read rows of their own: see `readers`.
-    """
+def derive_accumulation(options: Options, data_parallel_size: int) -> None:
+    """Set the accumulation that gives `global_batch_size` sequences. Raises OptionError if it is no whole number."""
     assert options.global_batch_size
     micro_batch = options.per_device_train_batch_size
-    accumulation, rest = divmod(options.global_batch_size, micro_batch * world_size)
+    sequences = micro_batch * data_parallel_size  # in a micro-step of all ranks
+    accumulation, rest = divmod(options.global_batch_size, sequences)
     if rest or not accumulation:
         raise OptionError(
             f"global_batch_size {options.global_batch_size}: not a multiple of per_device_train_batch_size "
-            f"{micro_batch} x {data_parallel_groups(options, world_size)} = {micro_batch * world_size} rows; "
-            f"{options.global_batch_size} / {micro_batch * world_size} = "
-            f"{options.global_batch_size / (micro_batch * world_size):.3g} micro-steps\n"
+            f"{micro_batch} x {data_parallel_groups(options, data_parallel_size)} = {sequences} sequences; "
+            f"{options.global_batch_size} / {sequences} = {options.global_batch_size / sequences:.3g} micro-steps\n"
             "change global_batch_size, per_device_train_batch_size or the number of ranks"
         )
     options.gradient_accumulation_steps = accumulation
 
 
-def learning_rate_factor(options: Options, rows: int) -> float:
-    """What the learning rate is multiplied by for a global batch of `rows`, where it is meant for another.
+def learning_rate_factor(options: Options, global_batch_size: int) -> float:
+    """The factor of the learning rate, if it is meant for `reference_batch_size` and not for `global_batch_size`.
 
     In proportion to the batch (Goyal et al. 2017), or to its root, as the noise of a gradient falls (Malladi et al.
     2022, for Adam). Without `scale_learning_rate`, 1.
     """
-    ratio = rows / (options.reference_batch_size or rows)
+    ratio = global_batch_size / (options.reference_batch_size or global_batch_size)
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[options.scale_learning_rate]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The arithmetic of a run: how many rows, micro-batches and steps."""
+    """The arithmetic of a run: sequences, micro-batches and steps."""
 
-    block_size: int  # tokens in a row
+    block_size: int  # tokens in a sequence
     accumulation: int  # micro-batches of one rank in a step
-    global_batch_size: int  # rows of all ranks in a step
-    steps_per_epoch: int  # whole global batches among the training rows; 0: not known of a stream
+    global_batch_size: int  # sequences of all ranks in a step
+    steps_per_epoch: int  # full global batches in the training sequences; 0 for a stream, whose length is not known
     total_steps: int
 
 
-def plan_run(options: Options, rows: int, world_size: int) -> Plan:
-    """The plan for `rows` training rows. Raises OptionError if they do not fill one global batch."""
+def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
+    """The plan for so many training sequences. Raises OptionError if they do not fill one global batch."""
     assert options.block_size
-    world_size //= options.model_parallel_size
-    accumulation = options.gradient_accumulation_steps
-    global_batch_size = options.per_device_train_batch_size * accumulation * world_size
+    data_parallel_size = world_size // options.model_parallel_size
+    micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    global_batch_size = micro_batch * accumulation * data_parallel_size
     if options.streaming:
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
-    steps_per_epoch = rows // global_batch_size
+    steps_per_epoch = sequences // global_batch_size
     if steps_per_epoch == 0:
         raise OptionError(
-            f"global batch of {global_batch_size} rows = per_device_train_batch_size "
-            f"{options.per_device_train_batch_size} x {accumulation} micro-steps x {data_parallel_groups(options, world_size)}: the "
-            f"training split has only {rows} rows of block_size {options.block_size}\n"
-            "pass more text, or a smaller batch"
+            f"global batch of {global_batch_size} sequences = per_device_train_batch_size {micro_batch} x "
+            f"accumulation {accumulation} x {data_parallel_groups(options, data_parallel_size)}: the training data is "
+            f"{sequences} sequences of block_size {options.block_size}\npass more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)

@@ -1,4 +1,7 @@
-"""DeepSpeed files, read natively: what keys become, what is refused, and the curve that DeepSpeed itself gives."""
+"""Proves config/deepspeed.py, config/deepspeed_keys.py, config/__main__.py, and schedules of optim/schedule.py.
+
+Each key of a DeepSpeed file sets an option, is refused or is explained. A run has the loss curve of DeepSpeed itself.
+"""
 
 import importlib
 import json
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from config.checks import check
 from config.command_line import parse
-from config.deepspeed import DIRECT, NO_EFFECT, OURS, REFUSED, UNKNOWN
+from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
 from config.options import SCHEDULE_PARAMETERS, Options
 from data.ledger import read
@@ -28,7 +31,7 @@ from optim.schedule import learning_rate
 from tests.launch import train, train_ok
 from tests.proof import GATES, TENSOR, relative_l2
 
-# The shapes that public files have.
+# Three files as they are published: stage 2, stage 3, and all values "auto".
 STAGE_2_OFFLOADED = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 4,
@@ -105,7 +108,7 @@ ALL_AUTO = {
 
 
 def options_of(directory: Path, content: Any, *argv: object, ranks: int | None = 4) -> Options:
-    """The options that a file of this content makes of `argv`, checked."""
+    """The checked options of a run with a file of this content and with `argv`."""
     (directory / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
     words = ["--deepspeed", str(directory / "ds.json"), "--model_name_or_path", "x", *map(str, argv)]
     options = parse(words, ranks)
@@ -216,7 +219,7 @@ def options_of(directory: Path, content: Any, *argv: object, ranks: int | None =
         ({"tensorboard": {"enabled": True, "output_path": "logs"}}, [], {"report_to": "tensorboard"}),
     ],
 )
-def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_keys_set_options(content: Any, argv: list[object], expected: dict[str, Any], tmp_path: Path) -> None:
     options = options_of(tmp_path, content, *argv)
     assert {name: getattr(options, name) for name in expected} == expected
 
@@ -227,7 +230,11 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "16 is not train_micro_batch_size_per_gpu 4 x "),
         (STAGE_2_OFFLOADED | {"gradient_accumulation_steps": 2}, [], "gradient_accumulation_steps 2 x 4 ranks = 32"),
         ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "30 = train_micro_batch_size_per_gpu 4 x "),
-        ({"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4}, [], "steps 1.875 x 4 ranks: not whole"),
+        (
+            {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4},
+            [],
+            "steps 1.875 x 4 ranks: not a whole number",
+        ),
         ({"train_batch_size": 16}, ["--global_batch_size", 32], "global_batch_size 32: train_batch_size 16 of "),
         (ALL_AUTO, ["--strategy", "ddp"], "strategy ddp: zero_optimization.stage 3 of "),
         (STAGE_2_OFFLOADED, ["--learning_rate", 1], "learning_rate 1.0: scheduler.params.warmup_max_lr 0.003 of "),
@@ -238,11 +245,21 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}},
             [],
-            'offload_param.device "nvme": there is no offload to disks here\nwrite cpu, or shard over more ranks',
+            'offload_param.device "nvme": offload to a disk is not implemented\nwrite cpu, or train on more ranks',
         ),
-        ({"zero_optimization": {"stage": 4}}, [], "the stages are 0 to 3"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "weights travel in bf16 or fp32"),
-        ({"optimizer": {"type": "Lamb"}}, [], 'optimizer.type "Lamb": the optimizer here is AdamW'),
+        ({"zero_optimization": {"stage": 4}}, [], "pass a stage from 0 to 3"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            [],
+            "weights are gathered in bf16 or fp32",
+        ),
+        ({"optimizer": {"type": "Lamb"}}, [], '"Lamb": a file can set AdamW only\nremove the section, or write AdamW'),
+        (
+            {"optimizer": {"type": "Muon"}},
+            [],
+            '"Muon": a file can set AdamW only\nremove the section, and pass --optim m',
+        ),
+        ({"optimizer": {"type": "AdamW"}}, ["--optim", "muon"], 'optim muon: optimizer.type "AdamW" of '),
         (
             {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0.1}}},
             [],
@@ -253,24 +270,28 @@ def test_becomes(content: Any, argv: list[object], expected: dict[str, Any], tmp
         ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": pass a number of at least 0'),
         ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": pass WarmupLR, WarmupDecayLR'),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
-        ({"compression_training": {"weight_quantization": {"enabled": True}}}, [], "it changes what is trained"),
+        (
+            {"compression_training": {"weight_quantization": {"enabled": True}}},
+            [],
+            "it changes the model; remove the key",
+        ),
         ({"elasticity": {"enabled": True}}, [], "it would choose the batch"),
         ({"train_batch_size": 1.5}, [], "train_batch_size 1.5: pass a whole number"),
         ({"communication_data_type": "bf16"}, [], "ddp reduces in fp32, fsdp (stages 2 and 3) in fp32 or bf16"),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             [],
-            "gradients are summed, reduced and kept in fp32; write fp32",
+            "gradients accumulate in fp32; write fp32",
         ),
         ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: pass WarmupLR, WarmupDecayLR'),
-        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "updates that come late are other updates"),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are no multiple of it"),
-        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "train_batch_size stands in it twice"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "late updates change the numbers"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are not a multiple of it"),
+        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "the key train_batch_size appears twice"),
         ("{", [], "pass a JSON file as DeepSpeed reads it"),
-        ("[]", [], "it is no mapping"),
+        ("[]", [], "it is not a JSON object"),
     ],
 )
-def test_refused(content: Any, argv: list[object], expected: str, tmp_path: Path) -> None:
+def test_refused_keys(content: Any, argv: list[object], expected: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as error:
         options_of(tmp_path, content, *argv)
     assert expected in str(error.value)
@@ -283,16 +304,16 @@ def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
     assert (options.learning_rate, options.weight_decay) == (3e-4, 0)
 
 
-def test_who_prepares_data_needs_no_ranks(tmp_path: Path) -> None:
-    """`python -m data.prepare` takes the options of the run, on a host without its ranks."""
+def test_preparation_of_data_needs_no_ranks(tmp_path: Path) -> None:
+    """`python -m data.prepare` takes the options of the run, on a machine without its ranks."""
     (tmp_path / "ds.json").write_text('{"train_batch_size": 1000, "train_micro_batch_size_per_gpu": 3}')
     assert parse(["--deepspeed", str(tmp_path / "ds.json")]).per_device_train_batch_size == 3
 
 
-def test_every_key_is_named(
+def test_table_has_every_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the command that trains nothing: a line for each key, in the order of the file; unknown ones once more."""
+    """`python -m config` prints a line for each key, in the order of the file. Unknown keys are repeated at the end."""
     content = STAGE_2_OFFLOADED | {"gradient_cliping": 1.0, "wall_clock_breakdown": True, "frobnicate": {"x": 1}}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(content))
@@ -300,16 +321,15 @@ def test_every_key_is_named(
     runpy.run_module("config", run_name="__main__")
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"deepspeed {file}, key by key:"
-    told = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
-    assert list(dict.fromkeys(key.split(".")[0] for key in told)) == list(content)
-    assert len(told) == len(re.findall(r'": (?!\{)', json.dumps(content)))
-    assert told["train_batch_size"].endswith("global_batch_size 16 = 4 rows x 1 micro-steps x 4 ranks")
-    assert told["zero_optimization.overlap_comm"].startswith("true         no effect: the exchange always overlaps")
-    assert told["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl has the times of a step")
+    shown = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert list(dict.fromkeys(key.split(".")[0] for key in shown)) == list(content)
+    assert len(shown) == len(re.findall(r'": (?!\{)', json.dumps(content)))
+    assert shown["train_batch_size"].endswith("global_batch_size 16 = micro-batch 4 x accumulation 1 x 4 ranks")
+    assert shown["zero_optimization.overlap_comm"].startswith("true         no effect: communication always overlaps")
+    assert shown["wall_clock_breakdown"].startswith("true         no effect: metrics.jsonl has the times of a step")
     assert lines[-2:] == [
-        "unknown key gradient_cliping: not a key that is known here, and without effect; did you mean "
-        "gradient_clipping?",
-        "unknown key frobnicate.x: not a key that is known here, and without effect",
+        "unknown key gradient_cliping: not known here, without effect; did you mean gradient_clipping?",
+        "unknown key frobnicate.x: not known here, without effect",
     ]
 
     monkeypatch.setattr("sys.argv", ["", str(file), "--ranks", "3"])
@@ -327,11 +347,11 @@ def test_every_key_is_named(
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation.stage", "unknown; did you mean zero_optimization.st"),
         ({"moe": {"enabled": True}}, "moe.enabled", "unknown"),
         ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo", "unknown"),
-        ({"steps_per_print": float("inf")}, "steps_per_print", "our own logging_steps 10"),
+        ({"steps_per_print": float("inf")}, "steps_per_print", "left to logging_steps 10"),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
             "scheduler.params.warmup_max_lr",
-            "no effect: the highest rate of WarmupCosineLR is the optimizer's",
+            "no effect: the highest rate of WarmupCosineLR is that of the optimizer",
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
@@ -351,9 +371,14 @@ def test_every_key_is_named(
         (
             {"scheduler": {"params": {"warmup_min_lr": 1}}},
             "scheduler.params.warmup_min_lr",
-            "no effect: our own lr_sch",
+            "no effect: left to lr_sch",
         ),
-        ({}, "gradient_clipping", "our own max_grad_norm 1.0"),
+        (
+            {"zero_optimization": {"stage": 3, "save_muon_momentum_buffer_in_memory": True}},
+            "zero_optimization.save_muon_momentum_buffer_in_memory",
+            "no effect: for NVMe only; the moment of --optim muon is always in memory",
+        ),
+        ({}, "gradient_clipping", "left to max_grad_norm 1.0"),
         (
             {
                 "zero_optimization": {
@@ -370,21 +395,26 @@ def test_every_key_is_named(
 def test_meaning_of_a_key(
     content: Any, key: str, meaning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is not followed is named as such: a switch with a typo in it, a switch instead of its section."""
+    """The line of a key says if it has no effect, also if its name has a typo, or if a value replaces a section."""
     options_of(tmp_path, content)
-    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
     expected = meaning.replace("unknown", UNKNOWN)
-    assert told[key].split(maxsplit=1)[1].startswith(expected)
-    assert ("did you mean" in told[key]) == ("did you mean" in expected)
+    assert shown[key].split(maxsplit=1)[1].startswith(expected)
+    assert ("did you mean" in shown[key]) == ("did you mean" in expected)
 
 
-def test_options_of_ours_exist() -> None:
-    assert {option for option, _ in DIRECT.values()} | set(OURS.values()) <= Options.__dataclass_fields__.keys()
-    assert not (DIRECT.keys() | OURS.keys()) & NO_EFFECT.keys()
+def test_tables_name_options_that_exist() -> None:
+    assert {option for option, _ in DIRECT.values()} | set(
+        DECIDING_OPTION.values()
+    ) <= Options.__dataclass_fields__.keys()
+    assert not (DIRECT.keys() | DECIDING_OPTION.keys()) & NO_EFFECT.keys()
     assert not DIRECT.keys() & REFUSED.keys()
+    reasons = " ".join([*NO_EFFECT.values(), *REFUSED.values()])
+    named = set(re.findall(r"--(\w+)", reasons))
+    assert {"optim", "reduce_dtype", "trace_steps"} <= named <= Options.__dataclass_fields__.keys()
 
 
-# Kind, steps of warmup, parameters, and the rates of the first 12 steps that DeepSpeed 0.19.8 gave for 0.5.
+# Kind, warmup steps, parameters, and the learning rates of 12 steps in DeepSpeed 0.19.8, for a highest rate of 0.5.
 SCHEDULES: list[tuple[Any, int, dict[str, Any], list[float]]] = [
     (
         "WarmupLR",
@@ -418,7 +448,7 @@ def test_schedules(kind: Any, warmup: int, parameters: dict[str, Any], rates: li
 @pytest.mark.parametrize("warmup_type", ["log", "linear"])
 @pytest.mark.parametrize("total", [3, 9, 20])
 def test_schedules_are_those_of_deepspeed(kind: Any, warmup_type: str, total: int) -> None:
-    """Its own classes, where it is installed."""
+    """The learning rates are those of DeepSpeed's classes. Runs if DeepSpeed is installed."""
     schedules = pytest.importorskip("deepspeed.runtime.lr_schedules")
     parameters: dict[str, Any] = {"warmup_type": warmup_type, "total_num_steps": total}
     parameters |= {"warmup_min_ratio": 0.1} if kind == "WarmupCosineLR" else {"warmup_min_lr": 0.1}
@@ -440,8 +470,8 @@ def test_schedules_are_those_of_deepspeed(kind: Any, warmup_type: str, total: in
 STEPS, RANKS, BLOCK = 20, 2, 32
 
 
-def options_beside(tiny: list[object], *names: str) -> list[object]:
-    """Those of tests/world.py without what a file says."""
+def options_without(tiny: list[object], *names: str) -> list[object]:
+    """The options of tests/world.py without `names`, which the file sets."""
     pairs = list(zip(tiny[::2], tiny[1::2], strict=True))
     return [word for name, value in pairs if str(name)[2:] not in names for word in (name, value)]
 
@@ -450,16 +480,16 @@ BY_FILE = ("global_batch_size", "per_device_train_batch_size", "learning_rate", 
 
 
 def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
-    """16 = 4 x 1 x 4 ranks, from the file alone: the curve of one process with the options that its table names."""
+    """The file alone gives 16 = 4 x 1 x 4 ranks, and the loss curve of one process with the options of its table."""
     (tmp_path / "ds.json").write_text(json.dumps(STAGE_2_OFFLOADED))
-    options = [*options_beside(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", tmp_path / "file")
     assert printed.count("key by key") == printed.count("strategy fsdp, reshard_after_forward false") == 1
     assert "strategy      FSDP, parameters kept after forward (ZeRO-2)" in printed
     same = ["--lr_scheduler_type", "WarmupLR", "--warmup_steps", "5", "--adam_beta2", "0.95", "--max_steps", "8"]
     train_ok(1, *tiny, *same, "--per_device_train_batch_size", 16, "--output_dir", tmp_path / "options")
     ours, theirs = (
-        [row["loss"] for row in read_records(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl") if "loss" in record]
         for name in ("file", "options")
     )
     assert ours == pytest.approx(theirs, abs=GATES.loss)
@@ -473,21 +503,21 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
         (ALL_AUTO, "FSDP (ZeRO-3)"),
     ],
 )
-def test_the_other_shapes_run(content: dict[str, Any], stage: str, tiny: list[object], tmp_path: Path) -> None:
-    """Stage 3 with offload, and all-auto, on four ranks: the stage that their tables name, and a loss that falls."""
-    (tmp_path / "ds.json").write_text(json.dumps(content).replace("1e-05", "0.01"))  # a rate for so small a model
-    options = options_beside(tiny, *BY_FILE, "max_grad_norm", "bf16", "gradient_accumulation_steps", "logging_steps")
+def test_the_other_files_run(content: dict[str, Any], stage: str, tiny: list[object], tmp_path: Path) -> None:
+    """Stage 3 with offload, and all values "auto", on four ranks: the strategy of the table, and a loss that falls."""
+    (tmp_path / "ds.json").write_text(json.dumps(content).replace("1e-05", "0.01"))  # a learning rate for a tiny model
+    options = options_without(tiny, *BY_FILE, "max_grad_norm", "bf16", "gradient_accumulation_steps", "logging_steps")
     options += ["--max_steps", 4, "--logging_steps", 1, "--output_dir", tmp_path / "run"]
     options += ["--learning_rate", "1e-2"] if content is ALL_AUTO else []
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json")
     assert f"strategy      {stage}: " in printed
-    losses = [row["loss"] for row in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    losses = [record["loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
 
 
-def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int]]], output_dir: Path) -> None:
-    """Instead of train.py, on each of its ranks: the same file, blocks and initial weights under DeepSpeed itself.
+def train_with_deepspeed(file: Path, model_dir: Path, steps: list[list[list[int]]], output_dir: Path) -> None:
+    """Train with DeepSpeed instead of train.py, on each rank: the file, sequences and initial weights are equal.
 
     Writes the loss of each step, a mean over all ranks and micro-steps, and the parameters after the last.
     """
@@ -503,14 +533,14 @@ def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int
     ]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=str(file))
     micro_batch, losses = engine.train_micro_batch_size_per_gpu(), []
-    for step in blocks:
-        mine = torch.tensor(step[rank :: dist.get_world_size()])
+    for batch in steps:
+        local_batch = torch.tensor(batch[rank :: dist.get_world_size()])
         total = torch.zeros(())
-        for tokens_BT in torch.split(mine, micro_batch):
+        for tokens_BT in torch.split(local_batch, micro_batch):
             loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss
             engine.backward(loss)
             engine.step()
-            total += loss.detach() * micro_batch / mine.shape[0]
+            total += loss.detach() * micro_batch / local_batch.shape[0]
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
@@ -524,24 +554,24 @@ def train_with_deepspeed(file: Path, model_dir: Path, blocks: list[list[list[int
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_same_curve_as_deepspeed(tiny: list[object], model_dir: Path, tmp_path: Path, stage: int) -> None:
-    """One file, both trainers, the same blocks and weights: 20 losses within 1e-4; where DeepSpeed is installed."""
+    """Both trainers have 20 losses within 1e-4, from one file, with equal sequences and weights. Needs DeepSpeed."""
     pytest.importorskip("deepspeed")
     content = STAGE_2_OFFLOADED | {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
     content["optimizer"] = json.loads(json.dumps(STAGE_2_OFFLOADED["optimizer"]))
-    content["optimizer"]["params"]["torch_adam"] = True  # type: ignore[index]  # its own one would be compiled first
+    content["optimizer"]["params"]["torch_adam"] = True  # type: ignore[index]  # DeepSpeed would compile its own AdamW
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    options = [*options_beside(tiny, *BY_FILE, "max_grad_norm", "logging_steps", "packing", "block_size")]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps", "packing", "block_size")]
     options += ["--packing", "concat", "--block_size", BLOCK, "--max_steps", STEPS]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     train_ok(RANKS, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", ours, "--ledger")
     parsed = parse(list(map(str, options)))
-    rows = prepare_data(parsed, load_config_and_tokenizer(parsed)[1]).train
-    blocks = [[rows[number].tokens.tolist() for number, *_ in step] for step in read(ours).values()]
+    sequences = prepare_data(parsed, load_config_and_tokenizer(parsed)[1]).train
+    steps = [[sequences[number].tokens.tolist() for number, *_ in step] for step in read(ours).values()]
     theirs.mkdir()
-    outcome = train(RANKS, [], before=partial(train_with_deepspeed, tmp_path / "ds.json", model_dir, blocks, theirs))
+    outcome = train(RANKS, [], before=partial(train_with_deepspeed, tmp_path / "ds.json", model_dir, steps, theirs))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
     expected = json.loads((theirs / "losses.json").read_text())
-    losses = [row["loss"] for row in read_records(ours / "metrics.jsonl") if "loss" in row]
+    losses = [record["loss"] for record in read_records(ours / "metrics.jsonl") if "loss" in record]
     assert len(losses) == len(expected) == STEPS
     assert losses == pytest.approx(expected, abs=1e-4)
     assert losses[-1] < losses[0] - 0.3

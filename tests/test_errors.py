@@ -1,4 +1,8 @@
-"""What a user can get wrong: a message of one to three lines, exit code 2, no traceback, nothing lost on the disk."""
+"""Proves config/checks.py, config/command_line.py, config/plan.py, runtime.py and checkpoint/output_dir.py.
+
+A mistake of the user ends the run with a message of one to three lines and exit code 2. There is no traceback, and no
+file on the disk is lost.
+"""
 
 import fcntl
 import json
@@ -24,7 +28,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
     outcome = train(world_size, argv)
     assert outcome.exit_codes == [2] * world_size, outcome.output
     assert "Traceback" not in outcome.output
-    # Without torchrun to end the others, each rank speaks in its turn, with the same words.
+    # Here no torchrun ends the other ranks, so each rank prints the message.
     _, *messages = outcome.output.split("train.py: error: ")
     assert len(messages) == world_size
     assert len(messages[0].splitlines()) <= 3
@@ -43,14 +47,20 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--adam_beta1", "1"], "adam_beta1 1.0: must be at least 0 and below 1"),
         (["--replicas", "2"], "replicas 2: needs --strategy fsdp"),
         (["--strategy", "fsdp", "--replicas", "3"], "2 ranks are 0.667 for each replica"),
-        (["--cpu_offload"], "cpu_offload true: ddp keeps all of the model on the GPU; pass --strategy fsdp"),
-        (["--sync_each_batch"], "sync_each_batch true: ddp keeps whole gradients in any case; leave it out"),
-        (["--offload_activations"], "offload_activations true: it is the inputs that --gradient_checkpointing keeps"),
-        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: pass a share from 0"),
-        (["--activation_memory_budget", "0.5"], "activation_memory_budget 0.5: the compiler chooses what is kept"),
+        (
+            ["--cpu_offload"],
+            "cpu_offload true: ddp has the full model on the GPU\npass --strategy fsdp, or remove --cpu_",
+        ),
+        (["--sync_each_batch"], "sync_each_batch true: ddp has full gradients in any case\npass --strategy fsdp, or"),
+        (
+            ["--offload_activations"],
+            "offload_activations true: it offloads the inputs that gradient checkpointing saves",
+        ),
+        (["--activation_memory_budget", "2", "--torch_compile"], "activation_memory_budget 2.0: pass a fraction from"),
+        (["--activation_memory_budget", "0.5"], "activation_memory_budget 0.5: needs torch_compile, because the c"),
         (
             ["--activation_memory_budget", "0.5", "--torch_compile", "--gradient_checkpointing"],
-            "activation_memory_budget 0.5: with gradient_checkpointing, only a layer's input is kept anyway",
+            "activation_memory_budget 0.5: cannot be combined with gradient_checkpointing, which saves a layer's input",
         ),
         (["--lr_scheduler_kwargs", '{"a": 1}'], 'lr_scheduler_kwargs {"a": 1}: --lr_scheduler_type cosine takes none'),
         (
@@ -61,11 +71,11 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--strategy", "fsdp", "--tensor_parallel", "3"], "2 ranks are 0.667 groups of 3"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--gradient_checkpointing", "--offload_activations"],
-            "offload_activations true: cannot be combined with tensor_parallel 2; leave it out",
+            "offload_activations true: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--global_batch_size", "15"],
-            "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 rows; 15 / 4 = 3.75",
+            "per_device_train_batch_size 4 x 1 group of 2 ranks = 4 sequences; 15 / 4 = 3.75",
         ),
         (["--reshard_after_forward", "false"], "reshard_after_forward false: ddp shards no parameters"),
         (["--context_parallel", "3"], "context_parallel 3: 2 ranks are 0.667 groups of 3"),
@@ -75,31 +85,43 @@ def refused(*argv: object, world_size: int = 1) -> str:
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--context_parallel", "2"],
-            "context_parallel 2: cannot be combined with tensor_parallel 2; leave out one",
+            "context_parallel 2: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--optim", "muon"],
-            "optim muon: not with tensor_parallel 2: it needs each matrix whole",
+            "optim muon: cannot be combined with tensor_parallel 2, because Muon needs the full matrix",
         ),
-        (["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"], "optim muon: not with cpu_offload true: it needs"),
-        (["--bf16_residual", "--bf16", "false"], "bf16_residual true: it needs --bf16 true"),
-        (["--float8", "--bf16", "false"], "float8 true: it needs --bf16 true"),
+        (
+            ["--strategy", "fsdp", "--cpu_offload", "--optim", "muon"],
+            "optim muon: cannot be combined with cpu_offload true",
+        ),
+        (["--bf16_residual", "--bf16", "false"], "bf16_residual true: needs bf16; pass --bf16 true"),
+        (["--float8", "--bf16", "false"], "float8 true: needs bf16; pass --bf16 true"),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2", "--float8", "--bf16", "true"],
-            "float8 true: it is for whole layers; leave out one of it and tensor_parallel",
+            "float8 true: cannot be combined with tensor_parallel 2\nremove one of them",
         ),
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: pass 0 to 99"),
-        (["--objective", "dpo", "--packing", "none"], "packing none: with --objective dpo, a row is a pair"),
+        (["--objective", "dpo", "--packing", "none"], "packing none: cannot be combined with objective dpo"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: pass more than 0"),
         (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: pass more than 0"),
-        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file and dataset_name: pass one"),
-        (["--model_name_or_path", "a", "--config_name", "b"], "model_name_or_path and config_name: pass one"),
-        (["--train_mixture", "a.jsonl=1", "--train_file", "b"], "train_file and train_mixture: pass one"),
+        (["--train_file", "a.txt", "--dataset_name", "b"], "train_file a.txt: cannot be combined with dataset_name b"),
+        (
+            ["--model_name_or_path", "a", "--config_name", "b"],
+            "model_name_or_path a: cannot be combined with config_name b",
+        ),
+        (
+            ["--train_mixture", "a.jsonl=1", "--train_file", "b"],
+            "train_file b: cannot be combined with train_mixture a.jsonl=1",
+        ),
         (["--train_mixture", "a.jsonl"], "train_mixture a.jsonl: pass NAME=WEIGHT"),
         (["--train_mixture", "a.jsonl=1,b.jsonl=0"], "train_mixture b.jsonl=0: pass NAME=WEIGHT"),
-        (["--streaming", "--train_file", "a", "--num_train_epochs", "1"], "streaming true: the number of rows is not"),
-        (["--streaming", "--max_steps", "3"], "streaming true: pass --train_file or --dataset_name"),
-        (["--validation_file", "a.txt"], "validation_file a.txt: needs a train_file"),
+        (
+            ["--streaming", "--train_file", "a", "--num_train_epochs", "1"],
+            "streaming true: the number of sequences is not",
+        ),
+        (["--streaming", "--max_steps", "3"], "only these can be streamed: pass --train_file or --dataset_name"),
+        (["--validation_file", "a.txt"], "validation_file a.txt: pass --train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
         (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: pass both"),
         (["--reference_batch_size", "8"], "scale_learning_rate none, reference_batch_size 8: pass both or neither"),
@@ -118,23 +140,23 @@ def test_options(argv: list[str], expected: str) -> None:
 def test_impossible_division_shows_the_arithmetic() -> None:
     message = refused("--global_batch_size", 30, "--per_device_train_batch_size", 4, world_size=2)
     assert message.startswith(
-        "global_batch_size 30: not a multiple of per_device_train_batch_size 4 x 2 ranks = 8 rows"
+        "global_batch_size 30: not a multiple of per_device_train_batch_size 4 x 2 ranks = 8 sequences"
     )
     assert "30 / 8 = 3.75 micro-steps" in message
 
 
 def test_printed_once_by_torchrun(tmp_path: Path) -> None:
-    """The real command: of four ranks, one speaks; what else is said is torchrun's own report."""
+    """With the real torchrun, one of four ranks prints the message. The rest is the report of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", str(ROOT / "train.py")]
     run = subprocess.run([*command, "--train_file", "no.txt"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1  # torchrun's; it names the workers' exit code 2
+    assert run.returncode == 1  # of torchrun, whose report has the exit code 2 of the ranks
     assert "exitcode  : 2" in run.stderr
     assert run.stderr.count("train.py: error: train_file no.txt: No such file or directory; pass a readable file") == 1
-    assert 'train.py", line' not in run.stderr, "a traceback of ours"
+    assert 'train.py", line' not in run.stderr, "a traceback of train.py"
 
 
 def test_without_torchrun() -> None:
-    """The real command without a launcher: nothing in the environment says which rank this is."""
+    """Without a launcher, the environment does not say which rank this is."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(ROOT / "train.py"), "--zzz"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -149,7 +171,7 @@ def another_value_on_rank_1(option: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "values"),
-    [("--seed", ("42", "7")), ("--tensor_parallel", ("1", "2"))],  # the ranks would never meet with the second
+    [("--seed", ("42", "7")), ("--tensor_parallel", ("1", "2"))],  # the second would hang
     ids=str,
 )
 def test_ranks_with_different_jobs(tiny: list[object], tmp_path: Path, option: str, values: tuple[str, str]) -> None:
@@ -167,7 +189,7 @@ def other_weights_on_rank_1(other: Path) -> None:
 
 
 def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
-    """The same model by its shapes, of another training: as where each host has files of its own."""
+    """Weights of the same shapes with other values, as if each node had its own files."""
     shutil.copytree(model_dir, tmp_path / "other")
     tensors = {name: tensor + 1 for name, tensor in load_file(model_dir / "model.safetensors").items()}
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
@@ -214,9 +236,11 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
 
 
 def test_small_data(tiny: list[object], tmp_path: Path) -> None:
-    """Fault 22: a data set smaller than one global batch is an error, long before 30 s, with the arithmetic."""
+    """Data smaller than one global batch is an error with the arithmetic."""
     message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
-    assert message.startswith("global batch of 8000 rows = per_device_train_batch_size 4 x 2000 micro-steps x 1 ranks")
+    assert message.startswith(
+        "global batch of 8000 sequences = per_device_train_batch_size 4 x accumulation 2000 x 1 rank: "
+    )
 
 
 def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
@@ -261,14 +285,14 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def test_output_dir_with_a_run(tiny: list[object], finished: Path, model_dir: Path) -> None:
-    """Refused unless it is to be resumed or replaced; and nothing in it changes."""
+    """A run is refused unless it is resumed or replaced, and no file in it changes."""
     before = content(finished)
     message = refused(*tiny, "--output_dir", finished)
     assert message.startswith(f"output_dir {finished}: it holds a run already")
     assert "--resume_from_checkpoint auto" in message
     assert "--overwrite_output_dir" in message
     assert "it is the model's own directory" in refused(*tiny, "--output_dir", model_dir, "--overwrite_output_dir")
-    # An error that is found later, with the permission to replace it given.
+    # An error that is found later, although the run may be replaced.
     refused(*tiny, "--output_dir", finished, "--overwrite_output_dir", "--global_batch_size", 8000)
     assert content(finished) == before
 
@@ -303,7 +327,7 @@ def test_damaged_checkpoint(tiny: list[object], finished: Path, tmp_path: Path) 
 
 
 def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, tmp_path: Path) -> None:
-    """`auto` starts anew where there is nothing, but does not take that as a permission to replace a model."""
+    """`auto` starts from the beginning in an empty directory, but does not replace a finished model."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoint-*"))
     message = refused(*tiny, "--output_dir", run, "--resume_from_checkpoint", "auto")
@@ -311,7 +335,7 @@ def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, 
 
 
 def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) -> None:
-    """As root, permissions do not bind: a file in the way, and a file system that nobody may write to."""
+    """A file in place of the directory, and a file system that is read-only, because permissions do not bind root."""
     write(tmp_path / "file", "")
     message = refused(*tiny, "--output_dir", tmp_path / "file" / "output")
     assert message.startswith(f"output_dir {tmp_path}/file/output: Not a directory; pass a directory that can be")

@@ -152,7 +152,7 @@ def test_table_of_a_deepspeed_file(place: Path) -> None:
     (command,) = (command for command in COMMANDS if "compare.deepspeed" in command)
     words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True)
-    assert "global_batch_size 8 = 2 rows x 1 micro-steps x 4 ranks" in run.stdout
+    assert "global_batch_size 8 = micro-batch 2 x accumulation 1 x 4 ranks" in run.stdout
 
 
 def test_memory(place: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -22,7 +23,7 @@ from config.checks import check
 from config.command_line import parse
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
-from config.options import Options
+from config.options import GROUPS, RENAMED, Options
 from config.plan import plan_run
 from data.batches import IGNORE_INDEX, collate, next_tokens
 from estimate.flops import flops_per_token
@@ -140,14 +141,74 @@ def test_run_file(tmp_path: Path) -> None:
 
 
 def test_epochs_win_over_the_recipe() -> None:
-    """Who asks for epochs gets them, also with the small model, whose recipe counts steps."""
+    """--num_train_epochs works in the demo, too, although its recipe sets max_steps."""
     assert parse(["--num_train_epochs", "1"]).max_steps == -1
     assert parse([]).max_steps == DEMO_RECIPE["max_steps"]
 
 
-def test_every_option_has_a_help() -> None:
-    assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
-    assert set(DEMO_RECIPE) <= {field.name for field in dataclasses.fields(Options)}
+def test_help_lists_each_option_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each option stands once, under its group, with its help and the default of `Options()`; the whole is short."""
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 120
+    introduction, *groups, last = re.split(r"\n\n", shown.strip())[1:]
+    assert "Brackets show the default" in introduction
+    assert "the demo model is trained, with defaults of its own" in last
+    assert [group.partition(":\n")[0] for group in groups[1:]] == list(GROUPS)
+    listed = [name for group in groups[1:] for name in re.findall(r"^  --(\w+)", group, re.MULTILINE)]
+    assert listed == [field.name for field in dataclasses.fields(Options)], "a group holds neighbors"
+    for group in groups[1:]:
+        for entry in re.split(r"\n(?=  --)", group.partition("\n")[2]):
+            field = Options.__dataclass_fields__[entry.split()[0][2:]]
+            assert group.startswith(field.metadata["group"])
+            default = getattr(Options(), field.name)
+            default = str(default).lower() if isinstance(default, bool) else default
+            words = field.metadata["help"] + ("" if default is None else f" [{default}]")
+            assert len(field.metadata["help"]) > 10
+            assert " ".join(entry.split()).endswith(" ".join(words.split())), field.name
+    assert set(DEMO_RECIPE) <= Options.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--bf16"], "bf16", True),
+        (["--bf16", "false"], "bf16", False),
+        (["--bf16=No"], "bf16", False),
+        (["--no_async_save"], "async_save", False),
+        (["--no-async-save"], "async_save", False),
+        (["--disable_tqdm"], "disable_tqdm", True),
+        (["--disable_tqdm", "false"], "disable_tqdm", False),
+        ([], "disable_tqdm", None),
+        (["--learning-rate", "1e-3"], "learning_rate", 1e-3),
+        (["--learning_rate=1e-3"], "learning_rate", 1e-3),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--packing=none"], "packing", "none"),
+        (["--prompt", "--a b-c"], "prompt", "--a b-c"),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+    ids=str,
+)
+def test_forms_of_an_option(argv: list[str], name: str, value: object) -> None:
+    assert getattr(parse([*argv]), name) == value
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_name_of_an_option(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accepted on the command line and in a run file; rank 0 says the new name; both names together are an error."""
+    (tmp_path / "run.yaml").write_text(f"{old}: 0.5")
+    for argv in ([f"--{old}", "0.5"], [f"--{old.replace('_', '-')}=0.5"], [str(tmp_path / "run.yaml")]):
+        assert getattr(parse(argv), new) == 0.5
+        assert capsys.readouterr().err == f"{old}: this option is now called {new}\n"
+    with pytest.raises(OptionError, match=f"^{old} 0.5: cannot be combined with {new}, its new name\nremove --{old}$"):
+        parse([str(tmp_path / "run.yaml"), f"--{new}", "0.2"])
+    assert not hasattr(Options, old)
+    monkeypatch.setenv("RANK", "1")
+    parse([f"--{old}", "0.5"])
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -219,7 +280,7 @@ def test_activations_of_the_start_block(argv: list[str], expected: str) -> None:
 def test_global_batch_gives_the_accumulation(world_size: int, accumulation: int) -> None:
     options = Options(global_batch_size=16, per_device_train_batch_size=2, block_size=8, num_train_epochs=1.5)
     check(options, world_size)
-    plan = plan_run(options, rows=100, world_size=world_size)
+    plan = plan_run(options, sequences=100, world_size=world_size)
     assert (plan.accumulation, plan.global_batch_size) == (accumulation, 16)
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 9)
 
