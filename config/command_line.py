@@ -46,6 +46,8 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
         close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(Options)], n=1)
         hint = f"did you mean --{close[0]}?" if close else "`python train.py --help` lists every option"
         raise OptionError(f"{unknown[0]}: unknown option; {hint}")
+    if options.lr_scheduler_type == "constant" and "warmup_steps" not in given:
+        options.warmup_steps = 0.0  # the warmup of the demo recipe belongs to its own schedule
     if options.deepspeed:
         table = read(options, {name.removeprefix("no_") for name in given}, world_size)
         if os.environ.get("RANK", "0") == "0":

@@ -127,9 +127,12 @@ class Options:
     reference_batch_size: int | None = HfArg(
         default=None, help="Rows in the global batch that learning_rate is meant for, with scale_learning_rate."
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = HfArg(
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
+    ] = HfArg(
         default="linear",
-        help="How the rate falls after the warmup: to 0 for linear and cosine. Those named Warmup are DeepSpeed's.",
+        help="How the rate falls after the warmup: to 0 for linear and cosine. constant: no warmup. The names that "
+        "begin with Warmup are DeepSpeed's.",
     )
     lr_scheduler_kwargs: str | None = HfArg(
         default=None,
