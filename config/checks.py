@@ -68,6 +68,11 @@ def check(options: Options, world_size: int) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
+    if options.lr_scheduler_type == "constant" and options.warmup_steps:
+        raise OptionError(
+            f"warmup_steps {options.warmup_steps:g}: --lr_scheduler_type constant has no warmup\n"
+            "pass --lr_scheduler_type constant_with_warmup, or remove --warmup_steps"
+        )
     if options.lr_scheduler_kwargs is not None:
         _check_schedule(options, options.lr_scheduler_kwargs)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:

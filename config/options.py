@@ -104,9 +104,9 @@ class Options:
         OPTIMIZER, "adamw_torch_fused", "muon: layer matrices by Muon, all else by AdamW."
     )
     learning_rate: float = option(OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = option(
-        OPTIMIZER, "linear", "Schedule after the warmup. Names with Warmup are DeepSpeed's."
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
+    ] = option(OPTIMIZER, "linear", "Schedule after the warmup (constant: none). Warmup*: DeepSpeed's.")
     lr_scheduler_kwargs: str | None = option(OPTIMIZER, None, "JSON with the parameters of a DeepSpeed schedule.")
     warmup_steps: float = option(OPTIMIZER, 0.0, "Steps of warmup. Below 1: a fraction of all steps.")
     scale_learning_rate: Literal["none", "sqrt", "linear"] = option(

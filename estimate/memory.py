@@ -108,7 +108,7 @@ def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Activati
 
     # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
     # activation function, and what is computed again. Compiled, they take the place of what was kept.
-    inputs = kept.inputs // len(decoder_layers(model)) if options.offload_activations else kept.inputs
+    inputs = kept.inputs // max(1, len(decoder_layers(model))) if options.offload_activations else kept.inputs
     waiting_activations = kept.outside + (inputs if options.gradient_checkpointing else kept.layers)
     one_layer = kept.largest_layer if options.gradient_checkpointing else 0
     working = (2 if options.torch_compile else 4) * kept.largest_tensor

@@ -15,6 +15,7 @@ from config.errors import OptionError, first_line
 from config.options import Options
 from estimate.memory import gib, host_memory, predict, readable
 from model.build import build_model, load_config_and_tokenizer
+from model.layers import decoder_layers
 from parallel.checks import check_context_parallel
 
 
@@ -98,7 +99,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         "--torch_compile true": {"torch_compile": True},
         "--bf16 true": {"bf16": True},
     }
-    if options.activation_memory_budget is None:
+    if options.activation_memory_budget is None and decoder_layers(model) and model.supports_gradient_checkpointing:
         changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
     if micro_batch % 2 == 0:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}

@@ -13,7 +13,7 @@ from config.plan import Plan, data_parallel_groups, learning_rate_factor
 from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
 from estimate.stages import memory_forecast, stage_name
 from metrics.hardware import gpu_memory
-from model.layers import decoder_matrices
+from model.layers import decoder_layers, decoder_matrices
 from model.weights import Weights
 
 
@@ -48,7 +48,7 @@ def describe_run(
     micro_batch = options.per_device_train_batch_size
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
-        "strategy": f"{stage_name(options)}: {sharded(options, ranks)}",
+        "strategy": strategy_line(model, options, ranks),
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
@@ -71,6 +71,14 @@ def describe_run(
     if options.show_examples:
         block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
     return block
+
+
+def strategy_line(model: PreTrainedModel, options: Options, ranks: int) -> str:
+    """What each rank holds, and whether FSDP gathers layer by layer."""
+    line = f"{stage_name(options)}: {sharded(options, ranks)}"
+    if options.strategy == "ddp" or decoder_layers(model):
+        return line
+    return f"{line}; the whole model is one unit, because no decoder layers are found in {type(model).__name__}"
 
 
 def sharded(options: Options, ranks: int) -> str:

@@ -4,6 +4,8 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
 import contextlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
@@ -127,6 +130,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.model_name_or_path and model.can_generate():
         with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
+    _check_layers(options, model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):
         raise OptionError(
             f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is "
@@ -146,13 +150,33 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.float8:
         compute_in_float8(model)
-    if options.bf16_residual and not decoder_layers(model):
-        raise OptionError(
-            f"bf16_residual true: {type(model).__name__} has no layers that are known as such\nleave it out"
-        )
     for layer in decoder_layers(model) if options.bf16_residual else ():
         layer.register_forward_pre_hook(_cast_hidden, with_kwargs=True)
     return model.train()
+
+
+def _check_layers(options: Options, model: PreTrainedModel) -> None:
+    """Refuse options that act on decoder layers, where the model has none; turn compilation off there."""
+    layers, name = decoder_layers(model), type(model).__name__
+    asked_for = {
+        "optim": options.optim == "muon",
+        "float8": options.float8,
+        "bf16_residual": options.bf16_residual,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "activation_memory_budget": options.activation_memory_budget is not None,
+    }
+    for option in asked_for if not layers else ():
+        if asked_for[option]:
+            value = str(getattr(options, option)).lower()
+            raise OptionError(f"{option} {value}: no decoder layers are found in {name}\nremove --{option}")
+    # Code that comes with a model may have checkpointing of its own.
+    checkpointed = any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) or model.is_remote_code()
+    if options.gradient_checkpointing and not (checkpointed and model.supports_gradient_checkpointing):
+        raise OptionError(f"gradient_checkpointing true: {name} does not support it\nremove --gradient_checkpointing")
+    if options.torch_compile and not layers:
+        options.torch_compile = False
+        if os.environ.get("RANK", "0") == "0":
+            print(f"torch_compile: off, because no decoder layers are found in {name}", file=sys.stderr)
 
 
 def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:

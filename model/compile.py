@@ -43,7 +43,7 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     by_transformers = options.offload_activations or options.model_parallel_size > 1 or experts or random_noise(model)
     for layer in decoder_layers(model):
         forward = layer.forward
-        if layer.gradient_checkpointing and not by_transformers:
+        if getattr(layer, "gradient_checkpointing", False) and not by_transformers:
             layer.gradient_checkpointing = False  # type: ignore[assignment]  # that of transformers
             forward = MethodType(_forward_again, layer)
         # Not all of its call: what FSDP does before and after cannot be compiled.

@@ -13,8 +13,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        names = getattr(model, "_no_split_modules", None) or ()
-        layers = [module for module in model.modules() if type(module).__name__ in names]
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        # Also by the names of base classes, because fully_shard replaces the class of a module by a derived one.
+        layers = [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]
     inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
     return [layer for layer in layers if id(layer) not in inner]
 

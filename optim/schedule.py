@@ -14,6 +14,8 @@ def learning_rate(step: int, total_steps: int, options: Options) -> float:
     """
     warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * total_steps
     warmup = math.ceil(warmup)
+    if options.lr_scheduler_type == "constant":
+        return options.learning_rate
     if options.lr_scheduler_type in SCHEDULE_PARAMETERS:
         return _deepspeed_rate(step, max(2, warmup), total_steps, options)
     done = step - 1
@@ -21,7 +23,7 @@ def learning_rate(step: int, total_steps: int, options: Options) -> float:
         return options.learning_rate * done / warmup
     progress = (done - warmup) / max(1, total_steps - warmup)
     match options.lr_scheduler_type:
-        case "constant":
+        case "constant_with_warmup":
             return options.learning_rate
         case "linear":
             return options.learning_rate * (1 - progress)

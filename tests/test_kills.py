@@ -168,7 +168,7 @@ def die_in_save(count: int, rank: int) -> None:
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
     """Fault 1: each rank at 20 points of a save and of its pruning, one after the other in one run: 0 bad loads."""
     steps = ["--max_steps", 100, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 30]
-    options = [*tiny, *steps, "--logging_steps", 2, "--lr_scheduler_type", "constant"]
+    options = [*tiny, *steps, "--logging_steps", 2, "--lr_scheduler_type", "constant_with_warmup"]
     train_ok(2, *options, "--output_dir", tmp_path / "unbroken")
     run = tmp_path / "run"
     argv = [*options, "--output_dir", run, *RESUME]

@@ -11,7 +11,7 @@ import pytest
 from data.ledger import differences, main, problems, read
 from tests.launch import train_ok
 
-OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant", "--save_steps", 0]
+OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant_with_warmup", "--save_steps", 0]
 RESUME = ["--resume_from_checkpoint", "auto"]
 TWO_EPOCHS = ["--max_steps", 40]  # and a bit: an epoch has 17 steps
 

@@ -72,7 +72,8 @@ def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
 def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path: Path) -> None:
     """On one rank, and on two, four and three with resumes in between, in the second epoch too."""
     options = [*tiny, "--train_file", "", "--train_mixture", f"{files[0]}=0.4,{files[1]}=0.6", "--ledger"]
-    options += ["--global_batch_size", 48, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
+    options += ["--global_batch_size", 48, "--per_device_train_batch_size", 4]
+    options += ["--lr_scheduler_type", "constant_with_warmup"]
     printed = train_ok(1, *options, "--max_steps", 30, "--output_dir", tmp_path / "one")
     assert "mixture       an epoch draws " in printed
     for world_size, steps in ((2, 5), (4, 19), (3, 30)):

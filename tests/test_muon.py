@@ -25,7 +25,7 @@ from tests.proof import GATES, relative_l2
 from tests.test_errors import refused
 from tests.test_resume import equal_to_the_bit, save_again
 
-ON = ["--optim", "muon", "--global_batch_size", 12, "--lr_scheduler_type", "constant"]
+ON = ["--optim", "muon", "--global_batch_size", 12, "--lr_scheduler_type", "constant_with_warmup"]
 
 
 @pytest.fixture(scope="module")

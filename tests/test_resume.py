@@ -22,7 +22,7 @@ from tests.launch import train, train_ok
 from tests.proof import GATES, read_tensors, relative_l2
 
 # A run that ends after 15 steps and one that goes on to 20 do the same until then.
-STEADY = ["--lr_scheduler_type", "constant", "--eval_steps", 5]
+STEADY = ["--lr_scheduler_type", "constant_with_warmup", "--eval_steps", 5]
 NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds")
 
 

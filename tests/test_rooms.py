@@ -57,13 +57,13 @@ def test_twins_use_torch_alone() -> None:
             assert set(imports) - sys.stdlib_module_names <= {"torch", "transformers", twin.__name__}, path
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize("warmup", [0, 3, 0.25])
 def test_schedule_is_that_of_transformers(kind: str, warmup: float) -> None:
     options = Options(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=0.5)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     warmup_steps = int(warmup) if warmup >= 1 else int(12 * warmup)
-    theirs = get_scheduler("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup_steps, 12)
+    theirs = get_scheduler(kind, optimizer, warmup_steps, 12)
     for step in range(1, 13):
         assert learning_rate(step, 12, options) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
@@ -138,6 +138,22 @@ def test_run_file(tmp_path: Path) -> None:
         assert options.train_file is None
         assert options.block_size == DEMO_RECIPE["block_size"]
     assert parse(["--model_name_or_path", "x"]).learning_rate == 5e-5, "the recipe is for no model at all"
+
+
+def test_constant_has_no_warmup() -> None:
+    """A warmup that the user gives with `constant` is refused; the warmup of the demo recipe is not."""
+    constant = ["--lr_scheduler_type", "constant"]
+    options = parse(constant)
+    check(options, world_size=1)
+    assert (options.lr_scheduler_type, options.warmup_steps) == ("constant", 0)
+    check(parse([*constant, "--warmup_steps", "0"]), world_size=1)
+    message = (
+        "warmup_steps 3: --lr_scheduler_type constant has no warmup\npass --lr_scheduler_type constant_with_warmup"
+    )
+    for model in ([], ["--model_name_or_path", "x"]):
+        with pytest.raises(OptionError, match=message):
+            check(parse([*constant, *model, "--warmup_steps", "3"]), world_size=1)
+    check(parse(["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "3"]), world_size=1)
 
 
 def test_epochs_win_over_the_recipe() -> None:

@@ -37,7 +37,7 @@ def write_late(output_dir: Path, step: int) -> None:
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
     """Fault 14: written while training went on for four steps, or at once: the same checkpoint, the same run."""
-    options = [*tiny, *topology, "--max_steps", 12, "--save_steps", 5, "--lr_scheduler_type", "constant"]
+    options = [*tiny, *topology, "--max_steps", 12, "--save_steps", 5, "--lr_scheduler_type", "constant_with_warmup"]
     late, at_once = tmp_path / "late", tmp_path / "at_once"
     outcome = train(2, [*options, "--output_dir", late], before=partial(write_late, late, 9))
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -105,7 +105,8 @@ def test_stopped_in_an_evaluation_or_a_save(
 ) -> None:
     """Fault 7: SIGTERM to one rank in an unhappy moment: all end well, and go on from a valid checkpoint."""
     run = tmp_path / "run"
-    options = [*tiny, "--lr_scheduler_type", "constant", "--eval_steps", 5, "--save_steps", 10, "--logging_steps", 1]
+    options = [*tiny, "--lr_scheduler_type", "constant_with_warmup"]
+    options += ["--eval_steps", 5, "--save_steps", 10, "--logging_steps", 1]
     argv = [*options, "--output_dir", run, "--max_steps", 400]
     outcome = train(2, argv, before=partial(terminate_at, file, line, count))
     assert outcome.exit_codes == [0, 0], outcome.output

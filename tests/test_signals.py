@@ -33,7 +33,7 @@ def test_stop_and_resume(tiny: list[object], tmp_path: Path, number: signal.Sign
     """
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
     # Slow enough to be still running: the 400 steps would take several seconds.
-    options = [*tiny, "--max_steps", 400, "--lr_scheduler_type", "constant", "--dataloader_num_workers", 2]
+    options = [*tiny, "--max_steps", 400, "--lr_scheduler_type", "constant_with_warmup", "--dataloader_num_workers", 2]
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, options), "--output_dir", str(stopped)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -49,7 +49,7 @@ def test_stop_and_resume(tiny: list[object], tmp_path: Path, number: signal.Sign
     step = int(saved.name.split("-")[1])
     assert read_records(stopped / "metrics.jsonl")[-1]["step"] == step < 400
 
-    steps = ["--max_steps", step + 10, "--lr_scheduler_type", "constant"]
+    steps = ["--max_steps", step + 10, "--lr_scheduler_type", "constant_with_warmup"]
     train_ok(1, *tiny, *steps, "--output_dir", stopped, "--resume_from_checkpoint", "auto")
     train_ok(1, *tiny, *steps, "--output_dir", undisturbed)
     for row, reference in zip(trajectory(stopped), trajectory(undisturbed), strict=True):

@@ -164,7 +164,8 @@ def test_training(
 ) -> None:
     """One run without a break, and one on two, three and one ranks in turn: the same global batches and losses."""
     options = [*tiny, "--train_file", folder, "--streaming", "--validation_file", folder / "a.jsonl", "--ledger"]
-    options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2, "--lr_scheduler_type", "constant"]
+    options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2]
+    options += ["--lr_scheduler_type", "constant_with_warmup"]
     printed = train_ok(1, *options, "--max_steps", 20, "--output_dir", tmp_path / "one")
     assert "streamed" in printed
     for world_size, steps, strategy in turns:

@@ -629,7 +629,7 @@ BUGS = [
             '(("model", unique_tensors(model)),)',
         ),
         LOADED_STATE,
-        Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+        Curve(2, ("--lr_scheduler_type", "constant_with_warmup"), resume_at=20),
         source="huggingface/transformers#25852",
     ),
     Bug(
@@ -638,7 +638,7 @@ BUGS = [
         "A jump at the resume: the second moment is blown up a thousandfold, the first one tenfold.",
         one("checkpoint/load.py", '["step"].fill_(step)', '["step"].fill_(0)'),
         LOADED_STATE,
-        Curve(2, ("--lr_scheduler_type", "constant"), resume_at=20),
+        Curve(2, ("--lr_scheduler_type", "constant_with_warmup"), resume_at=20),
         source="NVIDIA/TransformerEngine#1986",
     ),
     Bug(
