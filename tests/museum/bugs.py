@@ -1,9 +1,18 @@
 """The bugs: classics of distributed training, each as a wrong line instead of a right one.
 
-The order is that of a run: what the step learns from, its loss, its gradient, the update, the evaluation, the resume.
+The order is roughly that of a run: data, loss, gradients, the update, the evaluation, the checkpoint.
 """
 
 from dataclasses import dataclass
+
+GROUPS = {  # as docs/museum.md shows them
+    "data": "what a step trains on",
+    "loss": "what is minimized, and what is reported",
+    "gradients": "how micro-steps and ranks add up to one gradient",
+    "sharding": "parameters and sequences that are split over ranks",
+    "numbers": "precision, random numbers and the update",
+    "checkpoints": "what is saved, and what a resumed run restores",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Bug:
     """A bug with its story, what one sees of it, the changes that plant it, and the test that kills it."""
 
     name: str
+    group: str  # of GROUPS
     story: str
     symptom: str
     changes: tuple[Change, ...]
@@ -56,9 +66,9 @@ ROWS_DIVIDED = "tests/test_context_parallel.py::test_family[qwen3]"
 LOADED_STATE = "tests/test_resume.py::test_other_ranks_and_strategies[1-ddp]"
 
 BUGS = [
-    # --- Data -------------------------------------------------------------------------------------------------------
     Bug(
         "no set_epoch",
+        "data",
         "A DistributedSampler shuffles by seed and epoch, and nobody tells it the epoch: PyTorch's own documentation "
         "warns of it, and loops still forget it.",
         "Nothing breaks. Every epoch has the order of the first one; the training loss gets a pattern that repeats.",
@@ -72,6 +82,7 @@ BUGS = [
     ),
     Bug(
         "another shuffle on each rank",
+        "data",
         "Each rank seeds its own sampler, because seeds 'must differ between ranks'. For dropout they must; for the "
         "permutation that all ranks divide among themselves they must not.",
         "Ranks take overlapping shares: in an epoch some rows come twice and others never, which no curve shows.",
@@ -85,6 +96,7 @@ BUGS = [
     ),
     Bug(
         "the epoch starts again on resume",
+        "data",
         "The checkpoint knows the step, but the loader begins its epoch anew: the rows before the cut are seen twice, "
         "and the last ones of the epoch wait for the next.",
         "After each resume the training loss is a little too good: the model has seen these rows before.",
@@ -94,6 +106,7 @@ BUGS = [
     ),
     Bug(
         "the cursor without its permutation",
+        "data",
         "The position in the epoch is restored, and the number of the epoch is not: the right place of another order.",
         "None in the curve. From the second epoch on, rows are repeated and lost at every resume.",
         one(
@@ -106,6 +119,7 @@ BUGS = [
     ),
     Bug(
         "documents without EOS",
+        "data",
         "Documents are joined without a token between them, so that the end of a text is never learned.",
         "The loss looks normal; the model never stops writing.",
         one("data/tokens.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
@@ -113,6 +127,7 @@ BUGS = [
     ),
     Bug(
         "EOS masked as padding",
+        "data",
         "The tokenizer has no pad token, so EOS is used to pad, and labels are masked where the token is the pad "
         "token: every true EOS goes with them.",
         "The loss is a little lower, because an easy or a hard token is missing; the model never learns to stop.",
@@ -126,6 +141,7 @@ BUGS = [
     ),
     Bug(
         "padding is learned",
+        "data",
         "Labels are a copy of the padded inputs, and nobody sets them to -100 where there is no text.",
         "A loss that is far too good, the shorter the documents the better: padding is easy to predict.",
         one("data/batches.py", "torch.full(shape, IGNORE_INDEX)", "torch.zeros(shape, dtype=torch.int64)"),
@@ -135,6 +151,7 @@ BUGS = [
     ),
     Bug(
         "the question is learned",
+        "data",
         "The template marks what the assistant says, and the labels are the whole text: the model learns to ask.",
         "A loss that is too high, because questions cannot be predicted; answers that go on with the next question.",
         one("data/batches.py", "tokens.where(learned, IGNORE_INDEX)", "tokens"),
@@ -143,6 +160,7 @@ BUGS = [
     ),
     Bug(
         "the end of the answer is masked",
+        "data",
         "The mask covers the answer, and not the token that ends the turn, which the template writes after it.",
         "None in the loss. The model answers, and then does not stop.",
         one("data/conversations.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
@@ -151,6 +169,7 @@ BUGS = [
     ),
     Bug(
         "attention leaks between packed documents",
+        "data",
         "Several documents share a row, and nothing tells the model where one ends: each sees all that come before it.",
         "The loss is a little lower than it should be where documents resemble each other; the model has learned to "
         "copy from strangers.",
@@ -164,14 +183,15 @@ BUGS = [
     ),
     Bug(
         "the next document is predicted",
+        "data",
         "The label of the first token of a packed document stays, and the last token of another one has to predict it.",
         "A loss that is a little too high, and grows with the number of documents in a row.",
         one("data/batches.py", "            if start > 0:\n", "            if start < 0:\n"),
         "tests/test_packing.py::test_collate_keeps_documents_apart",
     ),
-    # --- The loss ---------------------------------------------------------------------------------------------------
     Bug(
         "labels shifted twice",
+        "loss",
         "The model shifts the labels by one, and so does the loss function that it calls: what is learned is the token "
         "after next.",
         "The loss falls, and stays too high; samples skip every other word.",
@@ -182,6 +202,7 @@ BUGS = [
     ),
     Bug(
         "labels not shifted",
+        "loss",
         "The loss expects shifted labels and gets the inputs: each position has to predict itself.",
         "The best loss ever seen, falling towards zero: a residual connection is all it takes.",
         one(
@@ -192,6 +213,7 @@ BUGS = [
     ),
     Bug(
         "a mean over padding",
+        "loss",
         "The sum of the losses is right, and what it is divided by counts every position, padding too.",
         "A loss and a gradient that shrink with the amount of padding, so that short documents count less.",
         one(
@@ -205,6 +227,7 @@ BUGS = [
     ),
     Bug(
         "targets counted before the shift",
+        "loss",
         "The number of targets is that of the labels before they are shifted: one too many in each row.",
         "The loss is too low by one part in the row length, 50% for a row of two tokens.",
         one("data/batches.py", "(next_tokens(labels_BT) != IGNORE_INDEX).sum()", "(labels_BT != IGNORE_INDEX).sum()"),
@@ -213,6 +236,7 @@ BUGS = [
     ),
     Bug(
         "all masked is not a number",
+        "numbers",
         "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch, on one "
         "rank, and the all-reduce hands it on to the others.",
         "One day the loss is NaN, and from then on every weight is.",
@@ -222,6 +246,7 @@ BUGS = [
     ),
     Bug(
         "mean of means over ranks",
+        "loss",
         "Each rank divides by its own number of targets, and DDP averages the ranks: where a rank has fewer targets, "
         "each of them counts more. It was left over when transformers had mended its accumulation.",
         "The curve depends on the number of GPUs. It looks like noise, and it is a bias.",
@@ -232,6 +257,7 @@ BUGS = [
     ),
     Bug(
         "mean of means over micro-steps",
+        "loss",
         "Each micro-batch's mean is divided by the accumulation. The most used trainer of all did this until October "
         "2024, when users showed that one large batch and many small ones gave different curves.",
         "The curve depends on the accumulation, and the more ragged the rows, the more.",
@@ -242,6 +268,7 @@ BUGS = [
     ),
     Bug(
         "the reference rounded on its way",
+        "numbers",
         "FSDP casts what it passes into a module to bf16, tokens excepted. The log-probability of an answer by the "
         "reference model is a sum of some hundred nats, of which bf16 keeps three digits; the loss is made of "
         "differences.",
@@ -249,9 +276,9 @@ BUGS = [
         one("fsdp/wrap.py", "mp_policy=root_precision", "mp_policy=precision"),
         "tests/test_preference.py::test_bf16",
     ),
-    # --- The gradient -----------------------------------------------------------------------------------------------
     Bug(
         "divided by the accumulation twice",
+        "gradients",
         "The loop divides by the accumulation, and the library underneath does so, too.",
         "AdamW hides it: its update does not depend on the gradient's scale. Clipping and epsilon do, and with SGD the "
         "learning rate is too small by the accumulation.",
@@ -262,6 +289,7 @@ BUGS = [
     ),
     Bug(
         "divided by the ranks once too often",
+        "gradients",
         "DDP averages gradients over ranks. Who divides a sum by the global number of targets must undo that.",
         "The same as above: invisible with AdamW until the norm is clipped, or another optimizer is chosen.",
         one("train.py", BACKWARD, "(loss / max(1, targets)).backward()"),
@@ -271,6 +299,7 @@ BUGS = [
     ),
     Bug(
         "only the last micro-step counts",
+        "gradients",
         "zero_grad stands inside the accumulation loop, a line too deep.",
         "A noisier curve at the price of a large batch: all micro-steps are computed, and one is used.",
         one("train.py", BACKWARD, f"wrapped.zero_grad()\n            {BACKWARD}"),
@@ -280,6 +309,7 @@ BUGS = [
     ),
     Bug(
         "never synchronized",
+        "gradients",
         "no_sync() covers the last micro-step too, by an index that is off by one: ranks train models of their own.",
         "No error and no slow step, rather a fast one. The replicas drift apart; what is saved is that of one of them.",
         one("train.py", "index == plan.accumulation - 1", "index == plan.accumulation"),
@@ -289,6 +319,7 @@ BUGS = [
     ),
     Bug(
         "summed in every micro-step",
+        "gradients",
         "A handwritten all_reduce stands in the micro-step loop and sums what has added up so far: the first "
         "micro-steps are exchanged again and again, and count world size times each time.",
         "The first micro-batches of a step outweigh the last ones by powers of the number of ranks.",
@@ -311,6 +342,7 @@ BUGS = [
     ),
     Bug(
         "clipped by the norm of a shard",
+        "sharding",
         "clip_grad_norm_ runs on what this rank holds. With sharding that is a part, and each rank finds another norm.",
         "Steps are clipped too little, by the square root of the number of ranks, and each shard by another factor.",
         one("fsdp/gradients.py", "    dist.all_reduce(squares)\n", ""),
@@ -320,6 +352,7 @@ BUGS = [
     ),
     Bug(
         "what all have, counted by each",
+        "sharding",
         "With tensor parallelism, weights are divided and norms are not: each rank of a group has them whole. Who adds "
         "up the squares of all ranks has those of the norms as often as there are ranks.",
         "The gradient norm is a little too large, and the more so the more ranks divide a layer; steps are clipped a "
@@ -329,6 +362,7 @@ BUGS = [
     ),
     Bug(
         "the gradient of a part of the vocabulary",
+        "sharding",
         "The vocabulary is divided among ranks, and each makes the gradient by the hidden states that its part of the "
         "logits gives. Megatron's word for what was forgotten: the all-reduce in the backward.",
         "The loss is right to the last digit, and falls. Each layer below the head learns from a part of the "
@@ -338,6 +372,7 @@ BUGS = [
     ),
     Bug(
         "nobody predicts how the next piece begins",
+        "sharding",
         "A row is cut into pieces, one a rank, and inputs and labels are cut alike. The shift by one position happens "
         "in the loss, and the last position of each piece has no label any more.",
         "As many targets are missing as there are cuts. The curve is a little off, and nothing says so: the model does "
@@ -347,6 +382,7 @@ BUGS = [
     ),
     Bug(
         "clipped before the exchange",
+        "gradients",
         "The gradient is clipped after each micro-step, while it is still that of one rank and of a part of the batch.",
         "Steps are shorter and turned; with a low limit, the curve depends on ranks and accumulation.",
         one(
@@ -361,6 +397,7 @@ BUGS = [
     ),
     Bug(
         "another dropout in the recomputation",
+        "numbers",
         "Activation checkpointing runs the forward again, and the random numbers have moved on: the backward belongs "
         "to another network than the loss.",
         "Gradients that are wrong by a noise that nobody asked for; the loss is a little worse than without.",
@@ -370,6 +407,7 @@ BUGS = [
     ),
     Bug(
         "the same dropout on all ranks",
+        "numbers",
         "One seed for all ranks is right for the weights and the data order. Kept for dropout, all ranks drop the same "
         "places.",
         "None in the curve: the noise of a large batch is that of a small one.",
@@ -379,6 +417,7 @@ BUGS = [
     ),
     Bug(
         "other weights on each rank",
+        "sharding",
         "Every rank draws its random weights with a seed of its own. DDP can cover it up by a broadcast from rank 0; "
         "sharding takes a slice from each, and the whole is a model that nobody initialized.",
         "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
@@ -388,6 +427,7 @@ BUGS = [
     ),
     Bug(
         "the head untied by wrapping",
+        "sharding",
         "Embedding and head share one tensor until something rebuilds one of them: wrapping, a move, a cast, a model "
         "that was made on the meta device.",
         "A model with more parameters than it says, whose head and embedding learn apart from each other.",
@@ -402,6 +442,7 @@ BUGS = [
     ),
     Bug(
         "buffers that nobody saved",
+        "sharding",
         "A model that was made on the meta device gets memory, and then its weights. The frequencies of its rotary "
         "embeddings are no weights: no file has them, and they stay what was in that memory.",
         "Tokens do not know their positions, if the memory was zeros; NaN at some starts, if it was not.",
@@ -411,6 +452,7 @@ BUGS = [
     ),
     Bug(
         "exchanged in every micro-step",
+        "gradients",
         "set_gradient_sync is called before each micro-step and always says yes. An average of averages over ranks is "
         "still the right gradient, so that no test of numbers sees it.",
         "None in any curve: the step is slower, by an exchange of all gradients for each further micro-step.",
@@ -419,15 +461,16 @@ BUGS = [
     ),
     Bug(
         "one unit for the whole model",
+        "sharding",
         "Only the root is sharded, without its layers: fully_shard takes what no inner call has taken, all of it.",
         "None in any curve: every parameter is gathered before the first layer runs, nothing overlaps, and each rank "
         "needs memory for the whole model.",
         one("fsdp/wrap.py", "    for layer in decoder_layers:\n", "    for layer in decoder_layers[:0]:\n"),
         "tests/test_memory.py::test_a_stage[FSDP (ZeRO-3)]",
     ),
-    # --- The update -------------------------------------------------------------------------------------------------
     Bug(
         "bf16 masters",
+        "numbers",
         "The checkpoint's files are bf16, so the weights are, and the optimizer works on them: an update that is "
         "smaller than 1/256 of a weight is rounded away.",
         "The loss falls at first. With a small learning rate most weights never move.",
@@ -442,6 +485,7 @@ BUGS = [
     ),
     Bug(
         "weight decay on norms",
+        "numbers",
         "All parameters are in one group: the scales of the norms are pulled towards zero with the matrices.",
         "Slightly worse, with the same curve at first; the scales shrink by the learning rate times the decay.",
         one(
@@ -454,6 +498,7 @@ BUGS = [
     ),
     Bug(
         "the schedule steps with micro-steps",
+        "numbers",
         "scheduler.step() is called once a micro-batch, or once for every process.",
         "The warmup is over too soon, and the rate is at its end long before the training.",
         one(
@@ -467,6 +512,7 @@ BUGS = [
     ),
     Bug(
         "a logarithmic warmup taken for a line",
+        "numbers",
         "WarmupLR in a DeepSpeed file rises along a logarithm, unless the file says linear. Who ports the file writes "
         "the warmup that everybody else means.",
         "The rate is far too low for most of the warmup: two runs that are the same on paper part.",
@@ -476,6 +522,7 @@ BUGS = [
     ),
     Bug(
         "skipped by one rank alone",
+        "numbers",
         "A rank sees that its own numbers are not finite and skips the update; the others have not seen it.",
         "NaN in all weights but those of one rank, or a hang, when the lonely rank skips a collective, too.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(loss_sum) | (targets == 0)"),
@@ -484,6 +531,7 @@ BUGS = [
     ),
     Bug(
         "a stale gradient after a skipped step",
+        "numbers",
         "A step with a gradient that is not finite is skipped, together with the line that clears it.",
         "One NaN, and every later gradient is NaN plus something: training stands still.",
         one("train.py", "        wrapped.zero_grad()\n", "        if not skip:\n            wrapped.zero_grad()\n"),
@@ -492,6 +540,7 @@ BUGS = [
     ),
     Bug(
         "a step without targets still moves",
+        "numbers",
         "No target, no gradient; but momentum and weight decay go on, and AdamW counts a step.",
         "None to see: weights move where nothing was learned.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(grad_norm)"),
@@ -499,6 +548,7 @@ BUGS = [
     ),
     Bug(
         "parts that are not gathered",
+        "sharding",
         "With a sharded optimizer each rank updates its part of the weights, and must get the parts of the others.",
         "Each rank trains its own part of the model and leaves the rest as it was at the start.",
         one(
@@ -511,9 +561,9 @@ BUGS = [
         Curve(4, ("--shard_optimizer",)),
         source="NVIDIA/Megatron-LM#950",
     ),
-    # --- What is reported -------------------------------------------------------------------------------------------
     Bug(
         "the loss of rank 0 alone",
+        "loss",
         "Rank 0 logs its own loss. With one global mean as the divisor it is even too small by the number of ranks.",
         "A training loss that jumps when the number of ranks changes, and whose noise is that of one rank.",
         one("train.py", "            dist.all_reduce(loss_sum)\n", ""),
@@ -523,6 +573,7 @@ BUGS = [
     ),
     Bug(
         "evaluated on duplicates",
+        "loss",
         "Where rows do not divide by ranks, a DistributedSampler repeats some until they do; these count twice.",
         "The validation loss depends on the number of ranks, in the third digit.",
         one("data/batches.py", "np.arange(rows), batches)", "np.resize(np.arange(rows), batches * size), batches)"),
@@ -531,6 +582,7 @@ BUGS = [
     ),
     Bug(
         "evaluated as a mean of batches",
+        "loss",
         "The mean of the batches' means: a last batch of one short row weighs as much as a full one.",
         "The validation loss depends on the batch size and the number of ranks.",
         (
@@ -546,6 +598,7 @@ BUGS = [
     ),
     Bug(
         "evaluated by rank 0 alone",
+        "loss",
         "Each rank evaluates its share, and the shares are never added up.",
         "The validation loss is that of a part of the rows, and which part depends on the number of ranks.",
         one("train.py", "    dist.all_reduce(totals)\n", ""),
@@ -553,6 +606,7 @@ BUGS = [
     ),
     Bug(
         "left in evaluation mode",
+        "loss",
         "After the first evaluation nobody calls train() again.",
         "Dropout is off for the rest of the run: the training loss steps down, and overfitting begins early.",
         one("loss/evaluation.py", "    wrapped.train()\n", ""),
@@ -561,6 +615,7 @@ BUGS = [
     ),
     Bug(
         "the head untied on disk",
+        "checkpoints",
         "The files hold the shared tensor once, and the configuration does not say that it is shared.",
         "Training was fine. Whoever loads the model gets a head of random numbers, with a warning at best.",
         one(
@@ -571,9 +626,9 @@ BUGS = [
         ),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
     ),
-    # --- Checkpoints ------------------------------------------------------------------------------------------------
     Bug(
         "saved while it changes",
+        "checkpoints",
         "A checkpoint is written beside training from the live tensors: some are of this step, some of later ones.",
         "None, until one resumes: a small jump in the loss that nobody can explain.",
         one("checkpoint/save.py", "        if self.options.async_save:\n", "        if False:\n"),
@@ -582,6 +637,7 @@ BUGS = [
     ),
     Bug(
         "written in its place",
+        "checkpoints",
         "The checkpoint is written under its final name, so that one that was cut off looks like one that was not.",
         "None, until the power fails during a save.",
         one(
@@ -594,6 +650,7 @@ BUGS = [
     ),
     Bug(
         "the old one is deleted first",
+        "checkpoints",
         "To save room, the last checkpoint goes before the next one is written.",
         "None, until a save fails, and there is no checkpoint any more.",
         one(
@@ -608,6 +665,7 @@ BUGS = [
     ),
     Bug(
         "sorted as text",
+        "checkpoints",
         "The newest checkpoint is the last one by name, and checkpoint-99 comes after checkpoint-100.",
         "From step 100 on, the new checkpoints are pruned, and the run resumes at step 99 for ever.",
         one(
@@ -620,6 +678,7 @@ BUGS = [
     ),
     Bug(
         "moments dropped on resume",
+        "checkpoints",
         "Weights are restored and the optimizer begins anew: its file was saved under a name that resuming did not "
         "look for.",
         "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
@@ -634,6 +693,7 @@ BUGS = [
     ),
     Bug(
         "the step count dropped on resume",
+        "checkpoints",
         "AdamW divides by 1 - beta ** step: with the moments of many steps and a count of one, by too little.",
         "A jump at the resume: the second moment is blown up a thousandfold, the first one tenfold.",
         one("checkpoint/load.py", '["step"].fill_(step)', '["step"].fill_(0)'),
@@ -643,6 +703,7 @@ BUGS = [
     ),
     Bug(
         "random numbers dropped on resume",
+        "checkpoints",
         "Generators start from the seed again, so that dropout repeats the masks of the beginning.",
         "None: the curve is another one, and as good.",
         one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
@@ -651,6 +712,7 @@ BUGS = [
     ),
     Bug(
         "the reference is the model that was resumed",
+        "checkpoints",
         "Preference tuning holds the model to the one that it began as. A run that is resumed loads its checkpoint, "
         "and then takes the model for its own reference.",
         "After a resume the loss is ln 2 again, and the model is free to drift: with each resume further.",
@@ -667,6 +729,7 @@ BUGS = [
     ),
     Bug(
         "the schedule starts again on resume",
+        "checkpoints",
         "The scheduler is not in the checkpoint: a resumed run begins its schedule again.",
         "A second warmup in the middle of the curve; the rate never reaches its end.",
         (
