@@ -1,4 +1,4 @@
-"""docs/museum.md: each bug as a page's worth of teaching."""
+"""docs/museum.md: the story, the symptom, the lines and the plot of each bug."""
 
 import difflib
 import math
@@ -9,17 +9,18 @@ from tests.museum.bugs import GROUPS, Bug, Change
 INTRODUCTION = """\
 # The museum of bugs
 
-Distributed training fails quietly: a wrong line does not crash, it trains another model. These are the classics, each
-as a change to the real code of this trainer. `make test` plants every one of them in a copy of the tree and runs the
-test that is named under it, which must then fail (`tests/museum/`). `make museum` wrote this page, and drew what the
-tiny model of the tests shows of a bug in {curves} of the {bugs} cases; the others cannot be seen in a curve, which is
-why they need a test.
+Distributed training fails quietly: a wrong line does not crash, it trains a different model. These are the classics.
+Each one is a change to the real code of this trainer. `make test` plants every bug in a copy of the tree and runs the
+test that is named under it, which must then fail (`tests/museum/`). `make museum` writes this page. It plots what the
+tiny model of the tests shows of {curves} bugs. The other {others} cannot be seen in a curve, so they need a test.
 """
 
 
 def render(bugs: list[Bug]) -> str:
     """The page in Markdown: by group, for each bug its story, its symptom, the lines, and the test that kills it."""
-    parts = [INTRODUCTION.format(curves=sum(bug.curve is not None for bug in bugs), bugs=len(bugs))]
+    parts = [
+        INTRODUCTION.format(curves=(curves := sum(bug.curve is not None for bug in bugs)), others=len(bugs) - curves)
+    ]
     for group, meaning in GROUPS.items():
         links = ", ".join(f"[{bug.name}](#{anchor(bug)})" for bug in bugs if bug.group == group)
         parts.append(f"- **[{group.capitalize()}](#{group})**, {meaning}: {links}")
