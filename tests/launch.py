@@ -1,8 +1,8 @@
 """Run train.py on real processes that meet over gloo, as torchrun would start them.
 
-torchrun itself needs seconds to start each rank, because each imports torch anew. Here ranks are forked from a server
-that has imported everything and done nothing else; the store through which they meet is hosted by the test, as
-torchrun's agent hosts it, so that no port has to be guessed.
+torchrun needs seconds to start each rank, because each rank imports torch. Here ranks are forked from a server that has
+imported everything and run tests/warm.py. The store through which they meet is hosted by the test, as torchrun's agent
+hosts it, so that no port has to be guessed.
 """
 
 import multiprocessing
@@ -19,18 +19,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = {
+    path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+}  # our modules
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])  # and nothing of tests: it may be that of a planted tree (tests/museum)
+PROCESSES.set_forkserver_preload(["tests.warm"])
 # For the server, which starts with the first rank: where our modules are, and no CUDA context that a fork would break.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
-
-
-PROJECT = (  # the names of our modules
-    *("checkpoint", "compare", "config", "data", "ddp", "estimate", "fsdp", "loss", "metrics", "model", "optim"),
-    *("parallel", "runtime", "tests", "train"),
-)
 DEADLINE = 180  # seconds; a run takes a few
 
 

@@ -78,7 +78,7 @@ BUGS = [
             "            sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first\n",
             "",
         ),
-        "tests/test_ledger.py::test_epochs_have_other_orders",
+        "tests/test_ledger.py::test_batches_of_two_epochs",
         source="pytorch/pytorch#31771",
     ),
     Bug(
@@ -92,7 +92,7 @@ BUGS = [
             "shuffle=True, seed=options.seed, drop_last=True",
             "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True",
         ),
-        "tests/test_ledger.py::test_the_same_global_batches[2-4-more0]",
+        "tests/test_ledger.py::test_batches_of_two_ranks",
         source="mlcommons/training#625",
     ),
     Bug(
@@ -102,7 +102,7 @@ BUGS = [
         "interruption are seen twice, and the last ones of the epoch are not seen at all.",
         "After each resume the training loss is a little too low, because the model has seen these sequences before.",
         one("train.py", "first, end = steps_into_epoch * plan.accumulation,", "first, end = 0,"),
-        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        "tests/test_ledger.py::test_batches_of_a_resumed_run[3]",
         source="catalyst-team/catalyst#764",
     ),
     Bug(
@@ -116,7 +116,7 @@ BUGS = [
             "epoch, steps_into_epoch = divmod(done.step, plan.steps_per_epoch)",
             "epoch, steps_into_epoch = 0, done.step % plan.steps_per_epoch",
         ),
-        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        "tests/test_ledger.py::test_batches_of_a_resumed_run[20]",
         source="huggingface/accelerate#4071",
     ),
     Bug(
