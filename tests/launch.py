@@ -5,6 +5,7 @@ imported everything and run tests/warm.py. The store through which they meet is 
 hosts it, so that no port has to be guessed.
 """
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -62,7 +64,8 @@ def train(
         }
         ranks = [
             PROCESSES.Process(
-                target=_run, args=(rank, environment, [str(word) for word in argv], log.name, pickle.dumps(before))
+                target=_go_to_tree,
+                args=(ROOT, rank, environment, [str(word) for word in argv], log.name, pickle.dumps(before)),
             )
             for rank in range(world_size)
         ]
@@ -86,10 +89,15 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
-def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pickled_before: bytes) -> None:
+def _go_to_tree(root: Path, *arguments: Any) -> None:
+    """Run a rank with the modules of `root`. The server has imported those of the right tree, this one too."""
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in PROJECT and not (module.__file__ or "").startswith(f"{ROOT}/"):
-            del sys.modules[name]  # the server's: this is a copy of the tree, with a planted bug (tests/museum)
+        if name.split(".")[0] in PROJECT and not (module.__file__ or "").startswith(f"{root}/"):
+            del sys.modules[name]  # `root` is a copy of the tree, with a planted bug (tests/museum)
+    importlib.import_module("tests.launch")._run(*arguments)
+
+
+def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pickled_before: bytes) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
