@@ -124,8 +124,8 @@ def test_impossible_division_shows_the_arithmetic() -> None:
 
 
 def test_printed_once_by_torchrun(tmp_path: Path) -> None:
-    """The real command: of four ranks, one speaks; what else is said is torchrun's own report."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", str(ROOT / "train.py")]
+    """The real command: of two ranks, one speaks; what else is said is torchrun's own report."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
     run = subprocess.run([*command, "--train_file", "no.txt"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1  # torchrun's; it names the workers' exit code 2
     assert "exitcode  : 2" in run.stderr

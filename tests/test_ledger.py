@@ -20,7 +20,8 @@ from data.ledger import differences, main, problems, read
 from data.prepare import prepare_data
 from tests.launch import train_ok
 
-OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant", "--save_steps", 0]
+OPTIONS = ["--ledger", "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--save_steps", 0]
+OPTIONS += ["--lr_scheduler_type", "constant"]
 RESUME = ["--resume_from_checkpoint", "auto"]
 TWO_EPOCHS = ["--max_steps", 40]  # and a bit: an epoch has 17 steps
 
@@ -35,7 +36,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("world_size", "micro_batch", "more"),
     [
-        (2, 4, []),
+        (2, 8, []),
         (4, 12, ["--dataloader_num_workers", 2]),
         pytest.param(3, 2, ["--strategy", "fsdp"], marks=pytest.mark.slow),
         pytest.param(4, 24, ["--strategy", "fsdp", "--tensor_parallel", 2], marks=pytest.mark.slow),
