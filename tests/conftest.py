@@ -1,13 +1,15 @@
 """What the tests share: the small world of tests/world.py, made once a session."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests import world
+from tests import proof, world
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,21 @@ def model_with_dropout(model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def tiny(model_dir: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return world.options(model_dir, train_file, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, the whole global batch at once: the first gradient, and a curve for each optimizer.
+
+    A tree with a planted bug is given the reference of the right tree (tests/museum/plant.py).
+    """
+    if "RIGHT_REFERENCE" in os.environ:
+        return Path(os.environ["RIGHT_REFERENCE"])
+    directory = tmp_path_factory.mktemp("reference")
+    torch.save(proof.first_gradient(proof.REFERENCE, tiny, directory / "gradient"), directory / "gradient.pt")
+    proof.curve(proof.REFERENCE, [*tiny, *proof.ADAMW], directory / "AdamW")
+    proof.curve(proof.REFERENCE, [*tiny, *proof.SGD], directory / "SGD")
+    return directory
 
 
 @pytest.fixture(scope="session")

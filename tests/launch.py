@@ -1,10 +1,11 @@
 """Run train.py on real processes that meet over gloo, as torchrun would start them.
 
-torchrun itself needs seconds to start each rank, because each imports torch anew. Here ranks are forked from a server
-that has imported everything and done nothing else; the store through which they meet is hosted by the test, as
-torchrun's agent hosts it, so that no port has to be guessed.
+torchrun needs seconds to start each rank, because each rank imports torch. Here ranks are forked from a server that has
+imported everything and run tests/warm.py. The store through which they meet is hosted by the test, as torchrun's agent
+hosts it, so that no port has to be guessed.
 """
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -15,22 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = {
+    path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+}  # our modules
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])  # and nothing of tests: it may be that of a planted tree (tests/museum)
+PROCESSES.set_forkserver_preload(["tests.warm"])
 # For the server, which starts with the first rank: where our modules are, and no CUDA context that a fork would break.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
-
-
-PROJECT = (  # the names of our modules
-    *("checkpoint", "compare", "config", "data", "ddp", "estimate", "fsdp", "loss", "metrics", "model", "optim"),
-    *("parallel", "runtime", "tests", "train"),
-)
 DEADLINE = 180  # seconds; a run takes a few
 
 
@@ -65,7 +64,8 @@ def train(
         }
         ranks = [
             PROCESSES.Process(
-                target=_run, args=(rank, environment, [str(word) for word in argv], log.name, pickle.dumps(before))
+                target=_go_to_tree,
+                args=(ROOT, rank, environment, [str(word) for word in argv], log.name, pickle.dumps(before)),
             )
             for rank in range(world_size)
         ]
@@ -89,10 +89,15 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
-def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pickled_before: bytes) -> None:
+def _go_to_tree(root: Path, *arguments: Any) -> None:
+    """Run a rank with the modules of `root`. The server has imported those of the right tree, this one too."""
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in PROJECT and not (module.__file__ or "").startswith(f"{ROOT}/"):
-            del sys.modules[name]  # the server's: this is a copy of the tree, with a planted bug (tests/museum)
+        if name.split(".")[0] in PROJECT and not (module.__file__ or "").startswith(f"{root}/"):
+            del sys.modules[name]  # `root` is a copy of the tree, with a planted bug (tests/museum)
+    importlib.import_module("tests.launch")._run(*arguments)
+
+
+def _run(rank: int, environment: dict[str, str], argv: list[str], log: str, pickled_before: bytes) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

@@ -56,7 +56,8 @@ def killed_at(event: int, rank: int) -> None:
 
 @pytest.fixture(scope="module")
 def short(tiny: list[object]) -> list[object]:
-    return [*tiny, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 20]
+    quick = ["--per_device_train_batch_size", 8, "--validation_split_percentage", 0, "--ddp_timeout", 20]
+    return [*tiny, *quick, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 1]
 
 
 @pytest.fixture(scope="module")

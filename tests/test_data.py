@@ -167,16 +167,21 @@ def test_split_is_by_document(
     assert tokens_of(data.validation) == expected_tokens(tokenizer, documents[180:])
 
 
-def test_embedded_split_is_by_file(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The held-out part of the embedded corpus starts where a file starts."""
+def test_embedded_split_is_by_file(
+    options: Options, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out part of the embedded corpus starts where a file starts; seen on each twentieth file of it."""
     (source,), _ = find_sources(options)
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
-    options.validation_split_percentage, options.packing = 2, "none"
+    files = list(source.files[::20])
+    monkeypatch.setattr("data.sources.demo_files", lambda: files)
+    options.validation_split_percentage, options.packing = 10, "none"
     data = prepare_data(options, tokenizer)
     number = data.counts["validation"].documents
-    held_out = [path.read_bytes().decode(errors="replace") for path in source.files[-number:]]
-    assert data.counts["train"].documents + number == len(source.files) - data.counts["train"].empty_documents
+    assert number
+    held_out = [path.read_bytes().decode(errors="replace") for path in files[-number:]]
+    assert data.counts["train"].documents + number == len(files) - data.counts["train"].empty_documents
     assert tokens_of(data.validation) == expected_tokens(tokenizer, held_out)
 
 

@@ -89,7 +89,7 @@ def test_compiled(model_dir: Path) -> None:
 @pytest.mark.parametrize("extra", [(), (*FSDP, "--gradient_checkpointing")], ids=str)
 def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> None:
     """20 steps stay near those in bf16; what is saved is fp32, under the same names."""
-    options = [*tiny, *extra, "--bf16", "true"]
+    options = [*tiny, *extra, "--bf16", "true", "--per_device_train_batch_size", 8]
     train_ok(2, *options, "--output_dir", tmp_path / "bf16")
     output = train_ok(2, *options, "--float8", "--output_dir", tmp_path / "float8")
     assert "compute bfloat16, matrix products of layers float8" in output

@@ -24,9 +24,9 @@ RESUME = ["--resume_from_checkpoint", "auto"]
 
 @pytest.fixture(scope="module")
 def busy(tiny: list[object]) -> list[object]:
-    """A run that does everything often: it saves, prunes and evaluates, over the ends of two epochs of 17 steps."""
-    steps = ["--max_steps", 40, "--save_steps", 3, "--eval_steps", 4, "--save_total_limit", 2]
-    batches = ["--global_batch_size", 48, "--per_device_train_batch_size", 12, "--per_device_eval_batch_size", 40]
+    """A run that does everything often: it saves, prunes and evaluates, over the ends of two epochs of 8 steps."""
+    steps = ["--max_steps", 20, "--save_steps", 3, "--eval_steps", 4, "--save_total_limit", 2]
+    batches = ["--global_batch_size", 96, "--per_device_train_batch_size", 24, "--per_device_eval_batch_size", 40]
     return [*tiny, *steps, *batches, "--lr_scheduler_type", "cosine", "--ledger", "--ddp_timeout", 30]
 
 
@@ -68,14 +68,14 @@ def unbroken_fsdp(noisy: list[object], tmp_path_factory: pytest.TempPathFactory)
 def assert_identical(run: Path, unbroken: Path) -> None:
     """Parameters, moments, RNG of each rank, every row of metrics, and every row that each step learned from."""
     assert trajectory(run) == trajectory(unbroken)
-    assert len([row for row in trajectory(run) if "loss" in row]) == 40
-    first, second = (path / "checkpoint-40" for path in (run, unbroken))
+    assert len([row for row in trajectory(run) if "loss" in row]) == 20
+    first, second = (path / "checkpoint-20" for path in (run, unbroken))
     assert equal_to_the_bit(first, second)
     rng = [json.loads((path / "state.json").read_text())["rng"] for path in (first, second)]
     assert rng[0] == rng[1]
     assert problems(run) == differences(run, unbroken) == []
-    assert len(read(run)) == 40
-    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-39", "checkpoint-40"]
+    assert len(read(run)) == 20
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-18", "checkpoint-20"]
     assert list(run.glob(".saving-*")) == []
 
 
@@ -131,8 +131,8 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
         (4, ["--strategy", "fsdp", "--replicas", 2]),
         (2, ["--strategy", "ddp"]),
     ]
-    for step, (world_size, strategy) in zip(range(8, 48, 8), topologies, strict=True):
-        micro_batch = ["--per_device_train_batch_size", 48 // world_size]
+    for step, (world_size, strategy) in zip(range(4, 24, 4), topologies, strict=True):
+        micro_batch = ["--per_device_train_batch_size", 96 // world_size]
 
         def kill_when_past(ranks: Ranks, step: int = step) -> None:
             while not any(row["step"] >= step for row in read_records(run / "metrics.jsonl")):

@@ -3,15 +3,25 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoTokenizer
 
+import train
+from checkpoint.identity import Progress
+from config.command_line import parse
+from config.plan import derive_accumulation, plan_run
 from data.ledger import differences, main, problems, read
+from data.prepare import prepare_data
 from tests.launch import train_ok
 
-OPTIONS = ["--ledger", "--global_batch_size", 48, "--lr_scheduler_type", "constant_with_warmup", "--save_steps", 0]
+OPTIONS = ["--ledger", "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--save_steps", 0]
+OPTIONS += ["--lr_scheduler_type", "constant_with_warmup"]
 RESUME = ["--resume_from_checkpoint", "auto"]
 TWO_EPOCHS = ["--max_steps", 40]  # and a bit: an epoch has 17 steps
 
@@ -26,7 +36,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("world_size", "micro_batch", "more"),
     [
-        (2, 4, []),
+        (2, 8, []),
         (4, 12, ["--dataloader_num_workers", 2]),
         pytest.param(3, 2, ["--strategy", "fsdp"], marks=pytest.mark.slow),
         pytest.param(4, 24, ["--strategy", "fsdp", "--tensor_parallel", 2], marks=pytest.mark.slow),
@@ -49,6 +59,37 @@ def test_epochs_have_other_orders(one_process: Path) -> None:
     assert all(rows not in first for rows in second)
     used = [{row for rows in epoch for row in rows} for epoch in (first, second)]
     assert [len(rows) for rows in used] == [17 * 48] * 2
+
+
+def batches(tiny: list[object], rank: int = 0, world_size: int = 1, done: int = 0, end: int = 40) -> list[list[int]]:
+    """The sequences that a rank reads in each step from `done` to `end`, without a training run."""
+    options = parse([str(word) for word in [*tiny, *OPTIONS]], world_size)
+    derive_accumulation(options, world_size)
+    data = prepare_data(options, AutoTokenizer.from_pretrained(options.model_name_or_path))
+    plan = plan_run(options, len(data.train), world_size)
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        loader = train.training_batches(data.train, plan, options, Progress(step=done))
+        micro_batches = [[next(loader)["indices"].tolist() for _ in range(plan.accumulation)] for _ in range(done, end)]
+    finally:
+        dist.destroy_process_group()
+    return [list(chain(*step)) for step in micro_batches]
+
+
+def test_batches_of_two_epochs(tiny: list[object]) -> None:
+    steps = batches(tiny, end=34)
+    assert not {frozenset(step) for step in steps[:17]} & {frozenset(step) for step in steps[17:]}
+    assert [len(set(chain(*steps[first : first + 17]))) for first in (0, 17)] == [17 * 48] * 2
+
+
+def test_batches_of_two_ranks(tiny: list[object]) -> None:
+    together = [sorted(chain(*step)) for step in zip(*(batches(tiny, rank, 2) for rank in range(2)), strict=True)]
+    assert together == [sorted(step) for step in batches(tiny)]
+
+
+@pytest.mark.parametrize("done", [3, 20])  # in the first epoch and in the second
+def test_batches_of_a_resumed_run(tiny: list[object], done: int) -> None:
+    assert batches(tiny, done=done) == batches(tiny)[done:]
 
 
 def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:

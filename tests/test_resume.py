@@ -67,17 +67,17 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--strategy", *strategy.split()]
     options += ["--gradient_checkpointing"]
-    options += ["--global_batch_size", 40, "--max_steps", 30, "--save_steps", 15, "--dataloader_num_workers", 1]
-    options += ["--scale_learning_rate", "sqrt", "--reference_batch_size", 10]
+    options += ["--global_batch_size", 80, "--per_device_train_batch_size", 20, "--dataloader_num_workers", 1]
+    options += ["--max_steps", 16, "--save_steps", 8, "--scale_learning_rate", "sqrt", "--reference_batch_size", 20]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    assert "learning rate 0.006 = 0.003 x sqrt(40 / 10 rows)" in train_ok(2, *options, "--output_dir", unbroken)
+    assert "learning rate 0.006 = 0.003 x sqrt(80 / 20 rows)" in train_ok(2, *options, "--output_dir", unbroken)
     assert read_records(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
-    cut_off_at(15, unbroken, resumed)
+    cut_off_at(8, unbroken, resumed)
     outcome = train(2, [*options, "--output_dir", resumed, "--resume_from_checkpoint", "auto"], before=nothing_read)
     assert outcome.exit_codes == [0, 0], outcome.output
     assert trajectory(resumed) == trajectory(unbroken)
-    assert len(trajectory(resumed)) == 30 + 2
-    first, second = unbroken / "checkpoint-30", resumed / "checkpoint-30"
+    assert len(trajectory(resumed)) == 16 + 2
+    first, second = unbroken / "checkpoint-16", resumed / "checkpoint-16"
     assert equal_to_the_bit(first, second)
     rng = [json.loads((path / "state.json").read_text())["rng"] for path in (first, second)]
     assert rng[0] == rng[1]
@@ -116,16 +116,16 @@ def save_again(elsewhere: Path) -> None:
     ("world_size", "strategy"),
     [
         (1, "ddp"),
-        (4, "ddp"),
-        (1, "fsdp"),
+        pytest.param(4, "ddp", marks=pytest.mark.slow),
+        pytest.param(1, "fsdp", marks=pytest.mark.slow),
         (2, "fsdp"),
-        (4, "fsdp"),
+        pytest.param(4, "fsdp", marks=pytest.mark.slow),
         (4, "ddp --shard_optimizer"),
-        (2, "fsdp --reshard_after_forward false"),
+        pytest.param(2, "fsdp --reshard_after_forward false", marks=pytest.mark.slow),
         (4, "fsdp --replicas 2"),
-        (2, "fsdp --cpu_offload"),
+        pytest.param(2, "fsdp --cpu_offload", marks=pytest.mark.slow),
         (4, "fsdp --tensor_parallel 2"),
-        (4, "fsdp --context_parallel 4"),
+        pytest.param(4, "fsdp --context_parallel 4", marks=pytest.mark.slow),
     ],
 )
 def test_other_ranks_and_strategies(

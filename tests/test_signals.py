@@ -22,7 +22,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     [
         pytest.param(signal.SIGTERM, [], id="SIGTERM"),
         pytest.param(signal.SIGTERM, TORCHRUN, id="SIGTERM to torchrun"),
-        pytest.param(signal.SIGINT, [], id="SIGINT"),
+        pytest.param(signal.SIGINT, [], id="SIGINT", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, TORCHRUN, id="SIGINT to torchrun", marks=pytest.mark.slow),
     ],
 )

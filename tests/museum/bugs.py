@@ -1,14 +1,23 @@
-"""The bugs: classics of distributed training, each as a wrong line instead of a right one.
+"""The bugs: classics of distributed training, each a wrong line instead of a right one.
 
-The order is that of a run: what the step learns from, its loss, its gradient, the update, the evaluation, the resume.
+The order is roughly that of a run: data, loss, gradients, the update, the evaluation, the checkpoint.
 """
 
 from dataclasses import dataclass
 
+GROUPS = {  # as docs/museum.md shows them
+    "data": "what a step trains on",
+    "loss": "what is minimized, and what is reported",
+    "gradients": "how micro-steps and ranks add up to one gradient",
+    "sharding": "parameters and sequences that are split over ranks",
+    "numbers": "precision, random numbers and the update",
+    "checkpoints": "what is saved, and what a resumed run restores",
+}
+
 
 @dataclass(frozen=True)
 class Change:
-    """A piece of a file's text, and what the bug makes of it."""
+    """A fragment of a file, and the text that the bug puts there."""
 
     file: str
     right: str
@@ -27,9 +36,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug with its story, what one sees of it, the changes that plant it, and the test that kills it."""
+    """A bug: its story, its symptom, the changes that plant it, and the test that kills it."""
 
     name: str
+    group: str  # of GROUPS
     story: str
     symptom: str
     changes: tuple[Change, ...]
@@ -39,7 +49,7 @@ class Bug:
 
 
 def one(file: str, right: str, wrong: str) -> tuple[Change, ...]:
-    """The most common case: one change."""
+    """A single change."""
     return (Change(file, right, wrong),)
 
 
@@ -51,71 +61,78 @@ def curve_test(case: str) -> str:
 BACKWARD = "(loss * (world_size / max(1, targets))).backward()"
 NUMERICS = "tests/test_numerics.py::test_changes_nothing"
 RESUME_TO_THE_BIT = "tests/test_resume.py::test_same_ranks_to_the_bit[ddp]"
-DIVIDED = "tests/test_tensor_parallel.py::test_family[qwen3]"
-ROWS_DIVIDED = "tests/test_context_parallel.py::test_family[qwen3]"
+SPLIT = "tests/test_tensor_parallel.py::test_family[qwen3]"
+CONTEXT_PARALLEL = "tests/test_context_parallel.py::test_family[qwen3]"
 LOADED_STATE = "tests/test_resume.py::test_other_ranks_and_strategies[1-ddp]"
 
 BUGS = [
-    # --- Data -------------------------------------------------------------------------------------------------------
     Bug(
         "no set_epoch",
-        "A DistributedSampler shuffles by seed and epoch, and nobody tells it the epoch: PyTorch's own documentation "
-        "warns of it, and loops still forget it.",
-        "Nothing breaks. Every epoch has the order of the first one; the training loss gets a pattern that repeats.",
+        "data",
+        "A DistributedSampler shuffles by seed and epoch, so the loop must tell it the epoch. PyTorch's documentation "
+        "warns of this, and loops still forget it.",
+        "Nothing breaks. Every epoch has the order of the first one, and the training loss gets a pattern that "
+        "repeats.",
         one(
             "train.py",
             "            sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first\n",
             "",
         ),
-        "tests/test_ledger.py::test_epochs_have_other_orders",
+        "tests/test_ledger.py::test_batches_of_two_epochs",
         source="pytorch/pytorch#31771",
     ),
     Bug(
-        "another shuffle on each rank",
-        "Each rank seeds its own sampler, because seeds 'must differ between ranks'. For dropout they must; for the "
-        "permutation that all ranks divide among themselves they must not.",
-        "Ranks take overlapping shares: in an epoch some rows come twice and others never, which no curve shows.",
+        "a different shuffle on each rank",
+        "data",
+        "Each rank seeds its own sampler, because seeds 'must differ between ranks'. This is true for dropout. It is "
+        "wrong for the permutation that all ranks shard.",
+        "Ranks read overlapping shards: some sequences come twice in an epoch and others never. No curve shows it.",
         one(
             "train.py",
             "shuffle=True, seed=options.seed, drop_last=True",
             "shuffle=True, seed=options.seed + dist.get_rank(), drop_last=True",
         ),
-        "tests/test_ledger.py::test_the_same_global_batches[2-4-more0]",
+        "tests/test_ledger.py::test_batches_of_two_ranks",
         source="mlcommons/training#625",
     ),
     Bug(
         "the epoch starts again on resume",
-        "The checkpoint knows the step, but the loader begins its epoch anew: the rows before the cut are seen twice, "
-        "and the last ones of the epoch wait for the next.",
-        "After each resume the training loss is a little too good: the model has seen these rows before.",
+        "data",
+        "The checkpoint holds the step, but the loader starts its epoch from the beginning. The sequences before the "
+        "interruption are seen twice, and the last ones of the epoch are not seen at all.",
+        "After each resume the training loss is a little too low, because the model has seen these sequences before.",
         one("train.py", "first, end = steps_into_epoch * plan.accumulation,", "first, end = 0,"),
-        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        "tests/test_ledger.py::test_batches_of_a_resumed_run[3]",
         source="catalyst-team/catalyst#764",
     ),
     Bug(
-        "the cursor without its permutation",
-        "The position in the epoch is restored, and the number of the epoch is not: the right place of another order.",
-        "None in the curve. From the second epoch on, rows are repeated and lost at every resume.",
+        "the position restored without its epoch",
+        "data",
+        "The position within the epoch is restored, but the number of the epoch is not. The run continues at the right "
+        "position of the wrong permutation.",
+        "None in the curve. From the second epoch on, every resume repeats some sequences and loses others.",
         one(
             "train.py",
             "epoch, steps_into_epoch = divmod(done.step, plan.steps_per_epoch)",
             "epoch, steps_into_epoch = 0, done.step % plan.steps_per_epoch",
         ),
-        "tests/test_ledger.py::test_two_resumes_in_one_epoch",
+        "tests/test_ledger.py::test_batches_of_a_resumed_run[20]",
         source="huggingface/accelerate#4071",
     ),
     Bug(
         "documents without EOS",
-        "Documents are joined without a token between them, so that the end of a text is never learned.",
-        "The loss looks normal; the model never stops writing.",
+        "data",
+        "Documents are concatenated without an EOS token between them, so the model never trains on the end of a text.",
+        "The loss looks normal. The model never stops generating.",
         one("data/tokens.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
         "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
     ),
     Bug(
         "EOS masked as padding",
-        "The tokenizer has no pad token, so EOS is used to pad, and labels are masked where the token is the pad "
-        "token: every true EOS goes with them.",
-        "The loss is a little lower, because an easy or a hard token is missing; the model never learns to stop.",
+        "data",
+        "The tokenizer has no pad token, so EOS is used for padding. Labels are masked where the token is the pad "
+        "token, and this masks every true EOS too.",
+        "The loss changes a little, because one kind of token is missing. The model never learns to stop.",
         one(
             "data/batches.py",
             "tokens.where(learned, IGNORE_INDEX)",
@@ -125,25 +142,31 @@ BUGS = [
         source="huggingface/transformers#23530",
     ),
     Bug(
-        "padding is learned",
-        "Labels are a copy of the padded inputs, and nobody sets them to -100 where there is no text.",
-        "A loss that is far too good, the shorter the documents the better: padding is easy to predict.",
+        "padding is trained on",
+        "data",
+        "Labels are a copy of the padded inputs, and the code does not set them to -100 at the padding.",
+        "The loss is far too low, because padding is easy to predict. The shorter the documents, the lower it is.",
         one("data/batches.py", "torch.full(shape, IGNORE_INDEX)", "torch.zeros(shape, dtype=torch.int64)"),
         "tests/test_data.py::test_collate_masks_by_length",
         Curve(),
         source="NovaSky-AI/SkyRL#462",
     ),
     Bug(
-        "the question is learned",
-        "The template marks what the assistant says, and the labels are the whole text: the model learns to ask.",
-        "A loss that is too high, because questions cannot be predicted; answers that go on with the next question.",
+        "the question is trained on",
+        "data",
+        "The template marks the assistant's answer, but the labels are the whole text. The model learns to ask "
+        "questions.",
+        "The loss is too high, because questions are hard to predict. Generated answers continue with the next "
+        "question.",
         one("data/batches.py", "tokens.where(learned, IGNORE_INDEX)", "tokens"),
         "tests/test_packing.py::test_collate_keeps_documents_apart",
         source="marin-community/marin#7237",
     ),
     Bug(
         "the end of the answer is masked",
-        "The mask covers the answer, and not the token that ends the turn, which the template writes after it.",
+        "data",
+        "The mask selects the answer, but not the token that ends the turn. The template writes this token after the "
+        "answer.",
         "None in the loss. The model answers, and then does not stop.",
         one("data/conversations.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
         "tests/test_chat.py::test_what_is_learned",
@@ -151,9 +174,11 @@ BUGS = [
     ),
     Bug(
         "attention leaks between packed documents",
-        "Several documents share a row, and nothing tells the model where one ends: each sees all that come before it.",
-        "The loss is a little lower than it should be where documents resemble each other; the model has learned to "
-        "copy from strangers.",
+        "data",
+        "Several documents share a sequence, but the model is not told where each begins. Every document attends to "
+        "all documents before it.",
+        "The loss is a little too low where documents resemble each other. The model has learned to copy from "
+        "unrelated text.",
         one(
             "data/batches.py",
             "            position_ids_BT[index, start : start + length] = torch.arange(length)\n",
@@ -164,17 +189,19 @@ BUGS = [
     ),
     Bug(
         "the next document is predicted",
-        "The label of the first token of a packed document stays, and the last token of another one has to predict it.",
-        "A loss that is a little too high, and grows with the number of documents in a row.",
+        "data",
+        "The label of the first token of a packed document is not masked, so the last token of the document before has "
+        "to predict it.",
+        "The loss is a little too high, and grows with the number of documents in a sequence.",
         one("data/batches.py", "            if start > 0:\n", "            if start < 0:\n"),
         "tests/test_packing.py::test_collate_keeps_documents_apart",
     ),
-    # --- The loss ---------------------------------------------------------------------------------------------------
     Bug(
         "labels shifted twice",
-        "The model shifts the labels by one, and so does the loss function that it calls: what is learned is the token "
-        "after next.",
-        "The loss falls, and stays too high; samples skip every other word.",
+        "loss",
+        "The model shifts the labels by one, and the loss function that it calls shifts them again. The model is "
+        "trained to predict the token after the next one.",
+        "The loss falls, but stays too high. Generated text skips every other word.",
         one("data/batches.py", "labels_BT[:, 1:], (0, 1)", "labels_BT[:, 2:], (0, 2)"),
         "tests/test_rooms.py::test_labels_are_the_next_tokens",
         Curve(),
@@ -182,8 +209,9 @@ BUGS = [
     ),
     Bug(
         "labels not shifted",
-        "The loss expects shifted labels and gets the inputs: each position has to predict itself.",
-        "The best loss ever seen, falling towards zero: a residual connection is all it takes.",
+        "loss",
+        "The loss function expects shifted labels and gets the inputs. Each position has to predict its own token.",
+        "The loss is the best ever seen and falls towards zero: a residual connection is enough to copy the input.",
         one(
             "data/batches.py", "return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)", "return labels_BT"
         ),
@@ -192,8 +220,9 @@ BUGS = [
     ),
     Bug(
         "a mean over padding",
-        "The sum of the losses is right, and what it is divided by counts every position, padding too.",
-        "A loss and a gradient that shrink with the amount of padding, so that short documents count less.",
+        "loss",
+        "The sum of the token losses is right, but the divisor counts every position, including padding.",
+        "Loss and gradient shrink with the amount of padding, so short documents count less.",
         one(
             "data/batches.py",
             '"targets": (next_tokens(labels_BT) != IGNORE_INDEX).sum()',
@@ -205,26 +234,29 @@ BUGS = [
     ),
     Bug(
         "targets counted before the shift",
-        "The number of targets is that of the labels before they are shifted: one too many in each row.",
-        "The loss is too low by one part in the row length, 50% for a row of two tokens.",
+        "loss",
+        "Targets are counted in the labels before the shift: one too many in each sequence.",
+        "The loss is too low by a factor of (T - 1) / T for sequences of T tokens: by half for two tokens.",
         one("data/batches.py", "(next_tokens(labels_BT) != IGNORE_INDEX).sum()", "(labels_BT != IGNORE_INDEX).sum()"),
         "tests/test_data.py::test_collate_masks_by_length",
         source="huggingface/transformers#46204",
     ),
     Bug(
-        "all masked is not a number",
-        "A mean over no target is 0 / 0. A long prompt that is cut before its answer gives such a micro-batch, on one "
-        "rank, and the all-reduce hands it on to the others.",
-        "One day the loss is NaN, and from then on every weight is.",
+        "NaN when all labels are masked",
+        "numbers",
+        "A mean over no target is 0 / 0. A long prompt that is truncated before its answer gives such a micro-batch on "
+        "one rank, and the all-reduce spreads the NaN to all ranks.",
+        "At some step the loss is NaN, and from then on every weight is NaN.",
         one("loss/cross_entropy.py", 'reduction="sum")', 'reduction="mean") * (targets_N != IGNORE_INDEX).sum()'),
         "tests/test_rooms.py::test_a_batch_without_targets_is_finite",
         source="allenai/OLMo-core#657",
     ),
     Bug(
         "mean of means over ranks",
-        "Each rank divides by its own number of targets, and DDP averages the ranks: where a rank has fewer targets, "
-        "each of them counts more. It was left over when transformers had mended its accumulation.",
-        "The curve depends on the number of GPUs. It looks like noise, and it is a bias.",
+        "loss",
+        "Each rank divides by its own number of targets, and DDP averages over ranks. Where a rank has fewer targets, "
+        "each of them counts more. This bug remained when transformers had fixed its accumulation.",
+        "The curve depends on the number of GPUs. It looks like noise, but it is a bias.",
         one("train.py", BACKWARD, '(loss / max(1, int(total(step_batches, "targets")))).backward()'),
         curve_test("DDP-2x8"),
         Curve(4, ("--per_device_train_batch_size", 4)),
@@ -232,38 +264,42 @@ BUGS = [
     ),
     Bug(
         "mean of means over micro-steps",
-        "Each micro-batch's mean is divided by the accumulation. The most used trainer of all did this until October "
-        "2024, when users showed that one large batch and many small ones gave different curves.",
-        "The curve depends on the accumulation, and the more ragged the rows, the more.",
+        "loss",
+        "The mean of each micro-batch is divided by the number of micro-steps. The most used trainer did this until "
+        "October 2024, when users showed that one large batch and many small ones gave different curves.",
+        "The curve depends on the number of micro-steps, and more so when sequence lengths vary.",
         one("train.py", BACKWARD, '(loss / max(1, int(batch["targets"])) / plan.accumulation).backward()'),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
         source="huggingface/transformers#34191",
     ),
     Bug(
-        "the reference rounded on its way",
-        "FSDP casts what it passes into a module to bf16, tokens excepted. The log-probability of an answer by the "
-        "reference model is a sum of some hundred nats, of which bf16 keeps three digits; the loss is made of "
-        "differences.",
-        "Preference tuning seems to work. Its first loss is not ln 2.",
+        "reference log-probabilities rounded to bf16",
+        "numbers",
+        "FSDP casts the floating-point inputs of a module to bf16. The reference log-probability of an answer is a sum "
+        "of some hundred nats, and bf16 represents it with three digits. The DPO loss consists of differences of such "
+        "sums.",
+        "Preference tuning seems to work, but its first loss is not ln 2.",
         one("fsdp/wrap.py", "mp_policy=root_precision", "mp_policy=precision"),
         "tests/test_preference.py::test_bf16",
     ),
-    # --- The gradient -----------------------------------------------------------------------------------------------
     Bug(
-        "divided by the accumulation twice",
-        "The loop divides by the accumulation, and the library underneath does so, too.",
-        "AdamW hides it: its update does not depend on the gradient's scale. Clipping and epsilon do, and with SGD the "
-        "learning rate is too small by the accumulation.",
+        "divided by the micro-steps twice",
+        "gradients",
+        "The loop divides the loss by the number of micro-steps, and the library that it calls divides again.",
+        "AdamW hides it, because its update does not depend on the scale of the gradient. Clipping and epsilon depend "
+        "on it. With SGD, the learning rate is too small by the number of micro-steps.",
         one("train.py", BACKWARD, "(loss * (world_size / max(1, targets) / plan.accumulation)).backward()"),
         curve_test("single-1x4"),
         Curve(1, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
         source="huggingface/transformers#35808",
     ),
     Bug(
-        "divided by the ranks once too often",
-        "DDP averages gradients over ranks. Who divides a sum by the global number of targets must undo that.",
-        "The same as above: invisible with AdamW until the norm is clipped, or another optimizer is chosen.",
+        "divided by the world size twice",
+        "gradients",
+        "DDP averages gradients over ranks. Code that divides a sum by the global number of targets must multiply by "
+        "the world size to undo the average.",
+        "Invisible with AdamW until the norm is clipped. With SGD, the learning rate is too small by the world size.",
         one("train.py", BACKWARD, "(loss / max(1, targets)).backward()"),
         curve_test("DDP-2x8"),
         Curve(4, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
@@ -271,8 +307,9 @@ BUGS = [
     ),
     Bug(
         "only the last micro-step counts",
-        "zero_grad stands inside the accumulation loop, a line too deep.",
-        "A noisier curve at the price of a large batch: all micro-steps are computed, and one is used.",
+        "gradients",
+        "zero_grad is called inside the accumulation loop, one line too deep.",
+        "A noisier curve at the cost of a large batch: all micro-steps are computed, and only the last one is used.",
         one("train.py", BACKWARD, f"wrapped.zero_grad()\n            {BACKWARD}"),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
@@ -280,18 +317,21 @@ BUGS = [
     ),
     Bug(
         "never synchronized",
-        "no_sync() covers the last micro-step too, by an index that is off by one: ranks train models of their own.",
-        "No error and no slow step, rather a fast one. The replicas drift apart; what is saved is that of one of them.",
+        "gradients",
+        "no_sync() covers the last micro-step too, because an index is off by one. Each rank trains a model of its "
+        "own.",
+        "No error, and faster steps. The replicas diverge, and only the replica of rank 0 is saved.",
         one("train.py", "index == plan.accumulation - 1", "index == plan.accumulation"),
         curve_test("DDP-2x2"),
         Curve(4),
         source="modelscope/FunASR#3472",
     ),
     Bug(
-        "summed in every micro-step",
-        "A handwritten all_reduce stands in the micro-step loop and sums what has added up so far: the first "
-        "micro-steps are exchanged again and again, and count world size times each time.",
-        "The first micro-batches of a step outweigh the last ones by powers of the number of ranks.",
+        "accumulated gradients summed in every micro-step",
+        "gradients",
+        "A handwritten all-reduce in the micro-step loop sums the gradient that has accumulated so far. The first "
+        "micro-steps are summed again each time, and are multiplied by the world size each time.",
+        "The first micro-batches of a step outweigh the last ones by powers of the world size.",
         (
             Change(
                 "train.py",
@@ -311,44 +351,52 @@ BUGS = [
     ),
     Bug(
         "clipped by the norm of a shard",
-        "clip_grad_norm_ runs on what this rank holds. With sharding that is a part, and each rank finds another norm.",
-        "Steps are clipped too little, by the square root of the number of ranks, and each shard by another factor.",
+        "sharding",
+        "The norm for clipping is computed from the shards of one rank. With sharding, this is a fraction of the "
+        "gradient, and each rank finds a different norm.",
+        "Steps are clipped too little, by about the square root of the number of ranks, and each shard by a different "
+        "factor.",
         one("fsdp/gradients.py", "    dist.all_reduce(squares)\n", ""),
         curve_test("FSDP-2x8"),
         Curve(4, ("--strategy", "fsdp")),
         source="pytorch/pytorch#72548",
     ),
     Bug(
-        "what all have, counted by each",
-        "With tensor parallelism, weights are divided and norms are not: each rank of a group has them whole. Who adds "
-        "up the squares of all ranks has those of the norms as often as there are ranks.",
-        "The gradient norm is a little too large, and the more so the more ranks divide a layer; steps are clipped a "
+        "replicated gradients counted on every rank",
+        "sharding",
+        "Tensor parallelism splits the matrices and replicates the norm weights. A sum of squares over all ranks "
+        "counts the replicated gradients once per rank.",
+        "The gradient norm is a little too large, and more so with more tensor-parallel ranks. Steps are clipped a "
         "little too much.",
         one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / alike", "nn.utils.get_total_norm(same) ** 2"),
-        DIVIDED,
+        SPLIT,
     ),
     Bug(
-        "the gradient of a part of the vocabulary",
-        "The vocabulary is divided among ranks, and each makes the gradient by the hidden states that its part of the "
-        "logits gives. Megatron's word for what was forgotten: the all-reduce in the backward.",
-        "The loss is right to the last digit, and falls. Each layer below the head learns from a part of the "
-        "vocabulary, another one on each rank, and replicas drift apart.",
+        "the gradient of one vocabulary shard",
+        "sharding",
+        "The output projection is split by vocabulary. Each rank computes the gradient of the hidden states from its "
+        "own logits, and these gradients must be summed. The missing call is Megatron's all-reduce in the backward "
+        "pass.",
+        "The loss is right to the last digit, and falls. Every layer below the output projection gets the gradient of "
+        "one vocabulary shard, a different one on each rank, and replicated weights diverge.",
         one("parallel/tensor.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
-        DIVIDED,
+        SPLIT,
     ),
     Bug(
-        "nobody predicts how the next piece begins",
-        "A row is cut into pieces, one a rank, and inputs and labels are cut alike. The shift by one position happens "
-        "in the loss, and the last position of each piece has no label any more.",
-        "As many targets are missing as there are cuts. The curve is a little off, and nothing says so: the model does "
-        "not learn one token in as many as a piece has.",
+        "the last token of a local sequence has no target",
+        "sharding",
+        "Context parallelism cuts a sequence into local sequences, and cuts inputs and labels at the same places. The "
+        "loss shifts the labels by one, so the last position of each local sequence has no label.",
+        "One target is missing at each cut. The curve is a little off, and no error appears.",
         one("parallel/context.py", '["labels"][:, start : end + 1]', '["labels"][:, start:end]'),
-        ROWS_DIVIDED,
+        CONTEXT_PARALLEL,
     ),
     Bug(
-        "clipped before the exchange",
-        "The gradient is clipped after each micro-step, while it is still that of one rank and of a part of the batch.",
-        "Steps are shorter and turned; with a low limit, the curve depends on ranks and accumulation.",
+        "clipped before the all-reduce",
+        "gradients",
+        "The gradient is clipped after each micro-step, before it holds the other micro-steps and ranks.",
+        "Steps are shorter and have a different direction. With a low limit, the curve depends on ranks and "
+        "micro-steps.",
         one(
             "train.py",
             "            loss_sum += loss.detach()\n",
@@ -360,37 +408,42 @@ BUGS = [
         source="huggingface/transformers#1563",
     ),
     Bug(
-        "another dropout in the recomputation",
-        "Activation checkpointing runs the forward again, and the random numbers have moved on: the backward belongs "
-        "to another network than the loss.",
-        "Gradients that are wrong by a noise that nobody asked for; the loss is a little worse than without.",
+        "different dropout in the recomputation",
+        "numbers",
+        "Activation checkpointing recomputes the forward pass, but the random state has advanced. The backward pass "
+        "uses other dropout masks than the loss.",
+        "Gradients contain noise. The loss is a little worse than without activation checkpointing.",
         one("model/build.py", '{"use_reentrant": False}', '{"use_reentrant": False, "preserve_rng_state": False}'),
         "tests/test_topology.py::test_checkpointing_repeats_the_dropout",
         source="allenai/OLMo-core#828",
     ),
     Bug(
         "the same dropout on all ranks",
-        "One seed for all ranks is right for the weights and the data order. Kept for dropout, all ranks drop the same "
-        "places.",
-        "None in the curve: the noise of a large batch is that of a small one.",
+        "numbers",
+        "One seed for all ranks is right for the initial weights and the data order. With the same seed for dropout, "
+        "all ranks drop the same positions.",
+        "None in the curve. The noise of a large batch is as large as that of a small one.",
         one("checkpoint/rng.py", 'f"{seed} {step} {rank}"', 'f"{seed} {step}"'),
         "tests/test_resume.py::test_each_rank_draws_its_own_dropout",
         source="huggingface/transformers#31412",
     ),
     Bug(
-        "other weights on each rank",
-        "Every rank draws its random weights with a seed of its own. DDP can cover it up by a broadcast from rank 0; "
-        "sharding takes a slice from each, and the whole is a model that nobody initialized.",
-        "The same job has another curve under FSDP than under DDP, and on another number of ranks.",
+        "different initial weights on each rank",
+        "sharding",
+        "Every rank draws its random weights with a different seed. DDP hides this, because it broadcasts the weights "
+        "of rank 0. FSDP takes a shard from each rank, and the full model is one that no rank initialized.",
+        "The curve of FSDP differs from that of DDP, and depends on the number of ranks.",
         one("train.py", "torch.manual_seed(options.seed)  #", "torch.manual_seed(options.seed + rank)  #"),
         "tests/test_topology.py::test_random_weights_do_not_depend_on_ranks",
         source="mosaicml/llm-foundry#830",
     ),
     Bug(
         "the head untied by wrapping",
-        "Embedding and head share one tensor until something rebuilds one of them: wrapping, a move, a cast, a model "
-        "that was made on the meta device.",
-        "A model with more parameters than it says, whose head and embedding learn apart from each other.",
+        "sharding",
+        "Embedding and output projection share one tensor until some call replaces one of them: wrapping, a move, a "
+        "cast, or leaving the meta device.",
+        "The model has more parameters than its configuration says, and embedding and output projection train "
+        "separately.",
         one(
             "ddp/wrap.py",
             "    model.tie_weights()  # one tensor again, where each use of it got memory of its own\n",
@@ -401,36 +454,40 @@ BUGS = [
         source="huggingface/accelerate#3154",
     ),
     Bug(
-        "buffers that nobody saved",
-        "A model that was made on the meta device gets memory, and then its weights. The frequencies of its rotary "
-        "embeddings are no weights: no file has them, and they stay what was in that memory.",
-        "Tokens do not know their positions, if the memory was zeros; NaN at some starts, if it was not.",
+        "buffers missing from the checkpoint",
+        "sharding",
+        "A model on the meta device gets memory, and then its weights from files. The frequencies of rotary embeddings "
+        "are buffers, which no file holds, so they keep the values of uninitialized memory.",
+        "The model does not know positions if the memory was zero. The loss is NaN in some runs if it was not.",
         one("model/weights.py", "    _draw(model, filled)\n", ""),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
         source="huggingface/transformers#45902",
     ),
     Bug(
-        "exchanged in every micro-step",
-        "set_gradient_sync is called before each micro-step and always says yes. An average of averages over ranks is "
-        "still the right gradient, so that no test of numbers sees it.",
-        "None in any curve: the step is slower, by an exchange of all gradients for each further micro-step.",
+        "all-reduced in every micro-step",
+        "gradients",
+        "set_gradient_sync is called with True before each micro-step. The sum of averages is still the right "
+        "gradient, so no test of numbers sees it.",
+        "None in any curve. A step is slower by one all-reduce of all gradients for each further micro-step.",
         one("train.py", "index == plan.accumulation - 1", "True"),
         "tests/test_memory.py::test_a_stage[DDP]",
     ),
     Bug(
-        "one unit for the whole model",
-        "Only the root is sharded, without its layers: fully_shard takes what no inner call has taken, all of it.",
-        "None in any curve: every parameter is gathered before the first layer runs, nothing overlaps, and each rank "
-        "needs memory for the whole model.",
+        "one FSDP unit for the whole model",
+        "sharding",
+        "fully_shard is called on the root only, and not on the decoder layers. The root unit then holds all "
+        "parameters.",
+        "None in any curve. Every parameter is gathered before the first layer runs, communication does not overlap "
+        "with computation, and each rank needs memory for the full model.",
         one("fsdp/wrap.py", "    for layer in decoder_layers:\n", "    for layer in decoder_layers[:0]:\n"),
         "tests/test_memory.py::test_a_stage[FSDP (ZeRO-3)]",
     ),
-    # --- The update -------------------------------------------------------------------------------------------------
     Bug(
-        "bf16 masters",
-        "The checkpoint's files are bf16, so the weights are, and the optimizer works on them: an update that is "
+        "bf16 master weights",
+        "numbers",
+        "The files of the model are bf16, so the weights are bf16 too, and the optimizer updates them. An update "
         "smaller than 1/256 of a weight is rounded away.",
-        "The loss falls at first. With a small learning rate most weights never move.",
+        "The loss falls at first. With a small learning rate most weights never change.",
         one(
             "model/build.py",
             "config, dtype=torch.float32, trust_remote_code=options.trust_remote_code",
@@ -442,8 +499,10 @@ BUGS = [
     ),
     Bug(
         "weight decay on norms",
-        "All parameters are in one group: the scales of the norms are pulled towards zero with the matrices.",
-        "Slightly worse, with the same curve at first; the scales shrink by the learning rate times the decay.",
+        "numbers",
+        "All parameters are in one group, so the scales of the norms decay towards zero with the matrices.",
+        "A slightly worse model with the same curve at first. The scales shrink by the learning rate times the weight "
+        "decay in each step.",
         one(
             "optim/adamw.py",
             '"weight_decay": 0.0}]',
@@ -454,8 +513,9 @@ BUGS = [
     ),
     Bug(
         "the schedule steps with micro-steps",
-        "scheduler.step() is called once a micro-batch, or once for every process.",
-        "The warmup is over too soon, and the rate is at its end long before the training.",
+        "numbers",
+        "scheduler.step() is called once per micro-batch, or once per process.",
+        "The warmup is too short, and the learning rate reaches its end long before the training does.",
         one(
             "train.py",
             "learning_rate(step, plan.total_steps, options)",
@@ -466,56 +526,64 @@ BUGS = [
         source="Lightning-AI/pytorch-lightning#1476",
     ),
     Bug(
-        "a logarithmic warmup taken for a line",
-        "WarmupLR in a DeepSpeed file rises along a logarithm, unless the file says linear. Who ports the file writes "
-        "the warmup that everybody else means.",
-        "The rate is far too low for most of the warmup: two runs that are the same on paper part.",
+        "a logarithmic warmup taken for a linear one",
+        "numbers",
+        "WarmupLR in a DeepSpeed file rises logarithmically, unless the file says linear. A port of the file often "
+        "uses the common linear warmup.",
+        "The learning rate is far too low for most of the warmup. Two runs with the same settings have different "
+        "curves.",
         one("optim/schedule.py", 'parameters.get("warmup_type") == "linear"', 'kind == "WarmupLR"'),
         "tests/test_deepspeed.py::test_schedules[WarmupLR]",
         Curve(1, ("--lr_scheduler_type", "WarmupLR", "--warmup_steps", 30), value="learning_rate"),
     ),
     Bug(
         "skipped by one rank alone",
-        "A rank sees that its own numbers are not finite and skips the update; the others have not seen it.",
-        "NaN in all weights but those of one rank, or a hang, when the lonely rank skips a collective, too.",
+        "numbers",
+        "One rank sees that its numbers are not finite and skips the update. The other ranks do not know it.",
+        "All weights but those of one rank are NaN. If the skipped code contains a collective, the run hangs.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(loss_sum) | (targets == 0)"),
         f"{NUMERICS}[nan_on_rank_1-ddp]",
         source="facebookresearch/fairscale#180",
     ),
     Bug(
         "a stale gradient after a skipped step",
-        "A step with a gradient that is not finite is skipped, together with the line that clears it.",
-        "One NaN, and every later gradient is NaN plus something: training stands still.",
+        "numbers",
+        "A step with a gradient that is not finite is skipped, together with the line that clears the gradient.",
+        "After one NaN every later gradient is NaN, and no weight changes any more.",
         one("train.py", "        wrapped.zero_grad()\n", "        if not skip:\n            wrapped.zero_grad()\n"),
         f"{NUMERICS}[nan_on_rank_1-ddp]",
         source="espnet/espnet#3283",
     ),
     Bug(
-        "a step without targets still moves",
-        "No target, no gradient; but momentum and weight decay go on, and AdamW counts a step.",
-        "None to see: weights move where nothing was learned.",
+        "a step without targets still updates",
+        "numbers",
+        "Without targets the gradient is zero, but momentum and weight decay still act, and AdamW counts a step.",
+        "None in the curve: weights change although the step has no target.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(grad_norm)"),
         f"{NUMERICS}[all_masked-ddp]",
     ),
     Bug(
-        "parts that are not gathered",
-        "With a sharded optimizer each rank updates its part of the weights, and must get the parts of the others.",
-        "Each rank trains its own part of the model and leaves the rest as it was at the start.",
+        "updated shards that are not gathered",
+        "sharding",
+        "With a sharded optimizer each rank updates its own shard of the parameters, and must gather the shards of the "
+        "other ranks.",
+        "Each rank trains its own shard and keeps the initial values of all others.",
         one(
             "train.py",
-            "        strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks have "
-            "updated\n",
+            "        strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks "
+            "have updated\n",
             "",
         ),
         curve_test("DDP, sharded optimizer-2x2"),
         Curve(4, ("--shard_optimizer",)),
         source="NVIDIA/Megatron-LM#950",
     ),
-    # --- What is reported -------------------------------------------------------------------------------------------
     Bug(
         "the loss of rank 0 alone",
-        "Rank 0 logs its own loss. With one global mean as the divisor it is even too small by the number of ranks.",
-        "A training loss that jumps when the number of ranks changes, and whose noise is that of one rank.",
+        "loss",
+        "Rank 0 logs its own loss. With the global number of targets as the divisor, this loss is also too small by "
+        "the number of ranks.",
+        "The training loss jumps when the number of ranks changes, and it has the noise of one rank.",
         one("train.py", "            dist.all_reduce(loss_sum)\n", ""),
         curve_test("DDP-2x8"),
         Curve(4),
@@ -523,7 +591,9 @@ BUGS = [
     ),
     Bug(
         "evaluated on duplicates",
-        "Where rows do not divide by ranks, a DistributedSampler repeats some until they do; these count twice.",
+        "loss",
+        "When the number of sequences is not a multiple of the number of ranks, a DistributedSampler repeats some "
+        "sequences. They count twice.",
         "The validation loss depends on the number of ranks, in the third digit.",
         one("data/batches.py", "np.arange(rows), batches)", "np.resize(np.arange(rows), batches * size), batches)"),
         "tests/test_data.py::test_validation_rows_count_once[4-23-2]",
@@ -531,7 +601,9 @@ BUGS = [
     ),
     Bug(
         "evaluated as a mean of batches",
-        "The mean of the batches' means: a last batch of one short row weighs as much as a full one.",
+        "loss",
+        "The validation loss is the mean of the batches' means. A last batch with one short sequence counts as much as "
+        "a full batch.",
         "The validation loss depends on the batch size and the number of ranks.",
         (
             Change(
@@ -546,23 +618,27 @@ BUGS = [
     ),
     Bug(
         "evaluated by rank 0 alone",
-        "Each rank evaluates its share, and the shares are never added up.",
-        "The validation loss is that of a part of the rows, and which part depends on the number of ranks.",
+        "loss",
+        "Each rank evaluates its shard of the sequences, but the sums are not all-reduced.",
+        "The validation loss covers a fraction of the sequences, and this fraction depends on the number of ranks.",
         one("train.py", "    dist.all_reduce(totals)\n", ""),
         curve_test("DDP-2x8"),
     ),
     Bug(
         "left in evaluation mode",
-        "After the first evaluation nobody calls train() again.",
-        "Dropout is off for the rest of the run: the training loss steps down, and overfitting begins early.",
+        "loss",
+        "After the first evaluation the code does not call train() again.",
+        "Dropout is off for the rest of the run. The training loss drops at once, and overfitting begins early.",
         one("loss/evaluation.py", "    wrapped.train()\n", ""),
         "tests/test_topology.py::test_evaluation_changes_nothing",
         source="wkentaro/pytorch-fcn#57",
     ),
     Bug(
         "the head untied on disk",
-        "The files hold the shared tensor once, and the configuration does not say that it is shared.",
-        "Training was fine. Whoever loads the model gets a head of random numbers, with a warning at best.",
+        "checkpoints",
+        "The files hold the shared tensor once, but the configuration does not say that it is shared.",
+        "Training was right. When the model is loaded, its output projection gets random values, with a warning at "
+        "best.",
         one(
             "model/export.py",
             "    config.dtype, config.architectures = dtype, [type(model).__name__]\n",
@@ -571,18 +647,20 @@ BUGS = [
         ),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
     ),
-    # --- Checkpoints ------------------------------------------------------------------------------------------------
     Bug(
-        "saved while it changes",
-        "A checkpoint is written beside training from the live tensors: some are of this step, some of later ones.",
-        "None, until one resumes: a small jump in the loss that nobody can explain.",
+        "saved while the weights change",
+        "checkpoints",
+        "A checkpoint is written in the background from the live tensors. Some are from this step, and some from later "
+        "steps.",
+        "None until a run resumes. Then the loss jumps a little.",
         one("checkpoint/save.py", "        if self.options.async_save:\n", "        if False:\n"),
         "tests/test_saving.py::test_the_bytes_are_those_of_the_saved_step[topology0]",
         source="Lightning-AI/pytorch-lightning#21079",
     ),
     Bug(
-        "written in its place",
-        "The checkpoint is written under its final name, so that one that was cut off looks like one that was not.",
+        "written under its final name",
+        "checkpoints",
+        "The checkpoint is written under its final name, so an incomplete checkpoint looks like a complete one.",
         "None, until the power fails during a save.",
         one(
             "checkpoint/save.py",
@@ -593,9 +671,10 @@ BUGS = [
         source="Lightning-AI/pytorch-lightning#688",
     ),
     Bug(
-        "the old one is deleted first",
-        "To save room, the last checkpoint goes before the next one is written.",
-        "None, until a save fails, and there is no checkpoint any more.",
+        "the old checkpoint is deleted first",
+        "checkpoints",
+        "To save disk space, the last checkpoint is deleted before the next one is written.",
+        "None, until a save fails and no checkpoint is left.",
         one(
             "checkpoint/save.py",
             "    run_together(write_state, group)\n",
@@ -607,22 +686,24 @@ BUGS = [
         source="Lightning-AI/pytorch-lightning#1150",
     ),
     Bug(
-        "sorted as text",
-        "The newest checkpoint is the last one by name, and checkpoint-99 comes after checkpoint-100.",
-        "From step 100 on, the new checkpoints are pruned, and the run resumes at step 99 for ever.",
+        "checkpoints sorted as text",
+        "checkpoints",
+        "The newest checkpoint is taken to be the last one by name, but checkpoint-99 sorts after checkpoint-100.",
+        "From step 100 on, new checkpoints are pruned, and every resume starts from step 99.",
         one(
             "checkpoint/files.py",
             "if step_of(path) >= 0), key=step_of, reverse",
             "if step_of(path) >= 0), key=str, reverse",
         ),
-        "tests/test_saving.py::test_a_hundred_saves_that_keep_two",
+        "tests/test_saving.py::test_many_saves_that_keep_two[12]",
         source="allenai/open-instruct#541",
     ),
     Bug(
         "moments dropped on resume",
-        "Weights are restored and the optimizer begins anew: its file was saved under a name that resuming did not "
-        "look for.",
-        "The first resumed loss is right, which is why a test of one step finds nothing; then the loss jumps.",
+        "checkpoints",
+        "Weights are restored, but the optimizer starts with empty moments: its file was saved under a name that the "
+        "resuming code did not look for.",
+        "The first resumed loss is right, so a test of one step does not see the bug. Then the loss jumps.",
         one(
             "checkpoint/load.py",
             '(("model", unique_tensors(model)), ("optimizer", moments))',
@@ -634,8 +715,11 @@ BUGS = [
     ),
     Bug(
         "the step count dropped on resume",
-        "AdamW divides by 1 - beta ** step: with the moments of many steps and a count of one, by too little.",
-        "A jump at the resume: the second moment is blown up a thousandfold, the first one tenfold.",
+        "checkpoints",
+        "AdamW divides its moments by 1 - beta ** step. With the moments of many steps and a step count of one, this "
+        "divisor is far too small.",
+        "The loss jumps at the resume: the second moment is too large by a factor of a thousand, the first by a factor "
+        "of ten.",
         one("checkpoint/load.py", '["step"].fill_(step)', '["step"].fill_(0)'),
         LOADED_STATE,
         Curve(2, ("--lr_scheduler_type", "constant_with_warmup"), resume_at=20),
@@ -643,17 +727,20 @@ BUGS = [
     ),
     Bug(
         "random numbers dropped on resume",
-        "Generators start from the seed again, so that dropout repeats the masks of the beginning.",
-        "None: the curve is another one, and as good.",
+        "checkpoints",
+        "Random generators start from the seed again, so dropout repeats the masks of the first steps.",
+        "None. The curve is different, and as good.",
         one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
         RESUME_TO_THE_BIT,
         source="huggingface/transformers#17055",
     ),
     Bug(
-        "the reference is the model that was resumed",
-        "Preference tuning holds the model to the one that it began as. A run that is resumed loads its checkpoint, "
-        "and then takes the model for its own reference.",
-        "After a resume the loss is ln 2 again, and the model is free to drift: with each resume further.",
+        "the resumed model taken as the reference",
+        "checkpoints",
+        "The DPO loss compares the model with the initial model. A resumed run loads its checkpoint, and then takes "
+        "the loaded model as the reference.",
+        "After a resume the loss is ln 2 again, and the model can move further from the initial model with each "
+        "resume.",
         (
             Change("train.py", "    data = prepare_objective(objective, data, wrapped, options, device)\n", ""),
             Change(
@@ -667,8 +754,9 @@ BUGS = [
     ),
     Bug(
         "the schedule starts again on resume",
-        "The scheduler is not in the checkpoint: a resumed run begins its schedule again.",
-        "A second warmup in the middle of the curve; the rate never reaches its end.",
+        "checkpoints",
+        "The checkpoint does not hold the scheduler, so a resumed run starts its schedule from the beginning.",
+        "The curve has a second warmup in the middle, and the learning rate never reaches its end.",
         (
             Change(
                 "train.py",

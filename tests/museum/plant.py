@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def plant(bug: Bug, directory: Path) -> Path:
     tree.mkdir(parents=True)
     for path in ROOT.iterdir():
         if path.name in PROJECT:
-            shutil.copytree(path, tree / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, tree / path.name)  # with __pycache__: only the changed files are compiled again
         elif path.suffix in (".py", ".toml") or path.name == "LICENSE":
             shutil.copy(path, tree)
     for change in bug.changes:
@@ -32,8 +33,9 @@ def plant(bug: Bug, directory: Path) -> Path:
 @contextlib.contextmanager
 def working_in(tree: Path) -> Iterator[None]:
     """Import our modules from `tree`, in this process and in the ranks that it starts."""
+    forkserver.ensure_running()  # with the modules of the right tree, which need not be imported again in later tests
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PROJECT}
-    path, hooks, directory = sys.path[:], sys.meta_path[:], Path.cwd()
+    path, hooks, directory, environment = sys.path[:], sys.meta_path[:], Path.cwd(), dict(os.environ)
     for name in ours:
         del sys.modules[name]
     sys.path.insert(0, str(tree))
@@ -45,6 +47,8 @@ def working_in(tree: Path) -> Iterator[None]:
             del sys.modules[name]
         sys.modules.update(ours)
         sys.path[:], sys.meta_path[:] = path, hooks
+        os.environ.clear()
+        os.environ.update(environment)
         os.chdir(directory)
 
 
@@ -66,10 +70,12 @@ class Reports:
             self.others.append(str(report.longrepr))
 
 
-def run_test(tree: Path, test: str) -> Reports:
-    """Run one test of the planted tree."""
+def run_test(tree: Path, test: str, reference: Path | None = None) -> Reports:
+    """Run one test of the planted tree, with the reference runs of the right tree or with its own."""
     reports = Reports()
     quiet = ["-p", "no:terminal", "-p", "no:timeout", "-p", "no:cacheprovider", "-o", "addopts="]
     with working_in(tree):
+        if reference:
+            os.environ["RIGHT_REFERENCE"] = str(reference)
         pytest.main([test, *quiet, f"--rootdir={tree}", f"--basetemp={tree}-temporary"], plugins=[reports])
     return reports
