@@ -343,3 +343,9 @@ def test_readme_links_what_it_names() -> None:
     assert [name for name in named if "/" in name.strip("/") and (ROOT / name).exists()] == []
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert {page for page in pages if f"(docs/{page})" not in README} == set()
+
+
+def test_every_test_file_is_listed() -> None:
+    """docs/tests.md names each test file."""
+    names = {path.name for path in ROOT.glob("tests/**/test_*.py")}
+    assert {name for name in names if name not in PAGES["tests.md"]} == set()
