@@ -1,5 +1,9 @@
-"""Every command of the README, as it stands, on small data: `torchrun` and `python` are this environment's."""
+"""Every command of README.md and of the pages of docs/, as it stands, on small data. Commands run in the launcher of
+the tests, and two of them under torchrun itself.
+"""
 
+import importlib.util
+import io
 import json
 import os
 import re
@@ -8,6 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tokenize
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,196 +22,256 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config.options import Options
 from data.prepare import prepare_data
 from metrics.records import read_records
-from tests.launch import ROOT
+from tests.launch import ROOT, train
 from tests.proof import CASES
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCKS = [(page, block) for page, text in PAGES.items() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+COMMANDS = [(page, line) for page, block in BLOCKS for line in block.strip().splitlines()]
 SHORTER = ["--max_steps", "2", "--block_size", "64", "--bf16", "false"]
-
-
-@pytest.fixture
-def place(model_dir: Path, train_file: Path, tmp_path: Path) -> Path:
-    """A directory that holds what the commands name."""
-    shutil.copytree(model_dir, tmp_path / "DIR")
-    shutil.copy(train_file, tmp_path / "text.jsonl")
-    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
-    (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
-    return tmp_path
-
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role + ':\\n' + message.content + '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-SHAPES, PAIRS = (block.strip().splitlines() for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL))
-ASK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
 
 
-def test_fine_tuning_on_conversations(place: Path) -> None:
-    """The section: the command, and the answer that `generate` then gives, and stops."""
-    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+def json_lines(page: str) -> list[str]:
+    (block,) = re.findall(r"```json\n(.*?)```", PAGES[page], re.DOTALL)
+    return block.strip().splitlines()
+
+
+SHAPES, PAIRS = json_lines("chat.md"), json_lines("preferences.md")
+(ASK,) = re.findall(r"```python\n(.*?)```", PAGES["chat.md"], re.DOTALL)
+(STEP,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data that the commands share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def place(model_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: it holds what the commands name."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(place / "DIR")
+    for name in ("DIR", "my-chat-model"):
+        shutil.copytree(model_dir, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    shutil.copy(train_file, tmp_path / "text.jsonl")
+    shutil.copy(train_file, tmp_path / "more.jsonl")
     other = json.dumps({"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "No."}]})
-    (place / "chat.jsonl").write_text(f"{SHAPES[0]}\n{other}\n" * 64)
-    command = next(command for command in COMMANDS if "chat.jsonl" in command)
-    longer = ["--max_steps", "100", "--learning_rate", "1e-2", "--warmup_steps", "10"]
-    run = subprocess.run([*words_of(command, place), *longer], cwd=place, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "MIT." in run.stdout
-    answer = subprocess.run([sys.executable, "-c", ASK], cwd=place, capture_output=True, text=True, check=True)
-    assert answer.stdout == "MIT.\n"
+    (tmp_path / "chat.jsonl").write_text(f"{SHAPES[0]}\n{other}\n" * 64)
+    (tmp_path / "pairs.jsonl").write_text(f"{PAIRS[0]}\n" * 64)
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def find(words: str, page: str | None = None) -> str:
+    """The one command that contains `words`, of all pages or of one."""
+    (command,) = {line for name, line in COMMANDS if words in line and page in (None, name)}
+    return command
+
+
+def options_of(command: str, cache: Path) -> list[str]:
+    """The options of a command of train.py or of `python -m`, with a long run made short."""
+    words = shlex.split(command)
+    words = words[words.index("train.py") + 1 :] if "train.py" in words else words[3:]
+    if not {"--train_file", "--train_mixture", "run.yaml", "--help"} & set(words):
+        words += ["--train_file", "text.jsonl"]
+    return words if "--help" in words else [*words, *SHORTER, "--data_cache_dir", str(cache)]
+
+
+def run(command: str, cache: Path, *more: str) -> str:
+    """Run a command of train.py on as many ranks as it asks for, in the current directory. Returns what it printed."""
+    ranks = re.search(r"--nproc_per_node=(\d+)", command)
+    argv = [*options_of(command, cache), *more]
+    outcome = train(int(ranks[1]) if ranks else 1, argv, before=partial(os.chdir, Path.cwd()))
+    assert set(outcome.exit_codes) == {0}, outcome.output
+    return outcome.output
+
+
+def run_module(command: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `python -m MODULE` in this process: its `main`. Returns what it printed."""
+    name = shlex.split(command)[2]
+    package = importlib.util.find_spec(name)
+    module = importlib.import_module(f"{name}.__main__" if package and package.submodule_search_locations else name)
+    capsys.readouterr()
+    assert not module.main(argv)
+    return capsys.readouterr().out
+
+
+def test_fine_tuning_on_conversations(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/chat.md: the command, and the answer that `generate` then gives, and stops."""
+    command = find("chat.jsonl", "chat.md")
+    shutil.rmtree(place / "my-chat-model")
+    assert "MIT." in run(command, cache, "--max_steps", "100", "--learning_rate", "1e-2", "--warmup_steps", "10")
+    capsys.readouterr()
+    exec(ASK, {})
+    assert capsys.readouterr().out == "MIT.\n"
 
 
 @pytest.mark.parametrize("line", SHAPES)
-def test_shapes_of_conversations(line: str, place: Path) -> None:
+def test_shapes_of_conversations(line: str, place: Path, cache: Path) -> None:
     (place / "chat.jsonl").write_text(line)
-    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    options = Options(train_file=str(place / "chat.jsonl"), data_cache_dir=str(place / "cache"), block_size=64)
+    options = Options(train_file=str(place / "chat.jsonl"), data_cache_dir=str(cache), block_size=64)
     options.validation_split_percentage = 0
-    row = prepare_data(options, tokenizer).train[0]
-    assert tokenizer.decode(row.tokens[row.trained_on]).strip() == "MIT.<eos>"
-
-
-def test_learning_from_preferences(place: Path) -> None:
-    """The section: its command on each of its shapes, which are the same pair but for the last."""
     tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    shutil.copytree(place / "DIR", place / "my-chat-model")
-    tokenizer.save_pretrained(place / "my-chat-model")
-    options = Options(train_file=str(place / "pairs.jsonl"), data_cache_dir=str(place / "cache"), objective="dpo")
+    sequence = prepare_data(options, tokenizer).train[0]
+    assert tokenizer.decode(sequence.tokens[sequence.trained_on]).strip() == "MIT.<eos>"
+
+
+def test_learning_from_preferences(place: Path, cache: Path) -> None:
+    """docs/preferences.md: its command on each of its shapes, which are the same pair but for the last."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+    options = Options(train_file=str(place / "pairs.jsonl"), data_cache_dir=str(cache), objective="dpo")
     options.validation_split_percentage, options.block_size = 0, 64
-    rows = []
+    sequences = []
     for line in PAIRS:
         (place / "pairs.jsonl").write_text(line)
-        rows.append(prepare_data(options, tokenizer).train[0])
-    assert rows[0].tokens.tolist() == rows[1].tokens.tolist()
-    assert [tokenizer.decode(row.tokens[row.trained_on]) for row in rows] == [
+        sequences.append(prepare_data(options, tokenizer).train[0])
+    assert sequences[0].tokens.tolist() == sequences[1].tokens.tolist()
+    assert [tokenizer.decode(sequence.tokens[sequence.trained_on]) for sequence in sequences] == [
         "MIT.<eos>No idea.<eos>",
         "MIT.<eos>No idea.<eos>",
         " MIT.<eos> unknown.<eos>",
     ]
     (place / "pairs.jsonl").write_text(f"{PAIRS[0]}\n" * 64)
-    command = next(command for command in COMMANDS if "pairs.jsonl" in command)
-    more = ["--learning_rate", "1e-3", "--logging_steps", "1"]
-    run = subprocess.run([*words_of(command, place), *more], cwd=place, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    losses = [row["loss"] for row in read_records(place / "my-dpo-model" / "metrics.jsonl") if "loss" in row]
+    run(find("pairs.jsonl", "preferences.md"), cache, "--learning_rate", "1e-3", "--logging_steps", "1")
+    losses = [record["loss"] for record in read_records(place / "my-dpo-model" / "metrics.jsonl") if "loss" in record]
     assert losses[0] == pytest.approx(0.693, abs=1e-3)
     assert losses[1] < losses[0]
     AutoModelForCausalLM.from_pretrained(place / "my-dpo-model")
 
 
-def words_of(command: str, place: Path) -> list[str]:
-    """The words of a README command, with its long runs made short and its host made this one."""
-    words = [word.replace("/shared/output", f"{place}/shared") for word in shlex.split(command)]
-    words = [str(ROOT / "train.py") if word == "train.py" else word for word in words]
-    if words[0] == "torchrun":
-        words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
-    elif words[0] == "python":
-        words[0] = sys.executable
-    if "--train_file" not in words and "run.yaml" not in words and "--help" not in words:
-        words += ["--train_file", "text.jsonl"]
-    return words if "--help" in words else [*words, *SHORTER, "--data_cache_dir", str(place / "cache")]
+IN_OTHER_TESTS = ("--nnodes", "--show_examples", "python train.py --objective dpo")
+RUNS = {line: None for _, line in COMMANDS if "train.py" in line and not any(words in line for words in IN_OTHER_TESTS)}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        command
-        for command in COMMANDS
-        if "train.py" in command and not {"--nnodes", "chat.jsonl", "pairs.jsonl"} & set(command.split())
-    ],
-)
-def test_command(command: str, place: Path) -> None:
-    words = words_of(command, place)
-    if "auto" in words:  # it continues something: the first command of that section
-        first = next(other for other in COMMANDS if "--output_dir ./output" in other and "auto" not in other)
-        subprocess.run(words_of(first, place), cwd=place, check=True, capture_output=True)
-        words[words.index("--max_steps") + 1] = "4"
-    run = subprocess.run(words, cwd=place, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    if "--help" in words:
-        assert "--gradient_accumulation_steps" in run.stdout
+@pytest.mark.parametrize("command", RUNS)
+def test_command(command: str, place: Path, cache: Path) -> None:
+    if "--help" in command:
+        assert "--gradient_accumulation_steps" in run(command, cache)
         return
+    steps = 2
+    if "--resume_from_checkpoint auto" in command:  # it continues the same command without this option
+        run(command.replace("--resume_from_checkpoint auto", ""), cache)
+        steps = 4
+    trained = place / "my-chat-model"
+    if f"--output_dir {trained.name}" in command:
+        shutil.rmtree(trained)
+    run(command, cache, "--max_steps", str(steps))
     (output_dir,) = (path.parent for path in place.glob("*/metrics.jsonl"))
-    assert read_records(output_dir / "metrics.jsonl")[-1]["step"] == (4 if "auto" in words else 2)
+    assert read_records(output_dir / "metrics.jsonl")[-1]["step"] == steps
     AutoModelForCausalLM.from_pretrained(output_dir)
     AutoTokenizer.from_pretrained(output_dir)
 
 
-def test_prepare(place: Path) -> None:
+def test_prepare(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prepared ahead with the same options: the run itself then prepares nothing."""
-    (command,) = (command for command in COMMANDS if "data.prepare" in command)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [word for word in words_of(command, place) if word not in SHORTER[:2]]
-    subprocess.run(words, cwd=place, env=environment, check=True, capture_output=True)
-    prepared = list((place / "cache").glob("rows-*/about.json"))
-    subprocess.run(words_of("python train.py --model_name_or_path DIR", place), cwd=place, check=True)
-    assert list((place / "cache").glob("rows-*/about.json")) == prepared
+    cache = place / "cache"
+    command = find("data.prepare")
+    run_module(command, [word for word in options_of(command, cache) if word not in SHORTER[:2]], capsys)
+    prepared = list(cache.glob("*/about.json"))
+    assert len(prepared) == 1
+    run("python train.py --model_name_or_path DIR", cache)
+    assert list(cache.glob("*/about.json")) == prepared
 
 
-def test_table_of_a_deepspeed_file(place: Path) -> None:
-    (command,) = (command for command in COMMANDS if "compare.deepspeed" in command)
-    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True)
-    assert "global_batch_size 8 = micro-batch 2 x accumulation 1 x 4 ranks" in run.stdout
+def test_table_of_a_deepspeed_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = find("python -m config")
+    shown = run_module(command, shlex.split(command)[3:], capsys)
+    assert "global_batch_size 8 = micro-batch 2 x accumulation 1 x 4 ranks" in shown
 
 
-def test_memory(place: Path) -> None:
+def test_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whether it fits: a table over stages."""
-    (command,) = (command for command in COMMANDS if "model.memory" in command)
-    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
-    words += ["--torch_compile", "false"]  # it takes seconds less
-    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "| FSDP (ZeRO-3) |" in run.stdout
+    command = find("python -m estimate")
+    # Without compiling, it takes seconds less.
+    argv = [*shlex.split(command)[3:], "--train_file", "text.jsonl", *SHORTER, "--torch_compile", "false"]
+    assert "| FSDP (ZeRO-3) |" in run_module(command, argv, capsys)
 
 
-def test_stages() -> None:
+STAGES = r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor|context)[^|]*) \|([^|]*)\|"
+
+
+@pytest.mark.parametrize("page", ["README.md", "parallelism.md"])
+def test_stages(page: str) -> None:
     """The options of each line of the table of stages are those of a topology that the proofs run."""
-    stages = "DDP|FSDP|hybrid|offload|gradients|tensor|context"
-    lines = re.findall(rf"^\| ((?:{stages})[^|]*) \|([^|]*)\|", README, re.MULTILINE)
+    lines = re.findall(STAGES, PAGES[page], re.MULTILINE)
     assert len(lines) == 10
     proved = {frozenset(case.options) for case in CASES}
     assert [name for name, options in lines if frozenset(options.strip(" `").split()) not in proved] == []
 
 
-def test_ledger(place: Path) -> None:
-    """The check of a run with --ledger, as the README has it."""
-    (command,) = (command for command in COMMANDS if "data.ledger" in command)
-    train = words_of("python train.py --model_name_or_path DIR --output_dir output --ledger", place)
-    subprocess.run(train, cwd=place, check=True, capture_output=True)
-    words, environment = [sys.executable, *shlex.split(command)[1:]], {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("output: 2 steps of")
+def test_ledger(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/output.md: the check of a run with --ledger."""
+    run("python train.py --model_name_or_path DIR --output_dir output --ledger", cache)
+    command = find("data.ledger")
+    assert run_module(command, shlex.split(command)[3:], capsys).startswith("output: 2 steps of")
 
 
-def test_two_hosts(place: Path) -> None:
-    """The command for several hosts, started twice as on two of them, with one rank each."""
-    (command,) = (command for command in COMMANDS if "--nnodes" in command)
+def torchrun(command: str, cache: Path) -> "subprocess.Popen[str]":
+    """Start a command with torchrun itself, from this environment."""
+    words = shlex.split(command)
+    words = words[: words.index("train.py")]
+    argv = [sys.executable, "-m", "torch.distributed.run", *words[1:], str(ROOT / "train.py")]
+    return subprocess.Popen([*argv, *options_of(command, cache)], stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun(place: Path, cache: Path) -> None:
+    """The first command of docs/parallelism.md with torchrun itself, on two ranks."""
+    command = find("--output_dir ./output", "parallelism.md")
+    run = torchrun(command.replace("--nproc_per_node=4", "--nproc_per_node=2"), cache)
+    errors = run.communicate()[1]
+    assert run.returncode == 0, errors
+    assert read_records(place / "output" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_two_nodes(place: Path, cache: Path) -> None:
+    """The command for several nodes, started twice as on two of them, with one rank each."""
+    command = find("--nnodes").replace("/shared/output", f"{place}/shared")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    words = words_of(
-        command.replace("host0:29400", endpoint).replace("--nproc_per_node 8", "--nproc_per_node 1"), place
-    )
-    hosts = [
-        subprocess.Popen([*words, "--ddp_backend", "gloo"], cwd=place, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [host.communicate()[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], errors
+    command = command.replace("node0:29400", endpoint).replace("--nproc_per_node 8", "--nproc_per_node 1")
+    nodes = [torchrun(f"{command} --ddp_backend gloo", cache) for _ in range(2)]
+    errors = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
     assert read_records(place / "shared" / "metrics.jsonl")[-1]["step"] == 2
 
 
+def code_lines(text: str) -> list[str]:
+    """The lines of Python code without comments and indentation."""
+    comments = [
+        token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
+    ]
+    lines = text.splitlines()
+    for comment in comments:
+        row, column = comment.start
+        lines[row - 1] = lines[row - 1][:column]
+    return [line.strip() for line in lines if line.strip()]
+
+
+def test_optimizer_step() -> None:
+    """Each code line of the step that README.md shows is a line of the loop of train.py, in the same order."""
+    loop = code_lines((ROOT / "train.py").read_text())
+    shown = code_lines(STEP)
+    assert 15 < len(shown) < 25
+    assert shown[0].startswith("for step in range(")
+    start = 0
+    for line in shown:
+        assert line in loop[start:], f"not in train.py, or in another order: {line}"
+        start = loop.index(line, start) + 1
+
+
+@pytest.mark.slow
 def test_make_train(tmp_path: Path) -> None:
     """The quickstart itself, twice, with a few steps: the embedded corpus, two processes, the completion."""
-    assert COMMANDS[:2] == ["make train", "make test"]
     options = "--max_steps 12 --warmup_steps 2 --logging_steps 5 --validation_split_percentage 1"
     options += f" --output_dir {tmp_path}/output --data_cache_dir {tmp_path}/cache"
     for _ in range(2):
@@ -215,18 +281,71 @@ def test_make_train(tmp_path: Path) -> None:
         assert "--- completion of 'def ' ---" in run.stdout
         for word in ("step/s", "loss ", "lr ", "tokens/s", "/12 ["):
             assert word in run.stderr, "the progress bar"
-    rows = read_records(tmp_path / "output" / "metrics.jsonl")
-    assert [row["step"] for row in rows if "loss" in row] == [5, 10, 12]
-    assert rows[0]["eval_loss"] > 8 > rows[-1]["eval_loss"]
+    records = read_records(tmp_path / "output" / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [5, 10, 12]
+    assert records[0]["eval_loss"] > 8 > records[-1]["eval_loss"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "output")
     AutoTokenizer.from_pretrained(tmp_path / "output")
+
+
+def make(*words: str) -> str:
+    """What make prints; recipes of a dry run (-n) are not executed."""
+    command = ["make", "--no-print-directory", f"PYTHON={sys.executable}", "NPROC=2", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_train_command() -> None:
+    """What `make train` would run."""
+    assert [line for _, line in COMMANDS[:2]] == ["make train", "make test"]
+    shown = make("-n", "train", "ARGS=--max_steps 3")
+    assert "torchrun --nproc_per_node=$processes train.py --overwrite_output_dir --max_steps 3" in shown
+    assert "processes=2" in shown
 
 
 def test_make_help() -> None:
     """Every target has its line."""
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    command = ["make", "--no-print-directory", "help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = make("help")
     assert [line.split()[1] for line in shown.splitlines()] == phony.split()
     assert all(len(line.split()) > 3 for line in shown.splitlines())
+
+
+MARKDOWN = [path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings: list[str] = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=str)
+def test_links(page: Path) -> None:
+    """The target of each relative link exists, and so does its heading."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(target)
+    assert missing == []
+
+
+def test_readme_links_what_it_names() -> None:
+    """Each file, folder or page that README.md names is a link."""
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = re.findall(r"(?<!\[)`([\w/.-]+)`", text)
+    assert [name for name in named if "/" in name.strip("/") and (ROOT / name).exists()] == []
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {page for page in pages if f"(docs/{page})" not in README} == set()
+
+
+def test_every_test_file_is_listed() -> None:
+    """docs/tests.md names each test file."""
+    names = {path.name for path in ROOT.glob("tests/**/test_*.py")}
+    assert {name for name in names if name not in PAGES["tests.md"]} == set()
