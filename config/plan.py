@@ -41,10 +41,14 @@ def data_parallel_rank_and_size(options: Options, rank: int, world_size: int) ->
 
 def data_parallel_groups(options: Options, number: int) -> str:
     """The data-parallel size `number` in words: so many ranks, or groups of ranks that split each layer or sequence."""
-    plural = "" if number == 1 else "s"
     if options.model_parallel_size == 1:
-        return f"{number} rank{plural}"
-    return f"{number} group{plural} of {options.model_parallel_size} ranks"
+        return count(number, "rank")
+    return f"{count(number, 'group')} of {options.model_parallel_size} ranks"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun in the singular or plural: "1 rank", "2 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def derive_accumulation(options: Options, data_parallel_size: int) -> None:

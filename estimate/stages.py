@@ -29,12 +29,12 @@ def stage_name(options: Options) -> str:
     elif options.replicas > 1:
         name = f"hybrid FSDP, {options.replicas} replicas"
     else:
-        name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, parameters kept after forward (ZeRO-2)"
+        name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, not resharded after forward (ZeRO-2)"
     if options.tensor_parallel > 1:
         name = f"tensor parallel {options.tensor_parallel} x {name}"
     if options.context_parallel > 1:
         name = f"context parallel {options.context_parallel} x {name}"
-    offloaded = ["its parts"] * options.cpu_offload + ["inputs of layers"] * options.offload_activations
+    offloaded = ["shards"] * options.cpu_offload + ["layer inputs"] * options.offload_activations
     return f"{name}, {' and '.join(offloaded)} offloaded" if offloaded else name
 
 

@@ -485,7 +485,7 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
     options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", tmp_path / "file")
     assert printed.count("key by key") == printed.count("strategy fsdp, reshard_after_forward false") == 1
-    assert "strategy      FSDP, parameters kept after forward (ZeRO-2)" in printed
+    assert "strategy      FSDP, not resharded after forward (ZeRO-2)" in printed
     same = ["--lr_scheduler_type", "WarmupLR", "--warmup_steps", "5", "--adam_beta2", "0.95", "--max_steps", "8"]
     train_ok(1, *tiny, *same, "--per_device_train_batch_size", 16, "--output_dir", tmp_path / "options")
     ours, theirs = (
@@ -499,7 +499,7 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "stage"),
     [
-        (STAGE_3_OFFLOADED, "FSDP (ZeRO-3), its parts and inputs of layers offloaded"),
+        (STAGE_3_OFFLOADED, "FSDP (ZeRO-3), shards and layer inputs offloaded"),
         (ALL_AUTO, "FSDP (ZeRO-3)"),
     ],
 )

@@ -38,7 +38,7 @@ from tests.launch import ROOT, Ranks, train
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "DDP": (2, {}),
     "DDP, optimizer sharded (ZeRO-1)": (2, {"shard_optimizer": True}),
-    "FSDP, parameters kept after forward (ZeRO-2)": (2, {"strategy": "fsdp", "reshard_after_forward": False}),
+    "FSDP, not resharded after forward (ZeRO-2)": (2, {"strategy": "fsdp", "reshard_after_forward": False}),
     "FSDP (ZeRO-3)": (3, {"strategy": "fsdp"}),  # three ranks, which cannot divide the rows of anything
     "hybrid FSDP, 2 replicas": (4, {"strategy": "fsdp", "replicas": 2}),
 }
@@ -92,7 +92,7 @@ def record(path: Path) -> None:
             {"tensor_parallel": 2, "gradient_checkpointing": True, "torch_compile": True},
             marks=pytest.mark.slow,
         ),
-        ("FSDP, parameters kept after forward (ZeRO-2)", {"tensor_parallel": 2}),
+        ("FSDP, not resharded after forward (ZeRO-2)", {"tensor_parallel": 2}),
         ("FSDP (ZeRO-3)", {"context_parallel": 2}),
         ("DDP", {"context_parallel": 4, "gradient_checkpointing": True}),
     ],
@@ -211,7 +211,7 @@ def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*argv, "--gpu_memory", "3.03"])
     lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plain, part_of_optimizer, kept, sharded, hybrid = STAGES
-    offloaded = [f"{sharded}, {what} offloaded" for what in ("its parts", "its parts and inputs of layers")]
+    offloaded = [f"{sharded}, {what} offloaded" for what in ("shards", "shards and layer inputs")]
     assert [name.strip() for name, *_ in lines[1:]] == [plain, part_of_optimizer, hybrid, kept, sharded, *offloaded]
     brackets = ["(" in cell for _, *cells in lines[1:] for cell in cells]
     assert any(brackets)
@@ -311,10 +311,10 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> Non
     said = outcome.output[outcome.output.index("train.py: out of memory") :]
     assert outcome.output.count("out of memory: ") == 1
     assert "Traceback" not in outcome.output
-    assert ("predicted for FSDP (ZeRO-3), its parts offloaded: " if of_host else "predicted for DDP: ") in said
+    assert ("predicted for FSDP (ZeRO-3), shards offloaded: " if of_host else "predicted for DDP: ") in said
     assert bool(re.search(r"^in host memory: [\d.]+ MiB a rank, and in a save a copy", said, re.M)) == of_host
     assert re.search(
-        r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* inputs of layers offloaded [\d.]+ MiB$", said, re.M
+        r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* layer inputs offloaded [\d.]+ MiB$", said, re.M
     )
     assert len(re.findall(r"^--.* saves [\d.]+ MiB$", said, re.MULTILINE)) == 3
 

@@ -237,29 +237,29 @@ def test_old_name_of_an_option(
         ),
         (
             ["--strategy", "fsdp", "--reshard_after_forward", "false"],
-            "FSDP, parameters kept after forward (ZeRO-2): parameters, gradients and moments sharded over 4 ranks, "
-            "parameters whole until gradients are exchanged",
+            "FSDP, not resharded after forward (ZeRO-2): parameters, gradients and moments sharded over 4 ranks, "
+            "full parameters until gradients are reduce-scattered",
         ),
         (["--strategy", "fsdp"], "FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks"),
         (
             ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--cpu_offload"],
-            "FSDP (ZeRO-3), its parts offloaded: parameters, gradients and moments sharded over 4 ranks, gradients "
-            "whole between micro-steps, shards and optimizer in host memory",
+            "FSDP (ZeRO-3), shards offloaded: parameters, gradients and moments sharded over 4 ranks, full "
+            "gradients between micro-steps, shards and optimizer in host memory",
         ),
         (
             ["--strategy", "fsdp", "--tensor_parallel", "2"],
             "tensor parallel 2 x FSDP (ZeRO-3): parameters, gradients and moments sharded over 4 ranks, each layer "
-            "divided among 2 of them",
+            "split among 2 ranks",
         ),
         (
             ["--context_parallel", "2"],
-            "context parallel 2 x DDP: each rank holds parameters, moments and gradients, each row divided among 2 of "
-            "them",
+            "context parallel 2 x DDP: each rank holds parameters, moments and gradients, each sequence split "
+            "among 2 ranks",
         ),
         (
             ["--strategy", "fsdp", "--context_parallel", "4", "--cpu_offload"],
-            "context parallel 4 x FSDP (ZeRO-3), its parts offloaded: parameters, gradients and moments sharded over "
-            "4 ranks, each row divided among 4 of them, shards and optimizer in host memory",
+            "context parallel 4 x FSDP (ZeRO-3), shards offloaded: parameters, gradients and moments sharded over "
+            "4 ranks, each sequence split among 4 ranks, shards and optimizer in host memory",
         ),
         (
             ["--strategy", "fsdp", "--gradient_accumulation_steps", "2", "--sync_each_batch"],
@@ -279,13 +279,13 @@ def test_stage_of_the_start_block(argv: list[str], expected: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "kept"),
-        (["--gradient_checkpointing"], "only the input of each layer; the rest is computed again"),
+        ([], "saved for the backward pass"),
+        (["--gradient_checkpointing"], "only the input of each layer is saved; the rest is recomputed"),
         (
             ["--gradient_checkpointing", "--offload_activations"],
-            "only the input of each layer, in host memory; the rest is computed again",
+            "only the input of each layer is saved, in host memory; the rest is recomputed",
         ),
-        (["--activation_memory_budget", "0.25"], "25% of each layer's; the rest is computed again"),
+        (["--activation_memory_budget", "0.25"], "25% of each layer's are saved; the rest is recomputed"),
     ],
 )
 def test_activations_of_the_start_block(argv: list[str], expected: str) -> None:
