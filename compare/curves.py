@@ -53,7 +53,7 @@ def plot(curves: dict[int, list[float]]) -> str:
         ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
         return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
 
-    parts = [
+    elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="sans-serif" font-size="12" fill="#333">',
         '<rect width="100%" height="100%" fill="white"/>',
@@ -64,17 +64,20 @@ def plot(curves: dict[int, list[float]]) -> str:
         text(WIDTH / 2, HEIGHT - 8, f"largest difference between the curves at one step: {difference:.1e} nats"),
     ]
     for loss in range(low, high + 1):
-        parts += [line(LEFT, y(loss), WIDTH - RIGHT, y(loss), "#eee", 1), text(LEFT - 8, y(loss) + 4, str(loss), "end")]
+        elements += [
+            line(LEFT, y(loss), WIDTH - RIGHT, y(loss), "#eee", 1),
+            text(LEFT - 8, y(loss) + 4, str(loss), "end"),
+        ]
     for step in range(0, last + 1, 50):
-        parts += [line(x(step), y(low), x(step), y(low) + 5, "#333", 1), text(x(step), y(low) + 18, str(step))]
-    parts += [line(LEFT, TOP, LEFT, y(low), "#333", 1), line(LEFT, y(low), WIDTH - RIGHT, y(low), "#333", 1)]
+        elements += [line(x(step), y(low), x(step), y(low) + 5, "#333", 1), text(x(step), y(low) + 18, str(step))]
+    elements += [line(LEFT, TOP, LEFT, y(low), "#333", 1), line(LEFT, y(low), WIDTH - RIGHT, y(low), "#333", 1)]
     for index, ((ranks, curve), (color, width)) in enumerate(zip(curves.items(), STYLES, strict=True)):
         points = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in enumerate(curve, 1))
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="{width}" points="{points}"/>')
+        elements.append(f'<polyline fill="none" stroke="{color}" stroke-width="{width}" points="{points}"/>')
         label = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        parts.append(line(WIDTH - 110, TOP + 20 + 20 * index, WIDTH - 80, TOP + 20 + 20 * index, color, width))
-        parts.append(text(WIDTH - 72, TOP + 24 + 20 * index, label, "start"))
-    return "\n".join([*parts, "</svg>\n"])
+        elements.append(line(WIDTH - 110, TOP + 20 + 20 * index, WIDTH - 80, TOP + 20 + 20 * index, color, width))
+        elements.append(text(WIDTH - 72, TOP + 24 + 20 * index, label, "start"))
+    return "\n".join([*elements, "</svg>\n"])
 
 
 def main() -> None:

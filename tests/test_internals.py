@@ -43,7 +43,7 @@ def touched(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_private_interfaces_are_listed(path: Path) -> None:
-    """Each name stands in docs/internals.md, in a line that links its file."""
+    """Each name is in docs/internals.md, in a line that links its file."""
     file = str(path.relative_to(ROOT))
     lines = [line for line in PAGE.splitlines() if f"(../{file})" in line]
     missing = {
@@ -55,7 +55,7 @@ def test_private_interfaces_are_listed(path: Path) -> None:
 
 
 def test_listed_interfaces_are_touched() -> None:
-    """Each name of the table stands in every file that its line links, so that the page has no stale line."""
+    """Each file that a line of the table links contains a name of that line, so the page has no stale line."""
     lines = [line for line in PAGE.splitlines() if line.startswith("| `")]
     assert len(lines) > 20
     for line in lines:

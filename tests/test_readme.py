@@ -1,4 +1,4 @@
-"""Every command of README.md and of the pages of docs/, as it stands, on small data. Commands run in the launcher of
+"""Every command of README.md and of the pages of docs/, unchanged, on small data. Commands run in the launcher of
 the tests, and two of them under torchrun itself.
 """
 
