@@ -123,7 +123,7 @@ def main() -> None:
                 there = [f"{measured:.1f}", f"{predicted.total / GIB / measured:.3f}"] if ON_GPU else ["", ""]
             except Exception as error:
                 there = [f"failed: {first_line(error)}", ""]
-        cells = [case.model, case.ranks, case.rows, case, f"{predicted.total / GIB:.1f}", *there, predicted.moment]
+        cells = [case.model, case.ranks, case.rows, case, f"{predicted.total / GIB:.1f}", *there, predicted.phase]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 

@@ -1,13 +1,10 @@
-"""How much memory a rank needs, told before it is needed: from the model's modules, without values and without GPUs.
+"""The memory that a rank needs, predicted from the model's modules, without values and without a GPU.
 
-    python -m model.memory --model_name_or_path DIR --ranks 8 [--gpu_memory 80] [options of train.py]
+A step has a few phases in which its memory may be highest: the loss, when every layer's activations wait for their
+backward; the start and the end of the backward; and the optimizer. The memory of a phase is a sum of the terms of
+`Memory`, and a rank needs the highest sum. The prediction is for torch.cuda.max_memory_allocated.
 
-A step has a few moments at which its memory may be highest: in the head's loss, when every layer's activations wait for
-their backward; in the backward of the last layer, and of the first, when the gradients have come; and in the optimizer.
-Each is a sum of the terms of `Memory`, and the highest is what a rank needs. What is predicted is what torch allocates
-for tensors (`torch.cuda.max_memory_allocated`).
-
-N is the number of parameters, W the number of ranks that share shards, V the vocabulary, D the width of the model.
+N is the number of parameters, W the number of ranks that share shards, V the vocabulary size, D the hidden size.
 """
 
 import dataclasses
@@ -34,162 +31,166 @@ from parallel.tensor import split_on_meta
 
 GIB = 2**30
 
-# What a GPU holds beside torch's tensors: the CUDA context, kernels, NCCL's buffers, and gaps between tensors.
+# A GPU holds more than torch's tensors: the CUDA context, kernels, NCCL's buffers, and gaps between tensors.
 BESIDE_TENSORS = 3 * GIB
+
+_ends_with_head = functools.lru_cache(maxsize=16)(ends_with_head)  # a trial run of the model, asked for often
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, the one with most, at the moment of a step at which it has most."""
+    """Bytes of the rank with the most memory, in one phase of a step."""
 
-    moment: str
-    parameters: int  # fp32: all of them under DDP, and copies in bf16; the rows of this rank under FSDP
-    gradients: int  # fp32, as parameters, as far as they are there at this moment
-    optimizer: int  # two moments, fp32, of all parameters or of this rank's rows; one of what Muon updates
-    activations: int  # what layers keep for their backward, and what the backward of one works with
-    logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and what goes in
-    exchange: int  # what FSDP has gathered, gradients on their way, a matrix of Muon's; ZeRO-1: a copy of a rank's part
+    phase: str
+    parameters: int  # fp32: all of them under DDP, this rank's shards under FSDP
+    gradients: int  # fp32: as many as exist in this phase
+    optimizer: int  # fp32: two moments of each parameter or shard; one moment where Muon updates
+    activations: int  # saved for the backward pass, and temporary in the backward of one layer
+    logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and the head's input
+    communication: int  # gathered parameters, gradients before and after reduction, a full matrix of Muon
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment")
+        """The sum of all terms."""
+        return sum(self.terms().values())
+
+    def terms(self) -> dict[str, int]:
+        """The bytes of each term, by its name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "phase"}
 
     def fits(self, capacity: float) -> bool:
-        """Whether a GPU of `capacity` bytes has room for it, beside what is not torch's tensors."""
+        """Whether a GPU of `capacity` bytes has room for this and for what it holds besides tensors."""
         return self.total + BESIDE_TENSORS <= capacity
 
     def __str__(self) -> str:
-        terms = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment"}
-        parts = ", ".join(f"{name} {readable(size)}" for name, size in terms.items() if size)
-        return f"{readable(self.total)} {self.moment}: {parts}"
+        terms = ", ".join(f"{name} {readable(size)}" for name, size in self.terms().items() if size)
+        return f"{readable(self.total)} {self.phase}: {terms}"
 
 
-def predict(model: PreTrainedModel, options: Options, ranks: int, kept: Activations | None = None) -> Memory:
-    """What a rank needs: its memory at the moment of a step at which it has most. For the arguments see `moments`."""
-    return max(moments(model, options, ranks, kept), key=lambda memory: memory.total)
+def predict(model: PreTrainedModel, options: Options, ranks: int, saved: Activations | None = None) -> Memory:
+    """The memory of a rank in the phase in which it is highest. `memory_by_phase` describes the arguments."""
+    return max(memory_by_phase(model, options, ranks, saved), key=lambda memory: memory.total)
 
 
-def moments(model: PreTrainedModel, options: Options, ranks: int, kept: Activations | None = None) -> list[Memory]:
-    """The memory of a rank at each moment of a step, for `model` on the meta device, before it is wrapped.
+def memory_by_phase(
+    model: PreTrainedModel, options: Options, ranks: int, saved: Activations | None = None
+) -> list[Memory]:
+    """The memory of a rank in each phase of a step, for `model` on the meta device, before it is wrapped.
 
-    Rows have `options.block_size` tokens; `kept` is what `count` gives for a micro-batch, where that is known already.
-
-    Under DDP, gradients are 4 N bytes that live in the exchange buckets and are never freed; one rank alone has no
-    buckets, and frees gradients after each step. FSDP keeps 4 N / W of them, or with accumulation 4 N, until the last
-    micro-step. Where ranks divide each layer, all of this is said of a rank's part, and where they divide each row, of
-    its piece. Raises OptionError for a model whose layers cannot be run without values.
+    `saved` is the result of `count_activations` for a micro-batch, if the caller has it; sequences have
+    `options.block_size` tokens. DDP's gradients are 4 N bytes in buckets that are never freed; a single rank has no
+    buckets, and frees its gradients after each step. FSDP has gradients of 4 N / W bytes, or with accumulation 4 N
+    until the last micro-step. With tensor parallelism, N is the number of parameters after the split; with context
+    parallelism, a sequence is the local sequence. Raises OptionError for layers that cannot run without values.
     """
     assert options.block_size
-    kept = kept or count_activations(model, options)
+    saved = saved or count_activations(model, options)
     if options.tensor_parallel > 1:
-        return _moments_of_part(model, options, ranks, kept)
+        return _memory_after_split(model, options, ranks, saved)
     if options.context_parallel > 1:
-        return moments(model, of_local_sequence(options), ranks, kept)
-    sharded = options.strategy == "fsdp"
-    width = BF16 if options.bf16 else FP32
+        return memory_by_phase(model, of_local_sequence(options), ranks, saved)
+    fsdp = options.strategy == "fsdp"
+    compute = BF16 if options.bf16 else FP32
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
-    shards = ranks // options.replicas if sharded else 1
+    shards = ranks // options.replicas if fsdp else 1
+    layers = decoder_layers(model)
 
-    # Parameters, by the units that FSDP gathers: each layer, and the root with all else.
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    whole = numel(model.parameters())
-    layer = max((numel(layer.parameters()) for layer in decoder_layers(model)), default=0)
-    root = whole - sum(numel(layer.parameters()) for layer in decoder_layers(model))
-    of_rank = FP32 * numel(model.parameters(), shards)
-    offloaded = sharded and options.cpu_offload  # then shards pass through the GPU, and no more
-    state, after = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
-    gradients = FP32 * numel(parameters, shards)
-    if offloaded:
-        of_rank = state = gradients = 0
-    waiting = waiting_gradients(options, ranks, numel(parameters), gradients)
-    # Of FSDP's whole gradients, the root's are the last to go.
-    in_the_end = gradients + (FP32 * root if sharded and waiting > gradients else 0)
-    gathered = width * (root + (0 if options.reshard_after_forward else whole - root)) if sharded else 0
+    # Parameters, by the units that FSDP gathers: each layer, and the root with all others.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    full = numel(model.parameters())
+    layer = max((numel(layer.parameters()) for layer in layers), default=0)
+    root = full - sum(numel(layer.parameters()) for layer in layers)
+    parameters = FP32 * numel(model.parameters(), shards)
+    gradients = FP32 * numel(trained, shards)
+    moments, in_optimizer = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
+    if options.cpu_offload:  # shards only pass through the GPU
+        parameters = moments = gradients = 0
+    accumulated = accumulated_gradients(options, ranks, numel(trained), gradients)
+    # The root's full gradients are the last that FSDP reduces.
+    at_end = gradients + (FP32 * root if fsdp and accumulated > gradients else 0)
 
-    # Activations. The backward of a layer works with several tensors of its widest kind: gradients into and out of the
-    # activation function, and what is computed again. Compiled, they take the place of what was kept.
-    inputs = kept.inputs // max(1, len(decoder_layers(model))) if options.offload_activations else kept.inputs
-    waiting_activations = kept.outside + (inputs if options.gradient_checkpointing else kept.layers)
-    one_layer = kept.largest_layer if options.gradient_checkpointing else 0
-    working = (2 if options.torch_compile else 4) * kept.largest_tensor
-    # A layer's gathered parameters and those of the next, unless all are kept; its gradients as the backward forms
-    # them; and those of the layer before, as they are reduced.
-    layer_exchange = (2 * width * layer * options.reshard_after_forward + (width + reduced) * layer) * sharded
-    if offloaded:  # a shard that was reduced and is on its way to the host
-        layer_exchange += FP32 * math.ceil(layer / shards)
+    # Activations. The backward of a layer works with several tensors of its largest kind: gradients into and out of the
+    # activation function, and recomputed tensors. In a compiled layer, some of these reuse the memory of saved ones.
+    inputs = saved.inputs // max(1, len(layers)) if options.offload_activations else saved.inputs
+    waiting = saved.outside + (inputs if options.gradient_checkpointing else saved.layers)
+    recomputed = saved.largest_layer if options.gradient_checkpointing else 0
+    temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
+
+    # Communication. FSDP gathers the parameters of a layer and of the next one, unless it has not freed them; it holds
+    # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.
+    gathered = compute * (root + (0 if options.reshard_after_forward else full - root)) * fsdp
+    of_layer = (2 * compute * layer * options.reshard_after_forward + (compute + reduced) * layer) * fsdp
+    # At the end: the root's gradients, computed and reduced; under DDP, the embedding's beside the bucket it goes into.
+    last = (compute + reduced) * root if fsdp else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
+    if options.cpu_offload:  # a reduced shard on its way to the host
+        of_layer += FP32 * math.ceil(layer / shards)
+        last = max(last, reduced * root + FP32 * math.ceil(root / shards))
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, sequences_per_micro_batch(options) * options.block_size, head)
     tied = head is not None and head.weight is model.get_input_embeddings().weight
-    # In the end, the root's gradients as the backward has formed them and as they are reduced; under DDP, the
-    # embedding's beside the bucket that it goes into.
-    last = (width + reduced) * root if sharded else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
-    if offloaded:  # or these and this rank's shard of them, which is on its way to the host
-        last = max(last, reduced * root + FP32 * math.ceil(root / shards))
 
-    def moment(name: str, gradients: int, activations: int, logits: int, exchange: int) -> Memory:
-        return Memory(name, of_rank, gradients, state, activations, logits, exchange)
+    def phase(name: str, gradients: int, activations: int, logits: int, communication: int) -> Memory:
+        return Memory(name, parameters, gradients, moments, activations, logits, communication)
 
+    first = accumulated or (0 if fsdp else FP32 * layer)
+    head_at_end = head_gradient if tied or fsdp else 0
     return [
-        moment("in the loss", waiting, waiting_activations, logits, gathered),
-        moment(
-            "as the backward begins",
-            waiting or (0 if sharded else FP32 * layer),
-            waiting_activations + one_layer + working,
-            head_gradient,
-            gathered + layer_exchange,
-        ),
-        moment(
+        phase("in the loss", accumulated, waiting, logits, gathered),
+        phase("as the backward begins", first, waiting + recomputed + temporary, head_gradient, gathered + of_layer),
+        phase(
             "as the backward ends",
-            in_the_end,
-            kept.outside + kept.largest_layer + working,
-            head_gradient if tied or sharded else 0,
-            width * root * sharded + layer_exchange,
+            at_end,
+            saved.outside + saved.largest_layer + temporary,
+            head_at_end,
+            compute * root * fsdp + of_layer,
         ),
-        moment("in the embedding's gradient", in_the_end, 0, head_gradient * tied * (not sharded), last),
-        moment("in the optimizer", gradients, 0, 0, after),
+        phase("in the embedding's gradient", at_end, 0, head_gradient * tied * (not fsdp), last),
+        phase("in the optimizer", gradients, 0, 0, in_optimizer),
     ]
 
 
-def waiting_gradients(options: Options, ranks: int, learned: int, shard: int) -> int:
-    """Bytes of gradients that are there before the last backward of a step: of `learned` elements, or of a `shard`.
+def accumulated_gradients(options: Options, ranks: int, trained: int, shard: int) -> int:
+    """Bytes of gradients that exist before the last backward of a step.
 
-    DDP's buckets always are. From earlier micro-steps, FSDP has them in what they will be reduced in, or has shards.
+    `trained` is the number of trained parameters, `shard` the bytes of this rank's shards of their gradients. DDP's
+    buckets always exist. From earlier micro-steps, FSDP holds full gradients in the dtype in which it will reduce them,
+    or shards.
     """
     if options.strategy == "ddp":
-        return FP32 * learned if ranks > 1 or options.gradient_accumulation_steps > 1 else 0
+        return FP32 * trained if ranks > 1 or options.gradient_accumulation_steps > 1 else 0
     if options.gradient_accumulation_steps == 1:
         return 0
-    return shard if options.sync_each_batch else (FP32 if options.reduce_dtype == "float32" else BF16) * learned
+    return shard if options.sync_each_batch else (FP32 if options.reduce_dtype == "float32" else BF16) * trained
 
 
-def _moments_of_part(model: PreTrainedModel, options: Options, ranks: int, kept: Activations) -> list[Memory]:
-    """Where ranks divide each layer: those of a rank's part, in as many groups as there are."""
-    part, groups = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
-    loss, *others = moments(part, dataclasses.replace(options, tensor_parallel=1), groups, kept)
-    if options.objective == "dpo" or not _ends_with_head(model):  # all ranks get all logits
+def _memory_after_split(model: PreTrainedModel, options: Options, ranks: int, saved: Activations) -> list[Memory]:
+    """The same phases under tensor parallelism: one rank's split of each layer, over the groups of ranks."""
+    split, groups = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
+    loss, *others = memory_by_phase(split, dataclasses.replace(options, tensor_parallel=1), groups, saved)
+    if options.objective == "dpo" or not _ends_with_head(model):  # every rank gathers all logits
         loss = dataclasses.replace(loss, logits=loss.logits * options.tensor_parallel)
     return [loss, *others]
 
 
-def optimizer_memory(model: PreTrainedModel, options: Options, divided_by: int) -> tuple[int, int]:
-    """Bytes of the optimizer's state, `divided_by` as many ranks, and of what its step works with.
+def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> tuple[int, int]:
+    """Bytes of the optimizer's state over `shards` ranks, and the temporary bytes of its step.
 
-    Two moments of each parameter and the number of its steps; of the matrices that Muon updates one moment, and no
-    number. A sharded optimizer passes on a copy of a rank's part. Muon has its longest matrix as it came, normalized,
-    and as the next of the iteration; and what goes back.
+    The state has two moments of each parameter and its step count; for a matrix that Muon updates, one moment and no
+    count. A sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies
+    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = list(decoder_matrices(model).values()) if options.optim == "muon" else []
-    state = 2 * FP32 * numel(parameters, divided_by) + FP32 * len(parameters)
-    state -= FP32 * numel(matrices, divided_by) + FP32 * len(matrices)
-    step = FP32 * numel(parameters, divided_by) if options.shard_optimizer else 0
+    state = 2 * FP32 * numel(parameters, shards) + FP32 * len(parameters)
+    state -= FP32 * numel(matrices, shards) + FP32 * len(matrices)
+    step = FP32 * numel(parameters, shards) if options.shard_optimizer else 0
     longest = max((matrix.numel() for matrix in matrices), default=0)
     return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
 
 
 def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
-    """Bytes of a rank in host memory with --cpu_offload: its part of parameters, gradients and two moments, in fp32."""
+    """Bytes in a rank's host memory with --cpu_offload: its shards of parameters, gradients and two moments, in fp32."""
     if not options.cpu_offload:
         return 0
     model = split_on_meta(model, options.tensor_parallel) if options.tensor_parallel > 1 else model
@@ -197,40 +198,36 @@ def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
 
 
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
-    """Bytes of head and loss when they are highest, and those of the head's gradient that wait for the backward's end.
+    """Bytes of head and loss at their highest, and of the head's gradient that stay until the backward ends.
 
-    Computed as one (model/loss.py): a chunk of logits, which softmax raises to fp32 and keeps beside the result unless
-    it is compiled; the head's weight once more in bf16, unless FSDP has it so; its gradient in fp32, 4 V D; and what
-    goes in, masked, and its gradient. Elsewhere, and for preferences: all logits, 12 bytes each in the backward of the
-    cross entropy: log-probabilities and two gradients.
+    Head and loss in chunks (loss/cross_entropy.py): a chunk of logits, which softmax raises to fp32 and holds beside
+    its result unless it is compiled; the head's weight once more in bf16, unless FSDP gathers it in bf16; its gradient
+    in fp32, 4 V D; and the masked input with its gradient. For other models, and for preferences: all logits, with 12
+    bytes each in the backward of the cross entropy (log-probabilities and two gradients).
     """
     if head is None:
         return 0, 0
-    sharded = options.strategy == "fsdp"
     assert isinstance(head.weight, Tensor)
-    vocabulary, width = head.weight.shape
-    weight, logits = vocabulary * width, tokens * vocabulary
+    vocabulary, hidden_size = head.weight.shape
+    weight, logits = vocabulary * hidden_size, tokens * vocabulary
     if options.objective == "dpo" or not _ends_with_head(model):
         return 3 * FP32 * logits, (BF16 if options.bf16 else FP32) * weight
+    fsdp = options.strategy == "fsdp"
     chunks = math.ceil(logits / CHUNK_LOGITS["cuda"])
     each = (BF16 if options.bf16 else FP32) + (0 if options.torch_compile else FP32 + (FP32 if options.bf16 else 0))
-    copy_of_weight = BF16 * weight if options.bf16 and not sharded else 0
-    narrow = options.bf16 and sharded  # FSDP gives layers bf16, so that this is what they pass on
-    hidden = 3 * tokens * width * (BF16 if narrow else FP32)
-    gradient = (BF16 if narrow else FP32) * weight
-    return logits // chunks * each + copy_of_weight + FP32 * weight + hidden, gradient
+    copy_of_weight = BF16 * weight if options.bf16 and not fsdp else 0
+    compute = BF16 if options.bf16 and fsdp else FP32  # under FSDP, layers get and return bf16
+    hidden = 3 * tokens * hidden_size * compute
+    return logits // chunks * each + copy_of_weight + FP32 * weight + hidden, compute * weight
 
 
 def numel(tensors: Iterable[Tensor], shards: int = 1) -> int:
-    """Elements of the rank that has most, where the rows of each tensor are divided among `shards`."""
+    """Elements of the rank with the most, where each tensor is sharded by its rows over `shards` ranks."""
     total = 0
     for tensor in tensors:
         rows = len(tensor) if tensor.dim() else 1
         total += math.ceil(rows / shards) * (tensor.numel() // rows if rows else 0)
     return total
-
-
-_ends_with_head = functools.lru_cache(maxsize=16)(ends_with_head)
 
 
 def gib(size: float) -> str:

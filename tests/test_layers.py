@@ -17,7 +17,7 @@ from config.errors import OptionError
 from config.options import Options
 from estimate.activations import Activations
 from estimate.communication import predict_collectives
-from estimate.memory import moments
+from estimate.memory import memory_by_phase
 from estimate.start_block import strategy_line
 from loss.next_token import NextToken
 from model.build import build_model
@@ -59,7 +59,7 @@ def test_all_agree_on_the_layers(mark: str) -> None:
     assert [type(layer).__name__ for layer in layers] == [name] * number
     largest = max((sum(tensor.numel() for tensor in layer.parameters()) for layer in layers), default=0)
 
-    _, backward, *_ = moments(model, Options(block_size=8), 1, Activations(0, 0, 0, 0, 0))
+    _, backward, *_ = memory_by_phase(model, Options(block_size=8), 1, Activations(0, 0, 0, 0, 0))
     assert backward.gradients == 4 * largest  # one layer's, in fp32, as its backward forms them
     collectives = predict_collectives(model, Options(block_size=8, strategy="fsdp"), RANKS)
     assert collectives["reduce_scatter"].calls == number + 1

@@ -27,7 +27,7 @@ from config.options import Options
 from estimate.__main__ import main
 from estimate.activations import Activations, count_activations
 from estimate.communication import Collectives, predict_collectives
-from estimate.memory import BESIDE_TENSORS, host_memory, moments, predict, readable
+from estimate.memory import BESIDE_TENSORS, host_memory, memory_by_phase, predict, readable
 from estimate.stages import advice, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, bypass_head
 from model.build import build_model
@@ -127,8 +127,8 @@ def test_a_stage(
     outcome = train(ranks, [*tiny, *argv, *more, "--output_dir", tmp_path], partial(record, tmp_path / "bytes.json"))
     assert outcome.exit_codes == [0] * ranks, outcome.output
 
-    expected = moments(meta_model, options, ranks, Activations(0, 0, 0, 0, 0))[-1]
-    assert expected.moment == "in the optimizer"
+    expected = memory_by_phase(meta_model, options, ranks, Activations(0, 0, 0, 0, 0))[-1]
+    assert expected.phase == "in the optimizer"
     assert json.loads((tmp_path / "bytes.json").read_text()) == {
         term: getattr(expected, term) for term in ("parameters", "gradients", "optimizer")
     }
@@ -196,7 +196,7 @@ def test_logits_of_divided_layers(meta_model: PreTrainedModel, objective: Any) -
     """A head and loss that are computed as one divide the vocabulary; elsewhere every rank gets all logits."""
     options = Options(block_size=64, bf16=False, torch_compile=True, strategy="fsdp", objective=objective)
     logits = [
-        moments(meta_model, dataclasses.replace(options, tensor_parallel=ranks), 4, Activations(0, 0, 0, 0, 0))[
+        memory_by_phase(meta_model, dataclasses.replace(options, tensor_parallel=ranks), 4, Activations(0, 0, 0, 0, 0))[
             0
         ].logits
         for ranks in (1, 2)
