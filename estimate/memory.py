@@ -190,7 +190,7 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
 
 
 def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
-    """Bytes in a rank's host memory with --cpu_offload: its shards of parameters, gradients and two moments, in fp32."""
+    """Bytes in a rank's host memory with --cpu_offload: shards of parameters, gradients and two moments, in fp32."""
     if not options.cpu_offload:
         return 0
     model = split_on_meta(model, options.tensor_parallel) if options.tensor_parallel > 1 else model
