@@ -318,7 +318,13 @@ def _write_tokens(folder: Path, source: Source, encode: Callable[[list[Raw]], En
     plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
     size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text, if it can be known
     bar = tqdm(
-        desc=f"Tokenizing {source.name}", total=size or None, initial=done.bytes, unit="B", unit_scale=True, delay=1
+        desc=f"Tokenizing {source.name}",
+        total=size or None,
+        initial=done.bytes,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=None,
     )
     saved = time.monotonic()
     with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:

@@ -135,7 +135,7 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
         with suppress(FileNotFoundError, ValueError):
             known = json.loads(path.read_text())
         hashes = []
-        for file in tqdm(files, "Hashing files", unit="file", delay=1):
+        for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             before, content = known.get(str(file.resolve()), (None, ""))

@@ -34,7 +34,7 @@ def add_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Opt
         reference = {name: torch.zeros(2, len(rows)) for name, rows in splits.items()}
         for name, table in reference.items():
             results = forward_no_grad(wrapped, splits[name], options, device)
-            for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0):
+            for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0 or None):
                 pairs = len(batch["indices"])
                 table[:, batch["indices"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
             dist.all_reduce(table)  # each column was filled by one rank, or alike by those of a tensor-parallel group

@@ -39,6 +39,7 @@ import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +73,19 @@ class Recorder:
         peak = peak_flops(device)
         # The share of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
-        self.tokens_seen = self.tokens_at_last_row = 0
+        self.tokens_seen = self.tokens_at_last_row = self.step_at_last_row = 0
         self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
-        self.bar = tqdm(total=plan.total_steps, unit="step", disable=not self.writes, dynamic_ncols=True, leave=True)
+        # A log file would hold every redraw of a bar.
+        no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
+        self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
         self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
     def start(self, step: int, tokens_seen: int) -> None:
         """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
         self.tokens_seen = self.tokens_at_last_row = tokens_seen
+        self.step_at_last_row = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # the steps of an earlier run are no speed
         self.bar.unpause()
         self.started = time.perf_counter()
@@ -124,7 +128,8 @@ class Recorder:
     def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
         """Write a row of training; the floats must have been read from the device, so that its work is done."""
         now = time.perf_counter()
-        speed = (self.tokens_seen - self.tokens_at_last_row) / (now - self.started - self.evaluating - self.saving)
+        seconds = now - self.started - self.evaluating - self.saving
+        speed = (self.tokens_seen - self.tokens_at_last_row) / seconds
         self._write(
             step,
             loss=loss,
@@ -137,8 +142,14 @@ class Recorder:
             data_wait_seconds=self.waited,
             save_seconds=self.saving,
         )
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
-        self.started, self.tokens_at_last_row = now, self.tokens_seen
+        progress = f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
+        if self.bar.disable:
+            total = self.plan.total_steps
+            left = timedelta(seconds=round((total - step) * seconds / max(step - self.step_at_last_row, 1)))
+            self.print(f"step {step}/{total}: {progress}, {left} left")
+        else:
+            self.bar.set_postfix_str(progress)
+        self.started, self.tokens_at_last_row, self.step_at_last_row = now, self.tokens_seen, step
         self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, loss: float, targets: int) -> None:

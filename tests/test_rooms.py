@@ -1,11 +1,16 @@
 """The small parts, one by one: options, schedule, loss, the twins."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
+import os
+import pty
 import re
+import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -35,7 +40,7 @@ from model.build import load_config_and_tokenizer
 from optim.adamw import build_optimizer
 from optim.schedule import learning_rate
 from tests import world
-from tests.launch import train_ok
+from tests.launch import ROOT, train_ok
 
 
 def test_twins_have_the_same_functions() -> None:
@@ -340,6 +345,39 @@ def test_tensorboard(tiny: list[object], tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="pip install tensorboard"):
         check(parse(["--report_to", "tensorboard"]), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "options", "bar"),
+    [
+        (False, [], False),
+        (False, ["--disable_tqdm", "false"], True),
+        (True, [], True),
+        (True, ["--disable_tqdm"], False),
+    ],
+)
+def test_progress(tiny: list[object], tmp_path: Path, terminal: bool, options: list[str], bar: bool) -> None:
+    """A terminal shows a bar; a log gets a line every logging_steps, without a redraw; --disable_tqdm decides both."""
+    settings = [*tiny, "--max_steps", 4, "--logging_steps", 2, "--output_dir", tmp_path / "run", *options]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, settings)]
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(writer, (24, 120))  # a new one has no columns, and tqdm draws nothing
+    with open(tmp_path / "output", "w") as output:
+        run = subprocess.Popen(command, stdout=output, stderr=writer)
+    os.close(writer)
+    errors = b""
+    with contextlib.suppress(OSError):  # a pseudo terminal ends with EIO
+        while block := os.read(reader, 4096):
+            errors += block
+    os.close(reader)
+    assert run.wait() == 0, errors.decode()
+    text = (tmp_path / "output").read_text()
+    assert "\r" not in text
+    assert (b"step/s" in errors or b"s/step" in errors) == bar
+    assert bar or b"\r" not in errors.replace(b"\r\n", b"\n")  # a terminal ends a line with both
+    line = r"^step (\d)/4: loss [\d.]+, lr [\d.e+-]+, [\d,]+ tokens/s, \d+:\d\d:\d\d left$"
+    assert re.findall(line, text, re.MULTILINE) == ([] if bar else ["2", "4"])
 
 
 def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
