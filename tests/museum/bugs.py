@@ -6,12 +6,12 @@ The order is roughly that of a run: data, loss, gradients, the update, the evalu
 from dataclasses import dataclass
 
 GROUPS = {  # as docs/museum.md shows them
-    "data": "what a step trains on",
-    "loss": "what is minimized, and what is reported",
-    "gradients": "how micro-steps and ranks add up to one gradient",
+    "data": "the tokens that a step trains on",
+    "loss": "the value that a step minimizes, and the values that a run reports",
+    "gradients": "one sum over micro-steps and ranks",
     "sharding": "parameters and sequences that are split over ranks",
     "numbers": "precision, random numbers and the update",
-    "checkpoints": "what is saved, and what a resumed run restores",
+    "checkpoints": "the saved state, and the state that a resumed run restores",
 }
 
 
