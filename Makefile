@@ -12,6 +12,8 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 RUNTIME := .venv/.runtime-$(VERSION)
 DEVELOPMENT := .venv/.development-$(VERSION)
 PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
+# Two test files at a time: a test of one process, or a rank that waits, leaves a core to the other (ARGS="-n 0" for one).
+IN_PARALLEL = -n 2 --dist loadfile
 # Hide GPUs, so the result of the tests does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
@@ -25,11 +27,11 @@ train: $(RUNTIME) ## train the demo into output/, replacing an earlier run (NPRO
 	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
 	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
 
-test: $(DEVELOPMENT) ## run the tests that need no GPU and take seconds (ARGS="options of pytest")
-	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(ARGS)
+test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about six minutes on two cores (ARGS="options of pytest")
+	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(IN_PARALLEL) $(ARGS)
 
 test-all: $(DEVELOPMENT) ## run these tests and the slow ones, which take minutes
-	$(ON_CPU) $(PYTEST) -m "not gpu" $(ARGS)
+	$(ON_CPU) $(PYTEST) -m "not gpu" $(IN_PARALLEL) $(ARGS)
 
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)

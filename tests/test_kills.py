@@ -151,7 +151,7 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
 
 
 def die_in_save(count: int, rank: int) -> None:
-    """Let `rank` be killed before the `count`-th line of checkpoint/save.py that its saving thread runs in its next save."""
+    """Let `rank` be killed before line number `count` of checkpoint/save.py that its next save runs in its thread."""
     write = checkpoint.save._write
 
     def watched_write(snapshot: Any, options: Any, group: Any) -> None:
@@ -161,8 +161,8 @@ def die_in_save(count: int, rank: int) -> None:
     checkpoint.save._write = watched_write
 
 
-# A save runs some 160 lines of checkpoint/save.py on rank 0, which completes and prunes, and 90 on the other. Slow, because
-# tests/test_atomic.py kills before each change to the disk.
+# A save runs some 160 lines of checkpoint/save.py on rank 0, which completes and prunes, and 90 on the other. Slow,
+# because tests/test_atomic.py kills before each change to the disk.
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:

@@ -102,7 +102,7 @@ def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_pat
 
 
 def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is right is summed up; what is wrong is named; the exit code tells them apart."""
+    """A right ledger is summed up, each problem is named, and the exit code differs."""
     assert main([str(one_process), str(one_process)]) == 0
     right = capsys.readouterr().out
     assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right

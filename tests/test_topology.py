@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ddp
 from config.command_line import parse
 from data.prepare import prepare_data
+from loss.next_token import NextToken
 from metrics.records import read_records
+from model.build import build_model, load_config_and_tokenizer
+from model.layers import decoder_layers
 from tests import proof
 from tests.launch import train_ok
 from tests.proof import (
@@ -90,6 +97,19 @@ def test_random_weights_do_not_depend_on_ranks(tiny: list[object], model_dir: Pa
     train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
     ours, theirs = (read_records(tmp_path / name / "metrics.jsonl")[0]["eval_loss"] for name in ("two", "one"))
     assert ours == pytest.approx(theirs, abs=GATES.evaluation)
+
+
+def test_wrapping_keeps_the_head_tied(tiny: list[object]) -> None:
+    """One tensor for embedding and head, also when a model leaves the meta device."""
+    options = parse([str(word) for word in tiny])
+    model = build_model(options, load_config_and_tokenizer(options)[0])
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+        ddp.wrap(NextToken(model), decoder_layers(model), mesh, torch.device("cpu"), False, True, False)
+    finally:
+        dist.destroy_process_group()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_evaluation_changes_nothing(

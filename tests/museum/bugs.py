@@ -6,12 +6,12 @@ The order is roughly that of a run: data, loss, gradients, the update, the evalu
 from dataclasses import dataclass
 
 GROUPS = {  # as docs/museum.md shows them
-    "data": "what a step trains on",
-    "loss": "what is minimized, and what is reported",
-    "gradients": "how micro-steps and ranks add up to one gradient",
+    "data": "the tokens that a step trains on",
+    "loss": "the value that a step minimizes, and the values that a run reports",
+    "gradients": "one sum over micro-steps and ranks",
     "sharding": "parameters and sequences that are split over ranks",
     "numbers": "precision, random numbers and the update",
-    "checkpoints": "what is saved, and what a resumed run restores",
+    "checkpoints": "the saved state, and the state that a resumed run restores",
 }
 
 
@@ -449,7 +449,7 @@ BUGS = [
             "    model.tie_weights()  # one tensor again, where each use of it got memory of its own\n",
             "",
         ),
-        curve_test("FSDP-2x8"),
+        "tests/test_topology.py::test_wrapping_keeps_the_head_tied",
         Curve(2),
         source="huggingface/accelerate#3154",
     ),
@@ -675,12 +675,15 @@ BUGS = [
         "checkpoints",
         "To save disk space, the last checkpoint is deleted before the next one is written.",
         "None, until a save fails and no checkpoint is left.",
-        one(
-            "checkpoint/save.py",
-            "    run_together(write_state, group)\n",
-            "    for old in list_checkpoints(output_dir) if rank == 0 else []:\n"
-            "        shutil.rmtree(old)\n"
-            "    run_together(write_state, group)\n",
+        (
+            Change("checkpoint/save.py", "import platform\n", "import platform\nimport shutil\n"),
+            Change(
+                "checkpoint/save.py",
+                "    run_together(write_state, group)\n",
+                '    for old in output_dir.glob("checkpoint-*") if rank == 0 else []:\n'
+                "        shutil.rmtree(old)\n"
+                "    run_together(write_state, group)\n",
+            ),
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
         source="Lightning-AI/pytorch-lightning#1150",
@@ -730,7 +733,7 @@ BUGS = [
         "checkpoints",
         "Random generators start from the seed again, so dropout repeats the masks of the first steps.",
         "None. The curve is different, and as good.",
-        one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(progress.seed, 0, rank)"),
+        one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(identity.seed, 0, rank)"),
         RESUME_TO_THE_BIT,
         source="huggingface/transformers#17055",
     ),
