@@ -115,7 +115,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.decode(tokens).partition("answer")[2].strip():
         raise OptionError(
             "chat_template: its {% generation %} markers leave out what ends an answer, so that the model could not "
-            "learn to stop\ngive a --chat_template that marks it too"
+            "learn to stop\npass a --chat_template that marks it too"
         )
 
 

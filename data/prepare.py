@@ -476,7 +476,7 @@ def _write_rows(
     if split.rows == 0:
         raise OptionError(
             f"{source.name}: the {name} split has {split.tokens} tokens, less than one row of block_size "
-            f"{options.block_size}\ngive more text, a smaller --block_size or another --validation_split_percentage"
+            f"{options.block_size}\npass more text, a smaller --block_size or another --validation_split_percentage"
         )
     return split
 

@@ -106,7 +106,7 @@ def _find_dataset(options: Options) -> tuple[list[Source], Source | None]:
         splits = datasets.load_dataset(name, options.dataset_config_name, streaming=options.streaming)
     except Exception as error:
         cause = str(error).strip().splitlines()[0][:200]
-        raise OptionError(f"dataset_name {name}: cannot be loaded: {cause}\ngive a hub id or a directory") from error
+        raise OptionError(f"dataset_name {name}: cannot be loaded: {cause}\npass a hub id or a directory") from error
     if "train" not in splits:
         raise OptionError(f"dataset_name {name}: has no split named train, only {', '.join(splits)}")
     train, validation = (

@@ -70,7 +70,7 @@ def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
     if missing:
         raise OptionError(
             f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
-            f"column, only {', '.join(columns_of_first)}\ngive --text_column, or --data_format for conversations"
+            f"column, only {', '.join(columns_of_first)}\npass --text_column, or --data_format for conversations"
         )
     return shape
 
@@ -181,7 +181,7 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
     if not messages:
         return [], []
     if not tokenizer.chat_template:
-        raise OptionError("a conversation, but the tokenizer has no chat template\ngive --chat_template FILE")
+        raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.trained_from:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(learn) for learn in marked["assistant_masks"]]

@@ -67,14 +67,14 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
         options.block_size = min(1024, positions)
     if options.block_size > positions:
         raise OptionError(
-            f"block_size {options.block_size}: the model has {positions} positions\ngive at most that, or a model "
+            f"block_size {options.block_size}: the model has {positions} positions\npass at most that, or a model "
             "whose max_position_embeddings allow more"
         )
     highest = max(tokenizer.get_vocab().values())
     if highest >= text_config.vocab_size:
         raise OptionError(
             f"tokenizer of {options.tokenizer_name or name or 'the embedded corpus'}: its highest token id is "
-            f"{highest}, beyond the model's vocabulary of {text_config.vocab_size}\ngive --tokenizer_name"
+            f"{highest}, beyond the model's vocabulary of {text_config.vocab_size}\npass --tokenizer_name"
         )
     return config, tokenizer
 
@@ -102,11 +102,11 @@ def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
             raise ValueError("it knows no tokens")
     except Exception as error:
         cause = first_line(error)
-        raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\ngive --tokenizer_name") from error
+        raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\npass --tokenizer_name") from error
     if not tokenizer.is_fast:
-        raise OptionError(f"{name}: its tokenizer is not a fast one\ngive --tokenizer_name, one with a tokenizer.json")
+        raise OptionError(f"{name}: its tokenizer is not a fast one\npass --tokenizer_name, one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\ngive --tokenizer_name")
+        raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\npass --tokenizer_name")
     return tokenizer
 
 
@@ -134,7 +134,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.activation_memory_budget is not None and (random := random_noise(model)):
         raise OptionError(
             f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is "
-            "computed again would be drawn again\ngive --gradient_checkpointing, or leave it out"
+            "computed again would be drawn again\npass --gradient_checkpointing, or leave it out"
         )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(

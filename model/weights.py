@@ -270,7 +270,7 @@ def _draw(model: PreTrainedModel, filled: set[int]) -> None:
             if whole[name].isnan().any():
                 raise OptionError(
                     f"{type(owner).__name__}: {name} of its {type(module).__name__} is in no file, and _init_weights "
-                    "of its class does not initialize it\ngive a model whose code is that of transformers"
+                    "of its class does not initialize it\npass a model whose code is that of transformers"
                 )
             local, place = _of_rank(tensor)
             local.copy_(whole[name][place])

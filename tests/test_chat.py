@@ -214,7 +214,7 @@ def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        (None, "the tokenizer has no chat template\ngive --chat_template FILE"),
+        (None, "the tokenizer has no chat template\npass --chat_template FILE"),
         ("{{ raise_exception('no such role') }}", "it refuses a conversation of user, assistant: no such role"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "it writes nothing after an answer"),
         (

@@ -170,7 +170,7 @@ def test_what_is_seen() -> None:
         ((4, 2), 2, None),
         ((4, 2), 4, None),  # each head of keys goes to two ranks
         ((40, 10), 4, None),
-        ((4, 2), 3, "as 6; 4 / 6 = 0.666667\ngive 2, 4, or leave it out"),
+        ((4, 2), 3, "as 6; 4 / 6 = 0.666667\npass 2, 4, or leave it out"),
         ((6, 4), 2, "as 4; 6 / 4 = 1.5\nleave it out"),
     ],
 )

@@ -170,8 +170,8 @@ def test_documents_of_padded_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "expected"),
     [
-        ("qwen3", 4, "qwen3 has 2 heads of keys and values, and 2 / 4 = 0.5\ngive a divisor of 2"),
-        ("qwen3", 3, "qwen3 has 4 attention heads, and 4 / 3 = 1.33333\ngive a divisor of 2"),
+        ("qwen3", 4, "qwen3 has 2 heads of keys and values, and 2 / 4 = 0.5\npass a divisor of 2"),
+        ("qwen3", 3, "qwen3 has 4 attention heads, and 4 / 3 = 1.33333\npass a divisor of 2"),
         ("llama", 2, "llama has 389 tokens in its vocabulary, and 389 / 2 = 194.5\nleave it out"),
         ("qwen3 moe", 2, "the plan of qwen3_moe has layers.*.mlp.experts moe_tp_experts, unknown here"),
         ("gpt2", 2, "gpt2 has no plan of how its layers are divided\nleave it out"),
