@@ -368,7 +368,7 @@ BUGS = [
         "counts the replicated gradients once per rank.",
         "The gradient norm is a little too large, and more so with more tensor-parallel ranks. Steps are clipped a "
         "little too much.",
-        one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / alike", "nn.utils.get_total_norm(same) ** 2"),
+        one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / replicas", "nn.utils.get_total_norm(same) ** 2"),
         SPLIT,
     ),
     Bug(
@@ -446,7 +446,7 @@ BUGS = [
         "separately.",
         one(
             "ddp/wrap.py",
-            "    model.tie_weights()  # one tensor again, where each use of it got memory of its own\n",
+            "    model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses\n",
             "",
         ),
         curve_test("FSDP-2x8"),
