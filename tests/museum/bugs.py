@@ -379,7 +379,7 @@ BUGS = [
         "pass.",
         "The loss is right to the last digit, and falls. Every layer below the output projection gets the gradient of "
         "one vocabulary shard, a different one on each rank, and replicated weights diverge.",
-        one("parallel/tensor.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
+        one("parallel/tensor.py", "_AllGather.apply(*inputs, group, True)", "_AllGather.apply(*inputs, group, False)"),
         SPLIT,
     ),
     Bug(
