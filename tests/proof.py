@@ -25,7 +25,6 @@ import data.loader
 import loss.next_token
 from config.command_line import parse
 from data.batches import IGNORE_INDEX, next_tokens
-from data.sequences import Sequence
 from metrics.records import read_records
 from tests import world
 from tests.launch import ROOT, train
@@ -195,8 +194,8 @@ def mean_of_means() -> None:
         targets = (next_tokens(labels_BT) != IGNORE_INDEX).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
-    def count_micro_batches(sequences: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
-        return collate(sequences, padded_length) | {"targets": torch.tensor(1)}
+    def count_micro_batches(*inputs: Any, **named: Any) -> dict[str, Tensor]:
+        return collate(*inputs, **named) | {"targets": torch.tensor(1)}
 
     loss.next_token.head_and_loss_sum = mean
     data.loader.collate = count_micro_batches
