@@ -5,8 +5,8 @@ All ranks of a group read the same sequences. The q/k/v, gate and up projections
 3). Between the two, a rank computes its own heads or intermediate features without communication. Elsewhere, a rank
 holds the hidden states of its fraction of the positions (sequence parallelism, Korthikanti et al. 2022, section 4.2.2).
 An all-gather before the first projection and a reduce-scatter after the second convert one into the other. That is four
-collectives per layer in the forward pass, and four in the backward pass. Embedding and head are split by vocabulary, so
-no rank ever holds all logits.
+collectives per layer in the forward pass, and four in the backward pass. Embedding and head are split by vocabulary.
+Where head and loss are fused, no rank holds all logits.
 
 FSDP, the optimizer and checkpoints see parameters as DTensors over the group (norms are replicated). Forward and
 backward compute with plain local tensors, because DTensor dispatch costs CPU time for each operation, for which the GPU
@@ -54,7 +54,7 @@ def apply_tensor_parallel(objective: nn.Module, layers: list[nn.Module], mesh: D
         if module is embedding:
             module.forward = partial(_embed, module, module.forward, module.padding_idx, group)
             _distribute(module, mesh, Shard(0))
-        elif module is head:
+        elif module is head:  # each rank computes a partial gradient of the hidden states
             module.register_forward_pre_hook(lambda head, inputs: _AllGather.apply(*inputs, group, True))  # type: ignore[no-untyped-call]
             if not fused:  # the model changes the logits, so every rank needs all of them
                 module.register_forward_hook(lambda head, inputs, logits: _gather_logits(logits, group))
