@@ -121,6 +121,46 @@ GATES = Deviation(gradient=1e-6, loss=1e-5, grad_norm=1e-5, evaluation=1e-6, par
 BF16_GRADIENT_GATE = 2e-2
 PLANTED_BUG_GATE = 1e-2  # a mean of means must exceed it
 
+ADAMW: tuple[object, ...] = ()
+# AdamW with an epsilon far above every gradient and no momentum is SGD: 500 x g / (|g| + 1000) = 0.5 x g.
+SGD: tuple[object, ...] = ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)
+
+TEXT = """# Any topology, the same curve
+
+{largest}
+All gates hold: no difference exceeds its gate (first line of the table).
+
+![Loss curves of five topologies on top of one another](proof.svg)
+
+`make proof` wrote this page on {date}, with Python {python}, torch {torch} and transformers {transformers}. The ranks
+are processes on a CPU, and communicate over gloo.
+
+A tiny Qwen3 model with tied embeddings trains on documents of different lengths, 16 sequences in each step, in fp32 and
+deterministic mode. The reference is one process that takes all 16 sequences in one micro-step. Each line of the table
+is the same training on another topology, and shows its difference from the reference:
+
+| column | difference | measured on |
+|---|---|---|
+| gradient | relative L2 | full gradient of the first step, before clipping |
+| loss | absolute, nats per token | worst of 20 steps |
+| gradient norm | relative | worst of 20 steps |
+| evaluation | absolute, nats per token | first evaluation |
+| parameters | relative L2 | after 20 steps |
+
+The remaining differences come from fp32 sums in another order. AdamW hides a gradient that is wrong by a constant
+factor, so each case also trains with SGD (AdamW with an epsilon far above every gradient).
+
+{matrix}
+
+The next table has bf16, and a bug planted in the real training loop. The bug shows how large the difference is when the
+gradient is wrong.
+
+{bf16}
+
+`make test` checks these gates for some of the lines, and `make test-all` for all lines
+([tests/test_topology.py](../tests/test_topology.py)).
+"""
+
 
 def marked(cases: list[Case]) -> list[Any]:
     """Parameters of a test, with the names of the cases as ids."""
@@ -130,11 +170,6 @@ def marked(cases: list[Case]) -> list[Any]:
         )
         for case in cases
     ]
-
-
-ADAMW: tuple[object, ...] = ()
-# AdamW with an epsilon far above every gradient and no momentum is SGD: 500 x g / (|g| + 1000) = 0.5 x g.
-SGD: tuple[object, ...] = ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)
 
 
 def curve(case: Case, options: list[object], output_dir: Path) -> Path:
@@ -258,43 +293,6 @@ def main() -> None:
     )
     (ROOT / "docs" / "proof.md").write_text(text)
     (ROOT / "docs" / "proof.svg").write_text(plot(losses))
-
-
-TEXT = """# Any topology, the same curve
-
-{largest}
-All gates hold: no difference exceeds its gate (first line of the table).
-
-![Loss curves of five topologies on top of one another](proof.svg)
-
-`make proof` wrote this page on {date}, with Python {python}, torch {torch} and transformers {transformers}. The ranks
-are processes on a CPU, and communicate over gloo.
-
-A tiny Qwen3 model with tied embeddings trains on documents of different lengths, 16 sequences in each step, in fp32 and
-deterministic mode. The reference is one process that takes all 16 sequences in one micro-step. Each line of the table
-is the same training on another topology, and shows its difference from the reference:
-
-| column | difference | measured on |
-|---|---|---|
-| gradient | relative L2 | full gradient of the first step, before clipping |
-| loss | absolute, nats per token | worst of 20 steps |
-| gradient norm | relative | worst of 20 steps |
-| evaluation | absolute, nats per token | first evaluation |
-| parameters | relative L2 | after 20 steps |
-
-The remaining differences come from fp32 sums in another order. AdamW hides a gradient that is wrong by a constant
-factor, so each case also trains with SGD (AdamW with an epsilon far above every gradient).
-
-{matrix}
-
-The next table has bf16, and a bug planted in the real training loop. The bug shows how large the difference is when the
-gradient is wrong.
-
-{bf16}
-
-`make test` checks these gates for some of the lines, and `make test-all` for all lines
-([tests/test_topology.py](../tests/test_topology.py)).
-"""
 
 
 def plot(curves: dict[str, list[float]]) -> str:
