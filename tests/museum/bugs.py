@@ -449,7 +449,7 @@ BUGS = [
             "    model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses\n",
             "",
         ),
-        curve_test("FSDP-2x8"),
+        curve_test("DDP-2x8"),
         Curve(2),
         source="huggingface/accelerate#3154",
     ),
