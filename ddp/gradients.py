@@ -5,14 +5,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
-    """Whether the next backward exchanges gradients. Without, they add up on each rank and cost no communication."""
-    if isinstance(wrapped, DistributedDataParallel):  # one rank alone has none, and nothing to exchange
+    """Decide whether the next backward pass all-reduces gradients.
+
+    Without the all-reduce, gradients accumulate on each rank, which costs no communication.
+    """
+    if isinstance(
+        wrapped, DistributedDataParallel
+    ):  # a single rank is not wrapped, because it has no other to reduce with
         wrapped.require_backward_grad_sync = enabled
 
 
 def grad_norm(wrapped: nn.Module) -> Tensor:
-    """The L2 norm of the whole gradient: a scalar on the device, in fp32.
+    """The L2 norm of the full gradient: an fp32 scalar on the device.
 
-    Costs no communication: every rank holds the full gradient.
+    It costs no communication, because every rank holds the full gradient.
     """
     return nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None]).float()

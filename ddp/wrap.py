@@ -20,23 +20,26 @@ def wrap(
     cpu_offload: bool,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
+    """The module to call in the forward pass. Its backward averages gradients over all ranks. Every rank must call.
 
-    `objective` (model/objective.py) comes without values, on the meta device, and gets memory for all of it on
-    `device`, in fp32. Whoever fills it does so alike on every rank (model/weights.py): nothing is broadcast.
-    Each backward exchanges the fp32 gradients of all parameters, in buckets, while it still computes. `bf16` and
-    what follows it are the concern of the twin: here torch.autocast casts, nothing is sharded or offloaded, and all
-    ranks of `mesh` are replicas. One rank alone has nobody to exchange with: it gets `objective`.
+    `objective` is a module of loss/ on the meta device. It gets uninitialized fp32 memory on `device` for all
+    parameters. The caller then loads equal weights on every rank (model/weights.py), because nothing is broadcast here.
+
+    Each backward pass all-reduces the fp32 gradients of all parameters, in buckets, while it still computes. All ranks
+    of `mesh` are replicas. A single rank gets `objective` itself, because it has no other rank to communicate with.
+
+    `decoder_layers`, the decoder layers of the model, and the options from `bf16` on are unused, because DDP replicates
+    the model as one unit and torch.autocast does the casts. They keep the signature equal to that of `fsdp.wrap`.
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)
-    model.tie_weights()  # one tensor again, where each use of it got memory of its own
+    model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses
     if mesh.size() == 1:
-        return objective  # without the buckets, which are as large as the model and always there
+        return objective  # saves the memory of the buckets, which are as large as the model
     device_ids = [device.index] if device.type == "cuda" else None
-    # Buffers are constants, equal on all ranks: a broadcast before each forward would be for nothing.
+    # Buffers need no broadcast before each forward pass, because they are constants that are equal on all ranks.
     known = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.13.0 or 2.11
     settings: dict[str, Any] = {"init_sync": False, sync: False}
-    # Gradients live inside the exchange buckets: one copy less in memory and in time.
+    # As views of the buckets, gradients need no second copy in memory and no time to copy.
     return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, **settings)

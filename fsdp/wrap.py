@@ -19,51 +19,54 @@ def wrap(
     cpu_offload: bool,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The module to call in the forward pass; its backward averages gradients over all ranks. Every rank must call.
+    """The module to call in the forward pass. Its backward averages gradients over all ranks. Every rank must call.
 
-    `objective` (model/objective.py) comes without values, on the meta device, and gets memory for this rank's part of
-    it on `device`, in fp32: 1 / `mesh["shard"]` of every parameter. A decoder layer of its model is one unit: its
-    parameters are gathered, in bf16 if `bf16`, just before they are used, and its gradients are reduced in
-    `reduce_dtype`, and kept in fp32. With `reshard_after_forward` a layer's full parameters are freed after its forward
-    and gathered again for its backward. Embedding and head belong to the root unit, so that tied weights stay one
-    tensor.
+    `objective` is a module of loss/ on the meta device. It gets uninitialized fp32 memory on `device` for this rank's
+    shard of each parameter, 1 / `mesh["shard"]` of it. The caller then loads the weights (model/weights.py).
 
-    Ranks along `mesh["shard"]` are next to each other, and gather and reduce among themselves (fast links, one host);
-    with several replicas, the reduced shards are then averaged along `mesh["replicate"]`.
+    Each of `decoder_layers`, the decoder layers of the model, is one FSDP unit. FSDP all-gathers its parameters just
+    before their use, in bf16 with `bf16`. It reduce-scatters the gradients in `reduce_dtype` and stores them in fp32.
+    With `reshard_after_forward`, the full parameters of a layer are freed after its forward pass and gathered again for
+    its backward pass. Embedding and head belong to the root unit, so that tied weights stay one tensor.
 
-    With `cpu_offload`, the shards and their gradients are in host memory, and so are the optimizer that is built over
-    them and its state: what is gathered is copied to `device` first, and what was reduced is copied back.
+    Ranks along `mesh["shard"]` have consecutive numbers, so their collectives can use the fast links of one node.
+    With several replicas, the reduced shards are then averaged along `mesh["replicate"]` (all-reduce).
+
+    With `cpu_offload`, host memory holds the shards, their gradients and the optimizer state. FSDP copies shards to
+    `device` before it gathers them, and copies reduced gradients back.
     """
     model: PreTrainedModel = objective.model
-    mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]  # one would reduce for nothing
+    mesh = (
+        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+    )  # no all-reduce over one replica
     home, offload = device, OffloadPolicy()
     if cpu_offload:
-        # From and to page-locked memory, a copy needs no detour, and is not waited for.
+        # The CPU does not wait for copies from and to page-locked memory.
         home, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
     for layer in decoder_layers:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
         )
-    # The root is left whole between forward and backward: its backward is the first to start. What it is given, beside
-    # tokens, belongs to the loss: it stays fp32.
+    # The root unit is not resharded between forward and backward pass, because its backward pass starts first. Its
+    # floating-point inputs belong to the loss, so they stay fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
-    objective.kept_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
+    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=home)
-    for module in objective.modules():  # buffers are used where they lie
+    for module in objective.modules():  # FSDP does not offload buffers
         module._buffers = {
             name: None if buffer is None else buffer.to(device) for name, buffer in module._buffers.items()
         }
-    model.tie_weights()  # one tensor again, where each use of it got memory of its own
+    model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses
     return objective
 
 
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:
-    """What is kept whole for a backward must be freed in evaluation, where none will come.
+    """Free the full parameters after a forward pass of an evaluation, which has no backward pass to free them.
 
-    Otherwise the optimizer and the checkpoint would meet full parameters instead of this rank's shards.
+    Otherwise the optimizer and the checkpoint would find full parameters instead of this rank's shards.
     """
     if not torch.is_grad_enabled():
         for module in objective.modules():

@@ -1,34 +1,33 @@
-"""Which models tensor parallelism and context parallelism can split, and the messages for those that they cannot."""
+"""Which models tensor parallelism and context parallelism can split, and the errors for other models."""
 
 import math
 import re
 from typing import NamedTuple
 
-import torch
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from config.errors import OptionError
 
 
 def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
-    """Refuse a model whose layers `ranks` ranks cannot divide as fsdp/tensor_parallel.py does. Raises OptionError."""
+    """Raise OptionError if parallel/tensor.py cannot split a model with this configuration over `ranks` ranks."""
     name, plan = config.model_type, config.base_model_tp_plan or {}
-    remedy = "leave it out: --strategy fsdp shards any model"
+    remedy = "remove --tensor_parallel; --strategy fsdp shards any model"
     if not plan:
-        raise OptionError(f"tensor_parallel {ranks}: {name} has no plan of how its layers are divided\n{remedy}")
-    # The embedding is divided in any case.
+        raise OptionError(f"tensor_parallel {ranks}: {name} has no tensor-parallel plan\n{remedy}")
+    # The embedding is always split by vocabulary, whatever the plan says.
     known = {"colwise", "rowwise", "replicated_with_grad_allreduce", "embedding_rowwise"}
     if unknown := {module: style for module, style in plan.items() if style not in known}:
         module, style = min(unknown.items())
-        raise OptionError(f"tensor_parallel {ranks}: the plan of {name} has {module} {style}, unknown here\n{remedy}")
+        raise OptionError(
+            f"tensor_parallel {ranks}: the plan of {name} has the unknown style {style} for {module}\n{remedy}"
+        )
     heads = attention_heads(config)
     sizes = {
         "attention heads": heads.queries,
-        "heads of keys and values": heads.keys,
-        "entries between the projections of a layer": config.intermediate_size,
+        "key-value heads": heads.keys,
+        "intermediate features": config.intermediate_size,
         "tokens in its vocabulary": config.vocab_size,
     }
     common = math.gcd(*sizes.values())
@@ -36,53 +35,56 @@ def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
         if size % ranks:
             raise OptionError(
                 f"tensor_parallel {ranks}: {name} has {size:,} {what}, and {size:,} / {ranks} = {size / ranks:,.6g}\n"
-                + (f"pass a divisor of {common}, which divides all that must be divided" if common > 1 else remedy)
+                + (f"pass a divisor of {common}, which divides every size that is split" if common > 1 else remedy)
             )
 
 
 def check_context_parallel(config: PretrainedConfig, ranks: int) -> None:
-    """Refuse a model whose rows `ranks` ranks cannot divide as model/context_parallel.py does. Raises OptionError.
+    """Raise OptionError if parallel/context.py cannot split the sequences of a model over `ranks` ranks.
 
-    Its layers must look at other positions in their attention alone: a plan of how they are divided is taken for a sign
-    of that, and `unusual` in model/attention.py looks at what they do. Each rank must get as many heads, together with
-    those of keys that these share.
+    Its layers may look at other positions in attention only. A tensor-parallel plan is taken as a sign of that, and
+    `unusual` in model/attention.py checks what the layers do. Each rank must get an equal number of query heads,
+    together with their key-value heads.
     """
-    name, remedy = config.model_type, "leave it out; --gradient_checkpointing is for long rows, too"
+    name = config.model_type
+    remedy = "remove --context_parallel; --gradient_checkpointing also saves memory with long sequences"
     if not config.base_model_tp_plan:
-        raise OptionError(f"context_parallel {ranks}: it is not known where {name} looks at other positions\n{remedy}")
+        raise OptionError(
+            f"context_parallel {ranks}: {name} has no plan that shows where it looks at other positions\n{remedy}"
+        )
     if "longrope" in repr(getattr(config, "rope_parameters", None)):
         raise OptionError(
-            f"context_parallel {ranks}: {name} rotates long rows in another way than short ones (longrope), and each "
-            f"rank would decide for its piece\n{remedy}"
+            f"context_parallel {ranks}: {name} rotates long sequences in another way than short ones (longrope), and "
+            f"each rank would decide by its local sequence\n{remedy}"
         )
     try:
         heads, keys, _ = attention_heads(config)
-    except RuntimeError as error:  # transformers' answer where layers differ (Gemma 4)
-        raise OptionError(f"context_parallel {ranks}: the layers of {name} have different heads\n{remedy}") from error
+    except RuntimeError as error:  # transformers raises it where layers differ (Gemma 4)
+        raise OptionError(
+            f"context_parallel {ranks}: the layers of {name} have different numbers of heads\n{remedy}"
+        ) from error
     if heads % (shared := math.lcm(keys, ranks)):
         fitting = [str(other) for other in range(2, heads + 1) if heads % math.lcm(keys, other) == 0]
         raise OptionError(
-            f"context_parallel {ranks}: {name} has {heads} attention heads and {keys} of keys and values, which "
-            f"{ranks} ranks share as {shared}; {heads} / {shared} = {heads / shared:,.6g}\n"
+            f"context_parallel {ranks}: {name} has {heads} attention heads; {keys} key-value heads and {ranks} "
+            f"ranks need a multiple of {shared}, and {heads} / {shared} = {heads / shared:,.6g}\n"
             + (f"pass {', '.join(fitting)}, or {remedy}" if fitting else remedy)
         )
 
 
 def check_plan_is_complete(model: PreTrainedModel, ranks: int) -> None:
-    """Refuse a model whose plan leaves a linear module whole: each rank of a group would count its gradient."""
+    """Raise OptionError if the plan leaves out a linear module: each rank of a group would count its gradient."""
     head = model.get_output_embeddings()
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    if whole := linear - tensor_parallel_plan(model).keys():
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    if missing := linear - tensor_parallel_plan(model).keys():
         raise OptionError(
-            f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves {min(whole)} whole\n"
-            "leave it out: --strategy fsdp shards any model"
+            f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves out {min(missing)}\n"
+            "remove --tensor_parallel; --strategy fsdp shards any model"
         )
 
 
 class Heads(NamedTuple):
-    """The attention of a layer: heads of queries, those of keys and values, and the entries of each."""
+    """The attention heads of a layer: the number of query heads, of key-value heads, and head_dim (`entries`)."""
 
     queries: int
     keys: int
@@ -90,7 +92,7 @@ class Heads(NamedTuple):
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:
-    """What a model's configuration says of them, or leaves to follow from its width."""
+    """The heads of a model's layers. Without head_dim in the configuration, it is hidden size / query heads."""
     config = config.get_text_config()
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
@@ -98,9 +100,9 @@ def attention_heads(config: PretrainedConfig) -> Heads:
 
 
 def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
-    """How ranks would divide the modules of a model, by name, as its configuration plans it: "colwise", "rowwise", ...
+    """The tensor-parallel style of each module in the plan of the model's configuration: "colwise", "rowwise", ...
 
-    Of a model that has such a plan. Embedding and head are divided by rows, whatever it says of them.
+    The model must have a plan. Embedding and head are split by vocabulary, whatever the plan says.
     """
     plan = {f"{model.base_model_prefix}.{key}": style for key, style in model.config.base_model_tp_plan.items()}
     names = {name: re.sub(r"\.\d+(?=\.)", ".*", name) for name, _ in model.named_modules()}

@@ -1,7 +1,8 @@
-"""The same curve on any topology: what is measured, and the gates. `make proof` prints and writes the table.
+"""The same curve on any topology: the cases, the measurements and the gates. `make proof` writes docs/proof.md.
 
-Each case trains the tiny tied Qwen3 model of tests/world.py, on ragged documents, in fp32 and deterministic mode, with
-the same 16 rows a step, and is compared with one process that takes the whole global batch at once.
+It proves train.py with ddp/, fsdp/ and parallel/. Each case trains the tiny tied Qwen3 model of tests/world.py on
+documents of different lengths, in fp32 and deterministic mode, with the same 16 sequences in each step. The reference
+is one process that takes the global batch in one micro-step.
 """
 
 import dataclasses
@@ -24,39 +25,39 @@ import data.loader
 import loss.next_token
 from config.command_line import parse
 from data.batches import IGNORE_INDEX, next_tokens
-from data.sequences import Sequence
 from metrics.records import read_records
 from tests import world
 from tests.launch import ROOT, train
+from tests.museum.page import ticks
 
 
 @dataclass(frozen=True)
 class Case:
-    """One topology: ranks, rows of a micro-batch, and the options that name the strategy."""
+    """One topology: its ranks, the sequences of a micro-batch, and the options that select the strategy."""
 
     name: str
     ranks: int
     micro_batch: int
     options: tuple[str, ...] = ()
-    slow: bool = False  # for `make test-all` alone
+    slow: bool = False  # only `make test-all` runs it
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a case is from one process; of losses and norms the largest difference over 20 steps."""
+    """The differences between a case and the reference. For loss and gradient norm, the largest over 20 steps."""
 
-    gradient: float  # of the first step, unclipped: relative L2
-    loss: float  # absolute
+    gradient: float  # relative L2, of the first step before clipping
+    loss: float  # absolute, nats per token
     grad_norm: float  # relative
-    evaluation: float  # mean loss of the initial evaluation, absolute; the token counts must be equal
-    parameters: float  # after 20 steps: relative L2
+    evaluation: float  # absolute, mean loss of the first evaluation
+    parameters: float  # relative L2, after 20 steps
 
 
 FSDP = ("--strategy", "fsdp")
-WHOLE = (*FSDP, "--reshard_after_forward", "false")
+ZERO2 = (*FSDP, "--reshard_after_forward", "false")
 HYBRID = (*FSDP, "--replicas", "2")
 TENSOR = (*FSDP, "--tensor_parallel", "2")
-ROWS = ("--context_parallel", "2")
+CONTEXT = ("--context_parallel", "2")
 BF16 = ("--bf16", "true")
 SHARDED_OPTIMIZER = ("--shard_optimizer",)
 
@@ -77,52 +78,98 @@ CASES = [
     Case("FSDP", 2, 2, FSDP, slow=True),
     Case("FSDP", 4, 4, FSDP, slow=True),
     Case("FSDP", 4, 1, FSDP, slow=True),
-    Case("FSDP, not resharded", 2, 4, WHOLE, slow=True),
-    Case("FSDP, not resharded", 4, 2, WHOLE, slow=True),
-    Case("FSDP, hybrid 2 x 2", 4, 4, HYBRID),
-    Case("FSDP, hybrid 2 x 2", 4, 1, HYBRID, slow=True),
-    Case("FSDP, each micro-step exchanged", 2, 2, (*FSDP, "--sync_each_batch"), slow=True),
-    Case("FSDP, offloaded to the CPU", 2, 4, (*FSDP, "--cpu_offload")),
+    Case("FSDP (ZeRO-2)", 2, 4, ZERO2, slow=True),
+    Case("FSDP (ZeRO-2)", 4, 2, ZERO2, slow=True),
+    Case("hybrid FSDP 2 x 2", 4, 4, HYBRID),
+    Case("hybrid FSDP 2 x 2", 4, 1, HYBRID, slow=True),
+    Case("FSDP, gradients reduce-scattered in every micro-step", 2, 2, (*FSDP, "--sync_each_batch"), slow=True),
+    Case("FSDP, CPU offload", 2, 4, (*FSDP, "--cpu_offload")),
     Case("tensor parallel", 2, 8, TENSOR, slow=True),
     Case("FSDP x tensor parallel", 4, 8, TENSOR),
     Case("FSDP x tensor parallel", 4, 2, TENSOR, slow=True),
-    Case("FSDP, not resharded, x tensor parallel", 4, 2, (*WHOLE, *TENSOR), slow=True),
-    Case("hybrid x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
-    Case("FSDP x tensor parallel, checkpointing", 4, 4, (*TENSOR, "--gradient_checkpointing"), slow=True),
-    Case("DDP, rows divided", 2, 8, ROWS, slow=True),
-    Case("FSDP, rows divided", 2, 8, (*FSDP, *ROWS)),
-    Case("FSDP, rows divided", 4, 2, (*FSDP, "--context_parallel", "4"), slow=True),
-    Case("hybrid, rows divided, checkpointing", 4, 4, (*HYBRID, *ROWS, "--gradient_checkpointing"), slow=True),
-    Case("DDP, checkpointing", 2, 4, ("--gradient_checkpointing",), slow=True),
-    Case("FSDP, checkpointing", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")),
+    Case("FSDP (ZeRO-2) x tensor parallel", 4, 2, (*ZERO2, *TENSOR), slow=True),
+    Case("hybrid FSDP x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
+    Case("FSDP x tensor parallel, activation checkpointing", 4, 4, (*TENSOR, "--gradient_checkpointing"), slow=True),
+    Case("DDP x context parallel", 2, 8, CONTEXT, slow=True),
+    Case("FSDP x context parallel", 2, 8, (*FSDP, *CONTEXT)),
+    Case("FSDP x context parallel", 4, 2, (*FSDP, "--context_parallel", "4"), slow=True),
+    Case(
+        "hybrid FSDP x context parallel, activation checkpointing",
+        4,
+        4,
+        (*HYBRID, *CONTEXT, "--gradient_checkpointing"),
+        slow=True,
+    ),
+    Case("DDP, activation checkpointing", 2, 4, ("--gradient_checkpointing",), slow=True),
+    Case(
+        "FSDP, activation checkpointing and offload", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")
+    ),
 ]
 BF16_CASES = [
     Case("DDP, bf16", 2, 4, BF16),
-    Case("DDP, bf16, the residual too", 2, 4, (*BF16, "--bf16_residual")),
+    Case("DDP, bf16 with a bf16 residual", 2, 4, (*BF16, "--bf16_residual")),
     Case("FSDP, bf16", 2, 4, (*FSDP, *BF16)),
-    Case("FSDP, reduced in bf16", 2, 4, (*FSDP, "--reduce_dtype", "bfloat16"), slow=True),
+    Case("FSDP, gradients reduced in bf16", 2, 4, (*FSDP, "--reduce_dtype", "bfloat16"), slow=True),
     Case("FSDP x tensor parallel, bf16", 4, 8, (*TENSOR, *BF16), slow=True),
-    Case("FSDP, rows divided, bf16", 2, 8, (*FSDP, *ROWS, *BF16), slow=True),
+    Case("FSDP x context parallel, bf16", 2, 8, (*FSDP, *CONTEXT, *BF16), slow=True),
 ]
+
+PLOTTED = {("DDP", 4, 4), ("FSDP", 2, 8), ("FSDP x tensor parallel", 4, 8), ("FSDP x context parallel", 2, 8)}
+STYLES = (("#ccc", 12), ("#9c9", 8.5), ("#4a90d9", 5.5), ("#fc3", 3), ("#c33", 1))  # of the curves, from below
 
 GATES = Deviation(gradient=1e-6, loss=1e-5, grad_norm=1e-5, evaluation=1e-6, parameters=1e-5)
 BF16_GRADIENT_GATE = 2e-2
-PLANTED_BUG_GATE = 1e-2  # what a mean of means must exceed
+PLANTED_BUG_GATE = 1e-2  # a mean of means must exceed it
+
+ADAMW: tuple[object, ...] = ()
+# AdamW with an epsilon far above every gradient and no momentum is SGD: 500 x g / (|g| + 1000) = 0.5 x g.
+SGD: tuple[object, ...] = ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)
+
+TEXT = """# Any topology, the same curve
+
+{largest}
+All gates hold: no difference exceeds its gate (first line of the table).
+
+![Loss curves of five topologies on top of one another](proof.svg)
+
+`make proof` wrote this page on {date}, with Python {python}, torch {torch} and transformers {transformers}. The ranks
+are processes on a CPU, and communicate over gloo.
+
+A tiny Qwen3 model with tied embeddings trains on documents of different lengths, 16 sequences in each step, in fp32 and
+deterministic mode. The reference is one process that takes all 16 sequences in one micro-step. Each line of the table
+is the same training on another topology, and shows its difference from the reference:
+
+| column | difference | measured on |
+|---|---|---|
+| gradient | relative L2 | full gradient of the first step, before clipping |
+| loss | absolute, nats per token | worst of 20 steps |
+| gradient norm | relative | worst of 20 steps |
+| evaluation | absolute, nats per token | first evaluation |
+| parameters | relative L2 | after 20 steps |
+
+The remaining differences come from fp32 sums in another order. AdamW hides a gradient that is wrong by a constant
+factor, so each case also trains with SGD (AdamW with an epsilon far above every gradient).
+
+{matrix}
+
+The next table has bf16, and a bug planted in the real training loop. The bug shows how large the difference is when the
+gradient is wrong.
+
+{bf16}
+
+`make test` checks these gates for some of the lines, and `make test-all` for all lines
+([tests/test_topology.py](../tests/test_topology.py)).
+"""
 
 
 def marked(cases: list[Case]) -> list[Any]:
-    """Cases as parameters of a test, by name."""
+    """Parameters of a test, with the names of the cases as ids."""
     return [
         pytest.param(
             case, id=f"{case.name}-{case.ranks}x{case.micro_batch}", marks=[pytest.mark.slow] if case.slow else []
         )
         for case in cases
     ]
-
-
-ADAMW: tuple[object, ...] = ()
-# AdamW with an epsilon far above every gradient and no momentum is SGD: 500 x g / (|g| + 1000) = 0.5 x g.
-SGD: tuple[object, ...] = ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)
 
 
 def curve(case: Case, options: list[object], output_dir: Path) -> Path:
@@ -132,9 +179,9 @@ def curve(case: Case, options: list[object], output_dir: Path) -> Path:
 
 
 def first_gradient(case: Case, options: list[object], output_dir: Path, before: Any = None) -> dict[str, Tensor]:
-    """The whole gradient of a case's first step, by parameter.
+    """The full gradient of a case's first step, by parameter. `before` runs first in each rank.
 
-    It is read from the checkpoint: AdamW's first moment after one step is (1 - beta1) times the gradient.
+    The gradient comes from the checkpoint: AdamW's first moment after one step is (1 - beta1) times the gradient.
     """
     one_step = ["--max_steps", 1, "--max_grad_norm", 0, "--validation_split_percentage", 0, "--adam_beta1", 0]
     _train(case, [*options, *one_step, "--output_dir", output_dir], before)
@@ -143,17 +190,17 @@ def first_gradient(case: Case, options: list[object], output_dir: Path, before: 
 
 
 def deviation(run: Path, reference: Path, gradient: float) -> Deviation:
-    """The largest deviations of a run from the reference, beside that of its first gradient."""
-    rows, expected = read_records(run / "metrics.jsonl"), read_records(reference / "metrics.jsonl")
+    """The deviation of a run, with equal token counts, from the reference. `gradient` is that of the first gradient."""
+    records, expected = read_records(run / "metrics.jsonl"), read_records(reference / "metrics.jsonl")
     for key in ("step", "tokens_seen", "eval_tokens"):
-        assert [row.get(key) for row in rows] == [row.get(key) for row in expected], key
-    steps = [(row, other) for row, other in zip(rows, expected, strict=True) if "loss" in other]
+        assert [record.get(key) for record in records] == [record.get(key) for record in expected], key
+    steps = [(record, other) for record, other in zip(records, expected, strict=True) if "loss" in other]
     assert len(steps) == 20
     return Deviation(
         gradient=gradient,
-        loss=max(abs(row["loss"] - other["loss"]) for row, other in steps),
-        grad_norm=max(abs(row["grad_norm"] / other["grad_norm"] - 1) for row, other in steps),
-        evaluation=abs(rows[0]["eval_loss"] - expected[0]["eval_loss"]),
+        loss=max(abs(record["loss"] - other["loss"]) for record, other in steps),
+        grad_norm=max(abs(record["grad_norm"] / other["grad_norm"] - 1) for record, other in steps),
+        evaluation=abs(records[0]["eval_loss"] - expected[0]["eval_loss"]),
         parameters=relative_l2(load_file(run / "model.safetensors"), load_file(reference / "model.safetensors")),
     )
 
@@ -166,7 +213,7 @@ def relative_l2(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a sharded safetensors folder, whole, in this one process."""
+    """All full tensors of a folder of sharded safetensors files, read by this one process."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     described: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
@@ -175,22 +222,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def mean_of_means() -> None:
-    """Plant the classic bug in a rank: each micro-batch's own mean, then the mean of those."""
+    """Plant the classic bug in a rank: the loss is the mean over micro-batches of the mean over their tokens."""
     loss_sum, collate = loss.next_token.head_and_loss_sum, data.loader.collate
 
     def mean(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, labels_BT: Tensor, cross_entropy_: Any) -> Tensor:
         targets = (next_tokens(labels_BT) != IGNORE_INDEX).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
-    def count_micro_batches(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
-        return collate(rows, padded_length) | {"targets": torch.tensor(1)}
+    def count_micro_batches(*inputs: Any, **named: Any) -> dict[str, Tensor]:
+        return collate(*inputs, **named) | {"targets": torch.tensor(1)}
 
     loss.next_token.head_and_loss_sum = mean
     data.loader.collate = count_micro_batches
 
 
 def main() -> None:
-    """Measure every case, print the table and write it to docs/proof.md."""
+    """Measure every case, print the tables, and write docs/proof.md and docs/proof.svg."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "model").mkdir()
@@ -203,64 +250,111 @@ def main() -> None:
             for label, more in (("AdamW", ADAMW), ("SGD", SGD))
         }
         lines = [
-            "| | ranks | micro-batch x steps | optimizer | gradient | loss | gradient norm | evaluation | parameters |",
+            "| topology | ranks | micro-batch x micro-steps | optimizer "
+            "| gradient | loss | gradient norm | evaluation | parameters |",
             "|---|---|---|---|---|---|---|---|---|",
             f"| **gate** | | | | {' | '.join(f'{gate:.0e}' for gate in dataclasses.astuple(GATES))} |",
         ]
         _say(lines)
+        deviations = []
+        losses = {_label(REFERENCE): _losses(references["AdamW"])}
         for index, case in enumerate(CASES):
             first = relative_l2(first_gradient(case, options, directory / f"gradient-{index}"), gradient)
             for label, more in (("AdamW", ADAMW), ("SGD", SGD)):
                 run = curve(case, [*options, *more], directory / f"{index}-{label}")
                 measured = dataclasses.astuple(deviation(run, references[label], first))
+                deviations.append(measured)
+                if label == "AdamW" and (case.name, case.ranks, case.micro_batch) in PLOTTED:
+                    losses[_label(case)] = _losses(run)
                 held = all(value <= gate for value, gate in zip(measured, dataclasses.astuple(GATES), strict=True))
-                readers = case.ranks // parse([*case.options]).model_parallel_size
-                shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // readers} | {label}"
+                groups = case.ranks // parse([*case.options]).model_parallel_size
+                shape = f"{case.ranks} | {case.micro_batch} x {16 // case.micro_batch // groups} | {label}"
                 lines.append(f"| {case.name} | {shape} | {' | '.join(f'{value:.1e}' for value in measured)} |")
                 _say(lines[-1:])
                 assert held, "a gate is broken"
-        bf16 = ["| | first gradient against fp32 | |", "|---|---|---|"]
+        bf16 = ["| case | first gradient against fp32 | gate |", "|---|---|---|"]
         for case in BF16_CASES:
             value = relative_l2(first_gradient(case, options, directory / case.name), gradient)
             assert value <= BF16_GRADIENT_GATE, "a gate is broken"
-            bf16.append(f"| {case.name}, {case.ranks} ranks | {value:.1e} | gate: at most {BF16_GRADIENT_GATE:.0e} |")
+            bf16.append(f"| {case.name}, {case.ranks} ranks | {value:.1e} | at most {BF16_GRADIENT_GATE:.0e} |")
         planted = first_gradient(Case("DDP", 2, 4), options, directory / "planted", before=mean_of_means)
         value = relative_l2(planted, gradient)
         assert value > PLANTED_BUG_GATE, "the proof would not see the bug"
-        bf16.append(f"| mean of means, a planted bug | {value:.1e} | must exceed {PLANTED_BUG_GATE:.0e} |")
+        bf16.append(f"| mean of means (planted bug), 2 ranks | {value:.1e} | more than {PLANTED_BUG_GATE:.0e} |")
         _say(bf16)
     text = TEXT.format(
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         date=datetime.date.today(),
+        largest=_summary(deviations),
         matrix="\n".join(lines),
         bf16="\n".join(bf16),
     )
     (ROOT / "docs" / "proof.md").write_text(text)
+    (ROOT / "docs" / "proof.svg").write_text(plot(losses))
 
 
-TEXT = """# Any topology, the same curve
+def plot(curves: dict[str, list[float]]) -> str:
+    """An SVG of the loss (nats per token) over steps: a curve for each label, thinner than the one below it."""
+    width, height, left, right, top, bottom = 640, 320, 64, 624, 16, 256
+    values = [value for curve in curves.values() for value in curve]
+    across, up = ticks(0, max(map(len, curves.values()))), ticks(min(values), max(values))
+    difference = max(max(step) - min(step) for step in zip(*curves.values(), strict=True))
 
-`make proof` wrote this page: {date}, Python {python}, torch {torch}, transformers {transformers}, processes over gloo
-on a CPU.
+    def x(step: float) -> float:
+        return left + (right - left) * step / across[-1]
 
-A tiny Qwen3 model with tied embeddings learns from ragged documents, 16 rows a step, in fp32 and deterministic mode.
-The reference is one process that takes the 16 rows at once. Every line below is the same job on other ranks, with
-another strategy, or in other micro-steps, and how far it is from the reference: the whole gradient of the first step
-before clipping (relative L2), the loss of the worst of 20 steps (absolute), its gradient norm (relative), the initial
-evaluation (absolute), and the parameters after 20 steps (relative L2). What remains is the rounding of fp32 sums in
-another order. AdamW hides a gradient that is wrong by a factor; SGD (here the limit of AdamW for an epsilon far above
-every gradient) does not.
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - up[0]) / (up[-1] - up[0])
 
-{matrix}
+    def line(points: list[tuple[float, float]], color: str, thickness: float) -> str:
+        places = " ".join(f"{at:.1f},{at_height:.1f}" for at, at_height in points)
+        return f'<polyline fill="none" stroke="{color}" stroke-width="{thickness}" points="{places}"/>'
 
-In bf16, and with a bug planted in the real loop so that one sees what a broken line would look like:
+    def text(at: float, at_height: float, words: str, anchor: str = "middle", turned: str = "") -> str:
+        return f'<text x="{at:.1f}" y="{at_height:.1f}" text-anchor="{anchor}"{turned}>{words}</text>'
 
-{bf16}
+    middle = (top + bottom) / 2
+    caption = f"largest difference between the curves at one step: {difference:.1e} nats ({datetime.date.today()})"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="12" fill="#333">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        text((left + right) / 2, height - 30, "step"),
+        text((left + right) / 2, height - 8, caption),
+        text(16, middle, "loss (nats per token)", turned=f' transform="rotate(-90 16 {middle})"'),
+    ]
+    for value in up:
+        parts.append(line([(left, y(value)), (right, y(value))], "#eee", 1))
+        parts.append(text(left - 8, y(value) + 4, f"{value:g}", "end"))
+    for step in across:
+        parts += [line([(x(step), bottom), (x(step), bottom + 5)], "#333", 1), text(x(step), bottom + 18, f"{step:g}")]
+    parts.append(line([(left, top), (left, bottom), (right, bottom)], "#333", 1))
+    for index, ((label, curve), (color, thickness)) in enumerate(zip(curves.items(), STYLES, strict=True)):
+        parts.append(line([(x(step), y(value)) for step, value in enumerate(curve, 1)], color, thickness))
+        at_height = top + 20 + 20 * index
+        parts.append(line([(right - 250, at_height), (right - 220, at_height)], color, thickness))
+        parts.append(text(right - 212, at_height + 4, label, "start"))
+    return "\n".join([*parts, "</svg>\n"])
 
-`make test` holds the same gates for a part of these lines, `make test-all` for all (`tests/test_topology.py`).
-"""
+
+def _summary(deviations: list[tuple[float, ...]]) -> str:
+    """The largest deviation in each measured quantity, in a sentence."""
+    largest = Deviation(*map(max, zip(*deviations, strict=True)))
+    return (
+        f"Largest difference from one process in {len(CASES)} cases x 2 optimizers: gradient {largest.gradient:.1e}, "
+        f"loss {largest.loss:.1e},\ngradient norm {largest.grad_norm:.1e}, evaluation {largest.evaluation:.1e}, "
+        f"parameters {largest.parameters:.1e}."
+    )
+
+
+def _label(case: Case) -> str:
+    return f"{case.name}, {case.ranks} rank{'s' if case.ranks > 1 else ''}"
+
+
+def _losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
 
 
 def _train(case: Case, options: list[object], before: Any = None) -> None:

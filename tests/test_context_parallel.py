@@ -1,4 +1,4 @@
-"""Rows divided among ranks: every family of models computes what it does on whole rows, or is refused."""
+"""Proves parallel/context.py, group.py and checks.py: split sequences compute what full sequences compute."""
 
 import copy
 import json
@@ -42,16 +42,16 @@ from tests.launch import train
 from tests.proof import GATES, relative_l2
 
 RANKS = 4
-QUICK = ("qwen2", "qwen3", "gemma3")  # with biases and untied; with norms of heads and tied; with a window
-DIVIDED = [name for name in FAMILIES if name != "gemma2"]  # which caps its scores
+QUICK = ("qwen2", "qwen3", "gemma3")  # biases and untied; head norms and tied; a window
+SPLIT = [name for name in FAMILIES if name != "gemma2"]  # it caps its attention scores
 
 
 @pytest.fixture(scope="module")
 def findings(
     request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What four ranks found of each family that is asked for, in two groups and in one."""
-    directory = tmp_path_factory.mktemp("rows")
+    """What four ranks measured for each requested family, as two groups and as one."""
+    directory = tmp_path_factory.mktemp("context")
     families = {name: make_family(name, directory, model_dir) for name in asked_for(request, test_family)}
     return find(RANKS, partial(try_all, families, directory / "findings.json"), directory / "findings.json")
 
@@ -92,13 +92,13 @@ def end_with(found: dict[str, Any], findings: Path) -> None:
     os._exit(0)
 
 
-def row(tokens: Tensor, documents: list[int]) -> Sequence:
-    """Tokens of documents of these lengths, all of them learned."""
+def sequence(tokens: Tensor, documents: list[int]) -> Sequence:
+    """A sequence of documents of these lengths, where all tokens are trained on."""
     return Sequence(0, tokens, torch.ones(len(tokens), dtype=torch.bool), documents)
 
 
 def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: bool = False) -> dict[str, float]:
-    """Loss and gradient of rows of which each rank of `group` has a piece, against those of whole rows."""
+    """Loss and gradient of sequences that are split over the ranks of `group`, against those of full sequences."""
     objective, reference = (
         NextToken(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").train())
         for _ in "12"
@@ -106,17 +106,16 @@ def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: boo
     apply_context_parallel(objective, group)
     if compiled:
         compile_layers(objective.model, Options())
-    # 33 positions, which the ranks cannot divide, some of them padding, in documents that end anywhere.
+    # The ranks do not divide 33 positions. Some are padding, and documents end anywhere.
     batches = []
-    for reader in range(dist.get_world_size() // group.size()):
-        tokens = torch.arange(99).view(3, 33) * 3 % 380 + reader
-        rows = [row(tokens[0], [5, 12, 16]), row(tokens[1][:20], [20]), row(tokens[2], [32, 1])]
-        batch = collate(rows, 33 if documents else None)
+    for offset in range(dist.get_world_size() // group.size()):
+        tokens = torch.arange(99).view(3, 33) * 3 % 380 + offset
+        sequences = [sequence(tokens[0], [5, 12, 16]), sequence(tokens[1][:20], [20]), sequence(tokens[2], [32, 1])]
+        batch = collate(sequences, 33 if documents else None)
         batches.append({name: batch[name] for name in ("input_ids", "labels")})
         if documents:
             batches[-1] |= {name: batch[name] for name in ("position_ids", "document_ends")}
-    mine = batches[dist.get_rank() // group.size()]
-    loss = objective(**mine)
+    loss = objective(**batches[dist.get_rank() // group.size()])
     loss.backward()
     gradient = {}
     for name, parameter in objective.model.named_parameters():
@@ -136,10 +135,10 @@ def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: boo
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DIVIDED]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SPLIT]
 )
 def test_family(findings: dict[str, Any], name: str) -> None:
-    """Two ranks and four, which share two heads of keys; one document a row and several; windows; experts."""
+    """Groups of 2 and 4 ranks with 2 key-value heads, sequences of one document and of several, windows, experts."""
     assert len(findings[name]) == 4
     check_near(findings[name])
 
@@ -153,11 +152,11 @@ def check_near(findings: dict[str, dict[str, float]]) -> None:
     for case, found in findings.items():
         assert found["loss"] < 1e-6, case
         assert found["gradient"] < GATES.gradient, case
-        assert found["worst"] < 1e-5, f"{case}: of the tensor that is furthest from its own"
+        assert found["worst"] < 1e-5, f"{case}: the tensor with the largest difference"
 
 
-def test_what_is_seen() -> None:
-    """Two rows of five: a window of three, documents that end after two and after nine of ten positions."""
+def test_visible_mask() -> None:
+    """Two sequences of 5: a window of 3, and documents that end after 2 and after 9 of all 10 positions."""
     window = visible_mask(2, 5, torch.device("cpu"), None, 3)
     assert window[1, 0].sum(dim=1).tolist() == [1, 2, 3, 3, 3]
     documents = visible_mask(2, 5, torch.device("cpu"), torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32), None)
@@ -168,14 +167,14 @@ def test_what_is_seen() -> None:
     ("heads", "ranks", "expected"),
     [
         ((4, 2), 2, None),
-        ((4, 2), 4, None),  # each head of keys goes to two ranks
+        ((4, 2), 4, None),  # two ranks need each key-value head
         ((40, 10), 4, None),
-        ((4, 2), 3, "as 6; 4 / 6 = 0.666667\npass 2, 4, or leave it out"),
-        ((6, 4), 2, "as 4; 6 / 4 = 1.5\nleave it out"),
+        ((4, 2), 3, "a multiple of 6, and 4 / 6 = 0.666667\npass 2, 4, or remove --context_parallel"),
+        ((6, 4), 2, "a multiple of 4, and 6 / 4 = 1.5\nremove --context_parallel"),
     ],
 )
 def test_heads_of_each_rank(heads: tuple[int, int], ranks: int, expected: str | None) -> None:
-    """As many of queries, with those of keys that these share; else the arithmetic, and what would do."""
+    """Each rank gets an equal number of query heads with their key-value heads, or the error says what fits."""
     config = copy.deepcopy(FAMILIES["qwen3"][0])
     config.num_attention_heads, config.num_key_value_heads = heads
     if expected is None:
@@ -183,22 +182,26 @@ def test_heads_of_each_rank(heads: tuple[int, int], ranks: int, expected: str | 
         return
     with pytest.raises(OptionError) as error:
         check_context_parallel(config, ranks)
-    text = f"context_parallel {ranks}: qwen3 has {heads[0]} attention heads and {heads[1]} of keys and values"
+    text = f"context_parallel {ranks}: qwen3 has {heads[0]} attention heads; {heads[1]} key-value heads and"
     assert str(error.value).startswith(text)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 
 
+REMEDIES = (
+    "remove --context_parallel; --gradient_checkpointing also saves memory with long sequences",  # parallel/checks.py
+    "leave it out; --gradient_checkpointing is for long rows, too",  # model/build.py
+)
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
 SMALL = {**SIZES, "num_key_value_heads": 4}
 OTHERS = {
-    "gpt2": (GPT2Config(n_layer=1), "it is not known where gpt2 looks at other positions"),
-    "mamba": (MambaConfig(num_hidden_layers=1), "it is not known where mamba looks at other positions"),
+    "gpt2": (GPT2Config(n_layer=1), "gpt2 has no plan that shows where it looks at other positions"),
+    "mamba": (MambaConfig(num_hidden_layers=1), "mamba has no plan that shows where it looks at other positions"),
     "longrope": (
         LlamaConfig(**SIZES, rope_parameters={**LONGROPE, "rope_theta": 1e4, "original_max_position_embeddings": 64}),
-        "llama rotates long rows in another way than short ones (longrope)",
+        "llama rotates long sequences in another way than short ones (longrope)",
     ),
-    "heads that differ": (Gemma4TextConfig(), "the layers of gemma4_text have different heads"),
+    "heads that differ": (Gemma4TextConfig(), "the layers of gemma4_text have different numbers of heads"),
     "capped": (FAMILIES["gemma2"][0], "gemma2 cannot be divided so: its attention is given softcap"),
     "dropout": (Qwen3Config(**SIZES, attention_dropout=0.1), "its attention is given dropout"),
     "sinks": (GraniteSWAConfig(**SIZES), "its attention is given s_aux"),
@@ -221,33 +224,33 @@ OTHERS = {
 
 
 def build(config: PretrainedConfig) -> None:
-    """As train.py does."""
+    """Check and build a model as train.py does."""
     check_context_parallel(config, 2)
     build_model(Options(context_parallel=2), config)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_cannot_be_divided(name: str) -> None:
-    """Before any process group: what a rank could not know, or would not see, in its piece of a row."""
+def test_models_that_cannot_be_split(name: str) -> None:
+    """The error comes before any process group, and says what a rank could not compute from its local sequence."""
     config, expected = OTHERS[name]
     with pytest.raises(OptionError) as error:
         build(config)
     assert str(error.value).startswith("context_parallel 2: ")
     assert expected in str(error.value)
-    assert str(error.value).endswith("leave it out; --gradient_checkpointing is for long rows, too")
+    assert str(error.value).endswith(REMEDIES)
     assert len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("name", DIVIDED)
-def test_what_is_usual(name: str) -> None:
-    """No family that can be divided is refused; and the model is left as it was."""
+@pytest.mark.parametrize("name", SPLIT)
+def test_models_that_can_be_split(name: str) -> None:
+    """No family that can be split is refused, and the check does not change the model."""
     model = build_model(Options(context_parallel=2), copy.deepcopy(FAMILIES[name][0]))
     assert model.config._attn_implementation == "sdpa"
     assert unusual(model) == ""
 
 
-def test_attention_that_cannot_be_exchanged() -> None:
-    """A model with attention of its own would go on attending to its piece alone."""
+def test_attention_that_cannot_be_replaced() -> None:
+    """A model with its own attention code would see its local sequence only, so it is refused."""
     model = build_model(Options(), copy.deepcopy(FAMILIES["qwen3"][0]))
     attention = model.get_submodule("model.layers.1.self_attn")
     attention.forward = lambda hidden_states, **others: (hidden_states, None)

@@ -1,4 +1,4 @@
-"""The same proofs with CUDA tensors, layers compiled: one rank over NCCL, and two that share a GPU over gloo."""
+"""Proves train.py, loss/ and model/ on a GPU with compiled layers: one rank over NCCL, two on one GPU over gloo."""
 
 import math
 import shutil
@@ -29,15 +29,16 @@ from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_mode
 from tests.test_resume import equal_to_the_bit
 
 float8 = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="the GPU has no such products"
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY,
+    reason="the GPU has no float8 matrix products",
 )
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference: one rank, fp32, nothing compiled; all that is compared with it has compiled layers."""
+    """The reference: one rank, fp32, not compiled. The runs that are compared with it have compiled layers."""
     output_dir = tmp_path_factory.mktemp("one")
     plain = ["--bf16", "false", "--torch_compile", "false"]
     train_ok(1, *tiny, "--output_dir", output_dir, *plain, "--save_steps", 10)
@@ -73,15 +74,15 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
 )
 def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
     train_ok(world_size, *tiny, "--output_dir", tmp_path, "--bf16", "false", "--dataloader_num_workers", 2, *extra)
-    for row, reference in zip(
+    for record, reference in zip(
         read_records(tmp_path / "metrics.jsonl"), read_records(one_rank / "metrics.jsonl"), strict=True
     ):
         for key in ("loss", "eval_loss"):
             if key in reference:
-                assert row[key] == pytest.approx(reference[key], abs=1e-5)
+                assert record[key] == pytest.approx(reference[key], abs=1e-5)
         if "loss" in reference:
-            assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
-            assert row["peak_memory_gib"] > 0
+            assert record["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+            assert record["peak_memory_gib"] > 0
     expected = load_file(one_rank / "model.safetensors")
     assert relative_l2(load_file(tmp_path / "model.safetensors"), expected) < 1e-5
 
@@ -100,14 +101,14 @@ def test_same_curve(one_rank: Path, tiny: list[object], tmp_path: Path, world_si
     ids=str,
 )
 def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, strategy: str, more: list[str]) -> None:
-    """bf16 or float8 compute over fp32 masters: the curve stays in a band around fp32's, and checkpoints are fp32."""
+    """bf16 or float8 compute with fp32 master weights: the curve stays near that of fp32, and checkpoints are fp32."""
     train_ok(1, *tiny, "--output_dir", tmp_path, "--strategy", strategy, *more)
-    rows, references = (read_records(path / "metrics.jsonl") for path in (tmp_path, one_rank))
-    assert rows[1]["grad_norm"] == pytest.approx(references[1]["grad_norm"], rel=2e-2)
-    assert rows[1]["grad_norm"] != references[1]["grad_norm"], "it must have computed in bf16"
-    for row, reference in zip(rows, references, strict=True):
+    records, references = (read_records(path / "metrics.jsonl") for path in (tmp_path, one_rank))
+    assert records[1]["grad_norm"] == pytest.approx(references[1]["grad_norm"], rel=2e-2)
+    assert records[1]["grad_norm"] != references[1]["grad_norm"], "it must have computed in bf16"
+    for record, reference in zip(records, references, strict=True):
         if "loss" in reference:
-            assert row["loss"] == pytest.approx(reference["loss"], abs=2e-2)
+            assert record["loss"] == pytest.approx(reference["loss"], abs=2e-2)
     saved = read_tensors(tmp_path / "checkpoint-20" / "model")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
@@ -117,11 +118,11 @@ def test_bf16_stays_near(one_rank: Path, tiny: list[object], tmp_path: Path, str
 @pytest.mark.parametrize("left_dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_float8_product(left_dtype: torch.dtype, dtype: torch.dtype, transposed: bool) -> None:
-    """What the three products of a linear module are, in what they are wanted in: near that in fp32."""
+    """The three float8 products of a linear module, in each output dtype, are near those in fp32."""
     torch.manual_seed(0)
     left, right = torch.randn(400, 48, device="cuda"), torch.randn(48, 80, device="cuda")
     (left8, left_scale), (right8, right_scale) = to_float8(left, left_dtype), to_float8(right, E4M3)
-    if transposed:  # other memory, the same values
+    if transposed:  # another memory layout of equal values
         left8, right8 = left8.T.contiguous().T, right8.T.contiguous().T
     for fast in (False, True):
         ours = product(left8, right8, left_scale, right_scale, dtype, fast)
@@ -139,14 +140,14 @@ def test_float8_product(left_dtype: torch.dtype, dtype: torch.dtype, transposed:
     ids=str,
 )
 def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, world_size: int, more: list[str]) -> None:
-    """Attention over variable lengths in compiled layers: the curve stays near that of a mask in plain fp32."""
+    """Variable-length attention in compiled layers: the curve stays near that of a mask in fp32, not compiled."""
     packed = [*tiny, "--packing", "documents", "--max_steps", 10]
     train_ok(1, *packed, "--output_dir", tmp_path / "plain", "--bf16", "false", "--torch_compile", "false")
     train_ok(world_size, *packed, "--output_dir", tmp_path / "fast", *more)
-    rows, references = (read_records(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
-    for row, reference in zip(rows, references, strict=True):
+    records, references = (read_records(tmp_path / name / "metrics.jsonl") for name in ("fast", "plain"))
+    for record, reference in zip(records, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
-            assert row[key] == pytest.approx(reference[key], abs=2e-2)
+            assert record[key] == pytest.approx(reference[key], abs=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -154,29 +155,29 @@ def test_packed_documents_compiled(tiny: list[object], tmp_path: Path, world_siz
     [(1, []), (1, ["--gradient_checkpointing"]), (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"])],
 )
 def test_preference(dpo: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
-    """In bf16, too, the loss of pairs begins at ln 2, and falls: the reference is kept, and passed on, in fp32."""
+    """In bf16, the DPO loss starts at ln 2 and falls, because the log-probabilities of the reference stay fp32."""
     train_ok(world_size, *dpo, "--output_dir", tmp_path, *extra)
-    first, *_, last = (row["eval_loss"] for row in read_records(tmp_path / "metrics.jsonl") if "eval_loss" in row)
-    assert first == pytest.approx(math.log(2), abs=1e-3)
-    assert last < first / 2
+    losses = [record["eval_loss"] for record in read_records(tmp_path / "metrics.jsonl") if "eval_loss" in record]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.parametrize("more", [[], ["--offload_activations"]], ids=str)
 def test_checkpointing_repeats_the_dropout(
     tiny: list[object], model_with_dropout: Path, tmp_path: Path, more: list[str]
 ) -> None:
-    """In compiled layers too: the second forward drops the same places; also if its inputs were in host memory."""
+    """In compiled layers, the recomputed forward pass draws the same dropout, also with its inputs in host memory."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--bf16", "false", "--max_steps", 4]
     train_ok(1, *options, "--output_dir", tmp_path / "off")
     train_ok(1, *options, "--output_dir", tmp_path / "on", "--gradient_checkpointing", *more)
     ours, theirs = (read_records(tmp_path / name / "metrics.jsonl") for name in ("on", "off"))
-    for row, expected in zip(ours, theirs, strict=True):
+    for record, expected in zip(ours, theirs, strict=True):
         for key in {"loss", "grad_norm"} & expected.keys():
-            assert row[key] == pytest.approx(expected[key], rel=1e-5)
+            assert record[key] == pytest.approx(expected[key], rel=1e-5)
 
 
 def test_memory_that_offload_saves(tmp_path: Path) -> None:
-    """12 layers of 8 million parameters: their weights, gradients and moments leave the GPU, then their inputs, too."""
+    """12 layers of 8 million parameters: host memory takes weights, gradients and moments, then layer inputs too."""
     config = Qwen3Config(
         vocab_size=512,
         hidden_size=1024,
@@ -196,20 +197,20 @@ def test_memory_that_offload_saves(tmp_path: Path) -> None:
     options += ["--train_file", world.make_train_file(tmp_path / "text.jsonl")]
     peaks = []
     for name, more in {
-        "kept": [],
+        "on the GPU": [],
         "offloaded": ["--cpu_offload"],
         "inputs": ["--cpu_offload", "--offload_activations"],
     }.items():
         train_ok(1, *options, *more, "--output_dir", tmp_path / name)
         peaks.append(read_records(tmp_path / name / "metrics.jsonl")[-1]["peak_memory_gib"])
-    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "kept" / "model.safetensors").values())
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "on the GPU" / "model.safetensors").values())
     layer_input = 8 * 2048 * 1024 * 2
-    assert peaks[0] - peaks[1] > 11 * parameters / 2**30  # masters and moments are 12 bytes a parameter
+    assert peaks[0] - peaks[1] > 11 * parameters / 2**30  # master weights and moments take 12 bytes per parameter
     assert peaks[1] - peaks[2] > 0.6 * 12 * layer_input / 2**30
 
 
 def nan_in_step_2() -> None:
-    """Patch a rank: the first micro-batch of its second step has no number for a loss."""
+    """Patch a rank: the loss of the first micro-batch of its second step is NaN."""
     original, calls = NextToken.forward, iter(range(10_000))
 
     def forward(self: NextToken, *inputs: Any, **named: Any) -> Tensor:
@@ -220,18 +221,18 @@ def nan_in_step_2() -> None:
 
 
 def test_offloaded_optimizer_skips(tiny: list[object], tmp_path: Path) -> None:
-    """The flag reaches AdamW on the CPU: a step without a usable gradient changes nothing."""
+    """The flag reaches AdamW on the CPU: a step with a non-finite gradient changes no parameter."""
     options = [*tiny, "--output_dir", tmp_path, "--max_steps", 3, "--save_steps", 1, "--strategy", "fsdp"]
     outcome = train(1, [*options, "--cpu_offload", "--validation_split_percentage", 0], before=nan_in_step_2)
     assert outcome.exit_codes == [0], outcome.output
-    assert [row["skipped_steps"] for row in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 1]
+    assert [record["skipped_steps"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 1]
     first, second, third = (read_tensors(tmp_path / f"checkpoint-{step}" / "model") for step in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(second[name], third[name]) for name in second)
 
 
-def wait_for_nothing() -> None:
-    """Patch a rank: from what follows the report of its second step to the end of its fourth, waiting is an error."""
+def forbid_synchronization() -> None:
+    """Patch a rank: from the report of its second step to the end of its fourth, synchronizing with the GPU fails."""
     end_of_step, check_skipped, calls = Recorder.step, config.check_skipped, iter(range(1, 100))
 
     def step(*arguments: Any) -> None:
@@ -248,16 +249,18 @@ def wait_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_steps_do_not_wait(tiny: list[object], tmp_path: Path, strategy: str) -> None:
-    """The GPU gets its work ahead of time: between two reports, nothing asks it for a number."""
+def test_steps_do_not_synchronize(tiny: list[object], tmp_path: Path, strategy: str) -> None:
+    """Between two reports, the CPU never waits for the GPU, so that it can queue work ahead."""
     options = [*tiny, "--output_dir", tmp_path, "--strategy", strategy, "--validation_split_percentage", 0]
-    outcome = train(1, [*options, "--logging_steps", 2, "--max_steps", 4, "--save_steps", 0], before=wait_for_nothing)
+    outcome = train(
+        1, [*options, "--logging_steps", 2, "--max_steps", 4, "--save_steps", 0], before=forbid_synchronization
+    )
     assert outcome.exit_codes == [0], outcome.output
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_head_and_loss(compiled: bool) -> None:
-    """In bf16, against fp32 and all logits: gradients in the band, and never all logits in memory."""
+    """bf16 gradients stay near those of fp32 from all logits, and memory never holds all logits."""
     torch.manual_seed(0)
     hidden_BTD = torch.randn(4, 4096, 64, device="cuda", requires_grad=True)
     weight_VD = torch.randn(131_072, 64, device="cuda", requires_grad=True)
@@ -284,7 +287,7 @@ def test_head_and_loss(compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocabulary", [384, 8192, 151_936])
 def test_softmax(vocabulary: int, dtype: torch.dtype) -> None:
-    """The kernel against the plain one; a NaN makes all of its row NaN, and an infinite logit too."""
+    """The kernel equals the plain softmax. A NaN or an infinite logit makes all of its row NaN."""
     torch.manual_seed(0)
     logits = (torch.randn(40, vocabulary, device="cuda") * 5).to(dtype)
     logits[3, 17], logits[4, -1] = float("nan"), float("inf")
@@ -309,7 +312,7 @@ def test_resume_on_other_ranks(one_rank: Path, tiny: list[object], tmp_path: Pat
 
 @pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
 def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
-    """In bf16, over variable lengths: loss and gradient stay near those in fp32 of each document alone."""
+    """Variable-length attention in bf16: loss and gradient stay near those of each document alone in fp32."""
     device = torch.device("cuda")
     model = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
@@ -323,14 +326,14 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30, 32, 33])
-def test_memory_is_as_foreseen(number: int) -> None:
-    """Within a tenth of what the GPU allocates, and of a rank of several, a twentieth.
+def test_memory_is_as_predicted(number: int) -> None:
+    """The prediction is within 10% of what the GPU allocates on a single rank, and 5% on one of several.
 
-    `python -m compare.memory` has more of these.
+    `python -m compare.memory` has more cases.
     """
     with measuring(CASES[number]) as measured:
-        foreseen = foresee(CASES[number])
-        assert foreseen.total / GIB == pytest.approx(measured.result(), rel=0.05 if CASES[number].ranks > 1 else 0.1)
+        predicted = foresee(CASES[number])
+        assert predicted.total / GIB == pytest.approx(measured.result(), rel=0.05 if CASES[number].ranks > 1 else 0.1)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_memory_is_as_foreseen(number: int) -> None:
     ids=str,
 )
 def test_muon(tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
-    """The same curve from parts of matrices that ranks exchange as from whole ones."""
+    """Muon on shards of matrices, which ranks communicate, trains like Muon on full matrices."""
     options = [*tiny, "--optim", "muon", "--bf16", "false"]
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     train_ok(world_size, *options, "--output_dir", tmp_path / "other", *extra)

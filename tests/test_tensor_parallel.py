@@ -1,4 +1,4 @@
-"""Layers divided among ranks: every family of models computes what it does whole, or is refused."""
+"""Proves parallel/tensor.py, group.py and checks.py: split layers compute what full layers compute."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from tests.proof import GATES, relative_l2
 from tests.test_models import everything, same, stored
 
 RANKS = 4
-QUICK = ("qwen2", "qwen3", "gemma2")  # with biases and untied; with norms of heads and tied; with capped logits
+QUICK = ("qwen2", "qwen3", "gemma2")  # biases and untied; head norms and tied; capped logits
 DENSE = [name for name in FAMILIES if "moe" not in name]
 
 
@@ -42,10 +42,10 @@ DENSE = [name for name in FAMILIES if "moe" not in name]
 def findings(
     request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What 2 x 2 ranks found when they loaded each family that is asked for, took a gradient and exported it."""
-    directory = tmp_path_factory.mktemp("divided")
-    # Half of the vocabulary is an odd number: the second rank of a shard has a row less. One token's row of the
-    # embedding learns nothing; where a family can have biases, it has them.
+    """What 2 x 2 ranks measured for each requested family: load, one gradient, export."""
+    directory = tmp_path_factory.mktemp("split")
+    # Half of the vocabulary is an odd number, so the second rank of a shard has one row less. The embedding of the
+    # padding token gets no gradient. Families that can have biases have them.
     sizes = {"vocab_size": 390, "pad_token_id": 201, "attention_bias": True, "mlp_bias": True}
     families = {name: make_family(name, directory, model_dir, **sizes) for name in asked_for(request, test_family)}
     outcome = train(RANKS, [], before=partial(try_all, families, directory))
@@ -69,28 +69,28 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     config, tokenizer = load_config_and_tokenizer(options)
     built = build_model(options, config)
     weights = find_weights(options, built)
-    foreseen = {parameter: tensor.shape for parameter, tensor in split_on_meta(built, 2).named_parameters()}
+    predicted = {parameter: tensor.shape for parameter, tensor in split_on_meta(built, 2).named_parameters()}
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     objective = NextToken(built)
     adapt_model(objective, options, "none", mesh)
     wrapped = fsdp.wrap(objective, decoder_layers(built), mesh, torch.device("cpu"), False, True, False)
     read = count_reads()
     load_weights(built, weights)
-    kept = sum(parameter.to_local().numel() for parameter in built.parameters() if isinstance(parameter, DTensor))
+    owned = sum(parameter.to_local().numel() for parameter in built.parameters() if isinstance(parameter, DTensor))
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     different = same(everything(built), everything(reference))
 
-    # 33 positions, which two ranks cannot divide; both ranks of a group have the same rows.
-    reader = dist.get_rank() // 2
-    rows = [torch.arange(99).view(3, 33) * 3 % 390 + row for row in range(2)]
-    loss = wrapped(input_ids=rows[reader], labels=rows[reader])
+    # Two ranks do not divide 33 positions. Both ranks of a group have the same sequences.
+    group = dist.get_rank() // 2
+    batches = [torch.arange(99).view(3, 33) * 3 % 390 + offset for offset in range(2)]
+    loss = wrapped(input_ids=batches[group], labels=batches[group])
     loss.backward()
     norm = fsdp.grad_norm(wrapped)
-    gradient = {name: whole(parameter.grad) for name, parameter in built.named_parameters()}
+    gradient = {name: full(parameter.grad) for name, parameter in built.named_parameters()}
     with torch.no_grad():
-        evaluated = wrapped(input_ids=rows[reader], labels=rows[reader])
-    losses = [NextToken(reference)(input_ids=row, labels=row) for row in rows]
-    # FSDP averages over those who read rows of their own.
+        evaluated = wrapped(input_ids=batches[group], labels=batches[group])
+    losses = [NextToken(reference)(input_ids=batch, labels=batch) for batch in batches]
+    # FSDP averages over the groups.
     (torch.stack(losses).sum() / 2).backward()  # type: ignore[no-untyped-call]
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     expected_norm = torch.nn.utils.get_total_norm(list(expected.values()))
@@ -100,12 +100,12 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     export_model(options, built, tokenizer, [])
     return {
         "different": different,
-        "foreseen otherwise": [name for name, tensor in built.named_parameters() if part(tensor) != foreseen[name]],
-        "read": read[0] / kept,
-        "kept": kept / sum(parameter.numel() for parameter in reference.parameters()),
+        "mispredicted": [name for name, tensor in built.named_parameters() if split_shape(tensor) != predicted[name]],
+        "read": read[0] / owned,
+        "owned": owned / sum(parameter.numel() for parameter in reference.parameters()),
         "tied": built.get_output_embeddings().weight is built.get_input_embeddings().weight,
-        "loss": abs(loss.item() / losses[reader].item() - 1),
-        "evaluated": abs(evaluated.item() / losses[reader].item() - 1),
+        "loss": abs(loss.item() / losses[group].item() - 1),
+        "evaluated": abs(evaluated.item() / losses[group].item() - 1),
         "gradient": relative_l2(gradient, expected),
         "worst": max(relative_l2({"": gradient[name]}, {"": expected[name]}) for name in expected),
         "norm": abs(norm.item() / expected_norm.item() - 1),
@@ -113,50 +113,50 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def part(parameter: Tensor) -> torch.Size:
-    """The shape that both ranks of a shard have of it together: that of one rank of a group which divides its layer."""
+def split_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter on one rank of a tensor-parallel group, before FSDP shards it."""
     assert isinstance(parameter, DTensor)
     dimension = getattr(parameter.placements[-1], "dim", None)
     return torch.Size(size // 2 if index == dimension else size for index, size in enumerate(parameter.shape))
 
 
-def whole(gradient: Tensor | None) -> Tensor:
+def full(gradient: Tensor | None) -> Tensor:
     assert isinstance(gradient, DTensor)
     return gradient.full_tensor()
 
 
 def count_reads() -> list[int]:
-    """From here on, the entries that this rank reads of files, in a list of one number."""
-    entries, read = [0], Stored.read
+    """A list of one number: how many elements this rank reads from files from here on."""
+    elements, read = [0], Stored.read
 
     def count(self: Stored, *place: Any) -> Tensor:
-        part = read(self, *place)
-        entries[0] += part.numel()
-        return part
+        tensor = read(self, *place)
+        elements[0] += tensor.numel()
+        return tensor
 
     setattr(Stored, "read", count)  # noqa: B010
-    return entries
+    return elements
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
 )
 def test_family(findings: dict[str, Any], name: str) -> None:
-    """Tied and untied, biases, norms of heads, windows, scaled embeddings, a cap on the logits: loss and gradient."""
+    """Loss, gradient and files: tied and untied, biases, head norms, windows, scaled embeddings, capped logits."""
     found = findings[name]
-    assert found["different"] == found["exported"] == found["foreseen otherwise"] == []
+    assert found["different"] == found["exported"] == found["mispredicted"] == []
     assert found["tied"] == FAMILIES[name][0].tie_word_embeddings
     assert found["loss"] < 1e-6
     assert found["evaluated"] < 1e-6
     assert found["norm"] < GATES.grad_norm
     assert found["gradient"] < GATES.gradient
-    assert found["worst"] < 1e-5, "of the tensor that is furthest from its own"
-    assert found["read"] == 1, "a rank reads what it keeps, and no more"
-    assert found["kept"] < 0.27, "norms are whole in each group"
+    assert found["worst"] < 1e-5, "the tensor with the largest difference"
+    assert found["read"] == 1, "a rank reads its own shards only"
+    assert found["owned"] < 0.27, "a quarter, and the norms, which are replicated in each group"
 
 
-def test_documents_of_padded_rows() -> None:
-    """Rows of 5 become rows of 6: what is added belongs to the last document of its row, and is no target."""
+def test_documents_of_padded_sequences() -> None:
+    """Sequences of 5 become sequences of 6: the padding belongs to the last document of its sequence, and is masked."""
     tokens_BT = torch.arange(10).view(2, 5)
     ends = torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32)
     given = {"input_ids": tokens_BT, "labels": tokens_BT, "document_ends": ends}
@@ -170,15 +170,15 @@ def test_documents_of_padded_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "expected"),
     [
-        ("qwen3", 4, "qwen3 has 2 heads of keys and values, and 2 / 4 = 0.5\npass a divisor of 2"),
+        ("qwen3", 4, "qwen3 has 2 key-value heads, and 2 / 4 = 0.5\npass a divisor of 2"),
         ("qwen3", 3, "qwen3 has 4 attention heads, and 4 / 3 = 1.33333\npass a divisor of 2"),
-        ("llama", 2, "llama has 389 tokens in its vocabulary, and 389 / 2 = 194.5\nleave it out"),
-        ("qwen3 moe", 2, "the plan of qwen3_moe has layers.*.mlp.experts moe_tp_experts, unknown here"),
-        ("gpt2", 2, "gpt2 has no plan of how its layers are divided\nleave it out"),
+        ("llama", 2, "llama has 389 tokens in its vocabulary, and 389 / 2 = 194.5\nremove --tensor_parallel"),
+        ("qwen3 moe", 2, "the plan of qwen3_moe has the unknown style moe_tp_experts for layers.*.mlp.experts"),
+        ("gpt2", 2, "gpt2 has no tensor-parallel plan\nremove --tensor_parallel"),
     ],
 )
-def test_what_cannot_be_divided(name: str, ranks: int, expected: str) -> None:
-    """Before any process group: the arithmetic, or what is not known here."""
+def test_models_that_cannot_be_split(name: str, ranks: int, expected: str) -> None:
+    """The error comes before any process group, and names the sizes or the unknown style."""
     config = copy.deepcopy(FAMILIES[name][0]) if name in FAMILIES else GPT2Config(n_layer=1)
     if name == "qwen3":
         config.vocab_size = 384
@@ -195,5 +195,5 @@ def test_a_plan_must_name_every_projection() -> None:
     plan = dict(config.base_model_tp_plan)
     del plan["layers.*.mlp.up_proj"]
     config.base_model_tp_plan = plan
-    with pytest.raises(OptionError, match=r"leaves model\.layers\.0\.mlp\.up_proj whole"):
+    with pytest.raises(OptionError, match=r"leaves out model\.layers\.0\.mlp\.up_proj\n"):
         build_model(Options(tensor_parallel=2), config)

@@ -1,4 +1,4 @@
-"""The same curve on any number of ranks, under any strategy, for any accumulation: the gates of the proof."""
+"""Proves train.py with ddp/, fsdp/ and parallel/: one curve for any ranks, strategy or micro-steps (tests/proof.py)."""
 
 import dataclasses
 from pathlib import Path
@@ -35,9 +35,9 @@ from tests.proof import (
 
 @pytest.mark.parametrize("case", marked(CASES))
 def test_same_curve(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
-    """First gradient, losses, norms and evaluations of 20 AdamW steps, and the parameters after them."""
+    """First gradient, losses, gradient norms and evaluation of 20 AdamW steps, and the parameters after them."""
     gradient = relative_l2(first_gradient(case, tiny, tmp_path / "gradient"), torch.load(reference / "gradient.pt"))
-    assert gradient <= GATES.gradient  # at once, so that a bug which it shows need not train
+    assert gradient <= GATES.gradient  # first, so that a planted bug fails before 20 steps
     check_gates(curve(case, [*tiny, *proof.ADAMW], tmp_path / "AdamW"), reference / "AdamW")
 
 
@@ -46,7 +46,7 @@ SGD_IN_SECONDS = (Case("DDP", 2, 8), Case("FSDP", 2, 8, proof.FSDP))
 
 @pytest.mark.parametrize("case", marked([dataclasses.replace(case, slow=case not in SGD_IN_SECONDS) for case in CASES]))
 def test_same_curve_of_sgd(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
-    """What AdamW hides, a gradient that is wrong by a factor, in all 20 steps: test_same_curve sees it in the first."""
+    """SGD shows a gradient that is wrong by a factor in all 20 steps. With AdamW, only the first gradient shows it."""
     check_gates(curve(case, [*tiny, *proof.SGD], tmp_path / "SGD"), reference / "SGD")
 
 
@@ -57,17 +57,17 @@ def check_gates(run: Path, reference: Path) -> None:
 
 def test_the_reference_learns_and_clips(reference: Path) -> None:
     for optimizer in ("AdamW", "SGD"):
-        rows = read_records(reference / optimizer / "metrics.jsonl")
-        assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
-        assert max(row["grad_norm"] for row in rows if "loss" in row) > 0.4
+        records = read_records(reference / optimizer / "metrics.jsonl")
+        assert records[-1]["eval_loss"] < records[0]["eval_loss"] - 0.3
+        assert max(record["grad_norm"] for record in records if "loss" in record) > 0.4
 
 
 @pytest.mark.parametrize("case", marked(BF16_CASES))
 def test_bf16_stays_near(reference: Path, tiny: list[object], tmp_path: Path, case: Case) -> None:
-    """bf16 compute over fp32 masters: gradient and curve stay in a band around fp32's, and checkpoints are fp32."""
+    """bf16 compute with fp32 master weights: gradient and curve stay near those of fp32, and checkpoints are fp32."""
     expected = torch.load(reference / "gradient.pt")
     deviation = relative_l2(first_gradient(case, tiny, tmp_path / "gradient"), expected)
-    assert 1e-4 < deviation < proof.BF16_GRADIENT_GATE, "below, it would have computed in fp32"
+    assert 1e-4 < deviation < proof.BF16_GRADIENT_GATE, "a smaller deviation means that it computed in fp32"
     measured = proof.deviation(curve(case, tiny, tmp_path / "curve"), reference / "AdamW", deviation)
     assert measured.loss < 2e-2
     saved = read_tensors(tmp_path / "curve" / "checkpoint-20" / "model")
@@ -80,18 +80,18 @@ def test_a_mean_of_means_is_seen(reference: Path, tiny: list[object], tmp_path: 
 
 
 def test_clipping(tiny: list[object], tmp_path: Path) -> None:
-    """The norm is that of the whole gradient before clipping; 0 never clips, and says the same first norm."""
+    """The norm is that of the full gradient before clipping. 0 never clips, and reports the same first norm."""
     norms, short = {}, ["--warmup_steps", 0, "--max_steps", 4]
     for limit in (0.0, 0.4):
         train_ok(2, *tiny, "--output_dir", tmp_path / str(limit), "--max_grad_norm", limit, *short)
-        rows = read_records(tmp_path / str(limit) / "metrics.jsonl")
-        norms[limit] = [row["grad_norm"] for row in rows if "loss" in row]
+        records = read_records(tmp_path / str(limit) / "metrics.jsonl")
+        norms[limit] = [record["grad_norm"] for record in records if "loss" in record]
     assert norms[0.0][0] == norms[0.4][0] > 0.4
     assert norms[0.0][1:] != norms[0.4][1:]
 
 
 def test_random_weights_do_not_depend_on_ranks(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
-    """One seed gives one model: the first evaluation of random weights is the same on shards as on one process."""
+    """One seed gives one model: random weights have the same first evaluation on two FSDP ranks as on one rank."""
     options = ["--config_name", model_dir, "--tokenizer_name", model_dir, *tiny[2:], "--max_steps", 1]
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
@@ -115,19 +115,19 @@ def test_wrapping_keeps_the_head_tied(tiny: list[object]) -> None:
 def test_evaluation_changes_nothing(
     tiny: list[object], model_with_dropout: Path, train_file: Path, tmp_path: Path
 ) -> None:
-    """The losses of training, with dropout, are the same to the bit whether there are evaluations in between or not."""
+    """With dropout, evaluations in between leave the training losses bit-equal."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--max_steps", 6]
     train_ok(2, *options, "--output_dir", tmp_path / "with", "--validation_file", train_file, "--eval_steps", 2)
     train_ok(2, *options, "--output_dir", tmp_path / "without", "--validation_split_percentage", 0)
     losses = [
-        [row["loss"] for row in read_records(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl") if "loss" in record]
         for name in ("with", "without")
     ]
     assert losses[0] == losses[1]
 
 
 def test_checkpointing_repeats_the_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
-    """Activation checkpointing, on and off: the same gradient, because the second forward drops the same places."""
+    """Activation checkpointing gives the same gradient, because the recomputed forward pass draws the same dropout."""
     options = [*tiny, "--model_name_or_path", model_with_dropout]
     expected = first_gradient(REFERENCE, options, tmp_path / "off")
     checkpointed = dataclasses.replace(REFERENCE, options=("--gradient_checkpointing",))
@@ -136,16 +136,16 @@ def test_checkpointing_repeats_the_dropout(tiny: list[object], model_with_dropou
 
 
 def test_the_exported_model_is_the_trained_one(tiny: list[object], tmp_path: Path) -> None:
-    """Loaded by transformers, with its own loss, it has the evaluation loss that the trainer reported."""
+    """transformers loads the exported model and computes, with its own loss, the reported evaluation loss."""
     train_ok(2, *tiny, "--output_dir", tmp_path, "--max_steps", 6, "--strategy", "fsdp")
     loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    rows = prepare_data(parse(list(map(str, tiny))), AutoTokenizer.from_pretrained(tmp_path)).validation
-    assert rows
+    sequences = prepare_data(parse(list(map(str, tiny))), AutoTokenizer.from_pretrained(tmp_path)).validation
+    assert sequences
     total = targets = 0.0
     with torch.no_grad():
-        for tokens in (rows[index].tokens for index in range(len(rows))):
+        for tokens in (sequences[index].tokens for index in range(len(sequences))):
             if len(tokens) > 1:
                 total += loaded(input_ids=tokens[None], labels=tokens[None]).loss.item() * (len(tokens) - 1)
                 targets += len(tokens) - 1

@@ -368,7 +368,7 @@ BUGS = [
         "counts the replicated gradients once per rank.",
         "The gradient norm is a little too large, and more so with more tensor-parallel ranks. Steps are clipped a "
         "little too much.",
-        one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / alike", "nn.utils.get_total_norm(same) ** 2"),
+        one("fsdp/gradients.py", "nn.utils.get_total_norm(same) ** 2 / replicas", "nn.utils.get_total_norm(same) ** 2"),
         SPLIT,
     ),
     Bug(
@@ -379,7 +379,7 @@ BUGS = [
         "pass.",
         "The loss is right to the last digit, and falls. Every layer below the output projection gets the gradient of "
         "one vocabulary shard, a different one on each rank, and replicated weights diverge.",
-        one("parallel/tensor.py", "_Join.apply(*inputs, group, True)", "_Join.apply(*inputs, group, False)"),
+        one("parallel/tensor.py", "_AllGather.apply(*inputs, group, True)", "_AllGather.apply(*inputs, group, False)"),
         SPLIT,
     ),
     Bug(
@@ -446,7 +446,7 @@ BUGS = [
         "separately.",
         one(
             "ddp/wrap.py",
-            "    model.tie_weights()  # one tensor again, where each use of it got memory of its own\n",
+            "    model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses\n",
             "",
         ),
         "tests/test_topology.py::test_wrapping_keeps_the_head_tied",
