@@ -36,9 +36,8 @@ def wrap(
     `device` before it gathers them, and copies reduced gradients back.
     """
     model: PreTrainedModel = objective.model
-    mesh = (
-        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
-    )  # no all-reduce over one replica
+    # With a single replica, FSDP gets a mesh of one dimension, because there is nothing to all-reduce.
+    mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
     home, offload = device, OffloadPolicy()
     if cpu_offload:
         # The CPU does not wait for copies from and to page-locked memory.
