@@ -20,9 +20,10 @@ def export_model(
 ) -> None:
     """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
-    The files of a model that was there before give way, one by one: an index comes after what it lists.
+    `stop_tokens` become the EOS tokens of `generate`. New files replace those of an earlier model one by one, an index
+    after the files that it lists.
     """
-    # So that `generate` stops where the documents ended.
+    # With these, `generate` stops where the documents ended.
     model.generation_config.eos_token_id = stop_tokens or tokenizer.eos_token_id
     output_dir, rank, world_size = Path(options.output_dir), dist.get_rank(), dist.get_world_size()
     exporting = output_dir / broadcast_object(f".exporting-{uuid.uuid4().hex}")

@@ -9,40 +9,42 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 
-UNFINISHED = (".saving-*", ".exporting-*")  # what was being written when a run was cut off
+UNFINISHED = (".saving-*", ".exporting-*")  # left by an interrupted save or export
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 def prune(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and what saves that were cut off have left."""
+    """Remove the oldest checkpoints beyond `limit`, and the directories that interrupted saves have left."""
     for path in (path for pattern in UNFINISHED for path in output_dir.glob(pattern)):
         shutil.rmtree(path)
     for path in list_checkpoints(output_dir)[limit:] if limit else []:
-        # Without its manifest it is no checkpoint any more, wherever the removal may be cut off.
+        # The manifest goes first: without it, a half removed directory is no checkpoint.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def fsync_and_hash(path: Path) -> dict[str, Any]:
+    """Flush a file to the disk, and return its entry in a manifest: size in bytes and SHA-256."""
     fsync(path)
     return size_and_hash(path)
 
 
 def size_and_hash(path: Path) -> dict[str, Any]:
+    """The entry of a file in a manifest: size in bytes and SHA-256. Raises OSError."""
     with open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def fsync(path: Path) -> None:
-    """A new file is on the disk; the name of one, or a new name, only when the directory that holds it is."""
+    """Flush a file to the disk. For a new or changed name, flush the directory that holds it."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The directories that are named like checkpoints, newest first; valid or not."""
+    """The directories that are named like checkpoints, newest first, valid or not."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True)
 
 

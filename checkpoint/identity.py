@@ -18,13 +18,19 @@ from model.weights import Weights, fingerprint_files
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """What a run is: equal on all ranks, and unchanged when it resumes. Steps of one identity can be counted together."""
+    """What a run is: equal on all ranks, and unchanged when it resumes.
 
-    seed: int
-    global_batch_size: int  # sequences of one step, over all ranks; with step and seed it gives the place in the data
-    data_fingerprint: str  # of all tokens, in order
-    model_fingerprint: str  # of the names and shapes of all parameters
-    optim: str  # whose moments a checkpoint holds
+    Each field carries the remedy for a resume that differs in it; `{}` stands for the value of the checkpoint.
+    """
+
+    model_fingerprint: str = dataclasses.field(metadata={"remedy": "resume with the model that was trained"})
+    data_fingerprint: str = dataclasses.field(
+        metadata={"remedy": "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"}
+    )
+    seed: int = dataclasses.field(metadata={"remedy": "pass --seed {}"})
+    # In sequences, over all ranks. With step and seed it gives the place in the data.
+    global_batch_size: int = dataclasses.field(metadata={"remedy": "pass --global_batch_size {}"})
+    optim: str = dataclasses.field(metadata={"remedy": "pass --optim {}"})  # whose moments a checkpoint holds
 
 
 @dataclasses.dataclass
@@ -40,27 +46,32 @@ class Progress:
 
 
 def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel) -> RunIdentity:
-    """The identity of the run that `options` describe; `model` may be on the meta device, wrapped or sharded."""
-    model_fingerprint = fingerprint_model(model)
-    return RunIdentity(options.seed, plan.global_batch_size, data_fingerprint, model_fingerprint, options.optim)
+    """The identity of the run that `options` describe. `model` may be on the meta device, wrapped or sharded."""
+    return RunIdentity(
+        model_fingerprint=fingerprint_model(model),
+        data_fingerprint=data_fingerprint,
+        seed=options.seed,
+        global_batch_size=plan.global_batch_size,
+        optim=options.optim,
+    )
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and shapes of all parameters. Before or after sharding, it is the same."""
+    """SHA-256 over the names and shapes of all parameters; sharding does not change it."""
     shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
 def fingerprint_weights(model: PreTrainedModel) -> str:
-    """SHA-256 over the values of all parameters, on any topology the same. Every rank must call.
+    """SHA-256 over the values of all parameters; the topology does not change it. Every rank must call.
 
-    Costs a gather of one parameter after the other, over gloo, and on rank 0 a second for every 2 GB.
+    Costs an all-gather of each parameter, over gloo, and on rank 0 a second for every 2 GB.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().cpu()
         if isinstance(values, DTensor):
-            values = values.full_tensor()  # the collective; of GPU tensors, gloo's ends in a segmentation fault
+            values = values.full_tensor()  # a collective; with GPU tensors, gloo's crashes in torch 2.11
         if dist.get_rank() == 0:
             digest.update(name.encode())
             digest.update(values.numpy().tobytes())

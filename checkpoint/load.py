@@ -22,10 +22,10 @@ from model.export import unique_tensors
 
 
 def choose_checkpoint(options: Options) -> Path | None:
-    """The checkpoint to resume, or None to start anew. Every rank must call; rank 0 looks and decides.
+    """The checkpoint to resume, or None for a new run. Every rank must call; rank 0 looks and decides.
 
-    `auto` takes the newest valid checkpoint of output_dir, and warns about a damaged one that it passes over. Raises
-    OptionError on every rank, for a path that is no valid checkpoint, or when all of them are damaged.
+    `auto` takes the newest valid checkpoint of output_dir, and warns about each damaged one that it skips. Raises
+    OptionError on every rank for a path that is no valid checkpoint, or if all checkpoints are damaged.
     """
     chosen, error = broadcast_object(_look_for_checkpoint(options) if dist.get_rank() == 0 else None)
     if error:
@@ -39,7 +39,7 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         return None, None
     if wanted != "auto":
         found = problems(Path(wanted))
-        remedy = "pass --resume_from_checkpoint auto, or another one"
+        remedy = "pass --resume_from_checkpoint auto, or another checkpoint"
         return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
     candidates = list_checkpoints(Path(options.output_dir))
     for path in candidates:
@@ -51,21 +51,21 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
     if not candidates and finished and not options.overwrite_output_dir:
         return None, (
             f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
-            "pass --overwrite_output_dir without it to start anew"
+            "pass --overwrite_output_dir instead, to start a new run"
         )
     if candidates:
         return None, (
             f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
-            "pass --overwrite_output_dir without it to start anew"
+            "pass --overwrite_output_dir instead, to start a new run"
         )
     return None, None
 
 
 def problems(path: Path) -> list[str]:
-    """What is wrong with a checkpoint by its manifest; an empty list if nothing is. Reads every byte of it."""
+    """The differences between a checkpoint and its manifest, in words; empty for a valid one. Reads every byte."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+        with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
             actual = dict(zip(manifest, threads.map(lambda name: size_and_hash(path / name), manifest), strict=True))
     except FileNotFoundError as error:
         return [f"{error.filename} is missing"]
@@ -80,28 +80,23 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: RunIdentity,
 ) -> Progress:
-    """Restore parameters, optimizer state and, on the same number of ranks, each rank's RNG. Every rank must call.
+    """Load parameters and optimizer state in place, and restore each rank's RNG. Every rank must call.
 
-    Raises OptionError if the run would not be the same one: another model, data, seed, global batch size or optimizer.
-    On another number of ranks each RNG is seeded anew from seed, step and rank.
+    Returns how far the run was. The tensors are resharded to the current topology. With another number of ranks, each
+    RNG is seeded from seed, step and rank instead. Raises OptionError if the checkpoint belongs to another identity.
     """
     state = json.loads((path / "state.json").read_text())
     saved = state["progress"]
-    for name, remedy in (
-        ("model_fingerprint", "resume with the model that was trained"),
-        ("data_fingerprint", "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"),
-        ("seed", f"pass --seed {saved['seed']}"),
-        ("global_batch_size", f"pass --global_batch_size {saved['global_batch_size']}"),
-        ("optim", f"pass --optim {saved['optim']}"),
-    ):
-        was, now = saved[name], getattr(identity, name)
+    for field in dataclasses.fields(RunIdentity):
+        was, now = saved[field.name], getattr(identity, field.name)
         if was != now:
-            raise OptionError(f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\n{remedy}")
+            remedy = field.metadata["remedy"].format(was)
+            raise OptionError(f"resume_from_checkpoint {path}: {field.name} was {was} and is {now} now\n{remedy}")
     progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
 
     moments, _ = optimizer_state(optimizer)
     for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))  # in place, resharded
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))
     parameters = named_parameters(optimizer)
     for name, step in state["optimizer_steps"].items():
         optimizer.state[parameters[name]]["step"].fill_(step)

@@ -12,9 +12,10 @@ from config.options import Options
 
 
 def claim_output_dir(options: Options) -> IO[str]:
-    """Make sure that this run may write to output_dir, and lock it against a second one while the result is open.
+    """Create output_dir if needed, and lock it against a second run until the returned file is closed.
 
-    For rank 0. Deletes nothing. Raises OptionError.
+    For rank 0. Deletes nothing. Raises OptionError if the directory cannot be written, is in use, or holds a run that
+    is neither resumed nor overwritten.
     """
     output_dir = Path(options.output_dir)
     try:
@@ -23,28 +24,28 @@ def claim_output_dir(options: Options) -> IO[str]:
     except OSError as error:
         raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
     try:
-        # A record lock: unlike one of flock, it ends with this process, and is not held on by forked loader workers.
+        # A record lock ends with this process. A lock of flock would be inherited by forked loader workers.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise OptionError(f"output_dir {output_dir}: another run is writing to it; pass another one") from error
+        raise OptionError(f"output_dir {output_dir}: another run writes to it; pass another directory") from error
     except OSError as error:
         raise OptionError(
-            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; pass another one"
+            f"output_dir {output_dir}: it cannot be locked: {error.strerror}; pass another directory"
         ) from error
     if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
         raise OptionError(
-            f"output_dir {output_dir}: it holds a run already; pass another one, or\n"
+            f"output_dir {output_dir}: it holds a run already; pass another directory, or\n"
             "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
         )
     return lock
 
 
 def clean_output_dir(options: Options, step: int) -> None:
-    """Make output_dir that of a run which is at `step`. For rank 0, after everything that can be checked was.
+    """Prepare output_dir for a run that starts after `step`. For rank 0, after all checks have passed.
 
-    A new run that may overwrite removes what the old one left; files that are no run's stay. A resumed one puts aside,
-    under other names, the checkpoints beyond its step: damaged ones, or those of a future that will now be another
-    one. And it finishes the pruning that the end of the old one may have cut off.
+    A new run with --overwrite_output_dir removes the files of the old run, and no others. A resumed run renames the
+    checkpoints beyond its step, because they are damaged or belong to a future that it will replace. It also finishes
+    an interrupted pruning.
     """
     output_dir = Path(options.output_dir)
     if step == 0 and options.overwrite_output_dir:
@@ -57,7 +58,7 @@ def clean_output_dir(options: Options, step: int) -> None:
 
 
 def _run_files(output_dir: Path) -> list[Path]:
-    """What a run leaves behind; not the lock, and nothing that a user may have put there."""
+    """The files of a run, without the lock and without files that a user may have added."""
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     exported = ("config.json", "generation_config.json", *tokenizer, *WEIGHT_FILES)
     patterns = (*UNFINISHED, "metrics.jsonl", "ledger", "tensorboard", "trace", *exported)

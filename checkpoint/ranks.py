@@ -17,9 +17,9 @@ from config.errors import OptionError
 
 
 def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `compute` gives, or gave in the run that left it in `path`. Every rank must call, and gets the same.
+    """The result of `compute`, read from `path` if an earlier run has stored it there. Every rank must call.
 
-    For tensors on the CPU. Rank 0 alone reads and writes. Raises OptionError on all ranks if it cannot write.
+    All ranks get the same CPU tensors. Only rank 0 reads and writes. Raises OptionError on all ranks if it cannot.
     """
     found = broadcast_object(load_file(path) if dist.get_rank() == 0 and path.exists() else None)
     if found is not None:
@@ -41,21 +41,24 @@ def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's value, on every rank."""
+    """Rank 0's value, on every rank. Every rank must call."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, by rank, on every rank."""
+    """The values of all ranks, in order of rank, on every rank. Every rank must call."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def run_together(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What `work` returns on every rank, by rank. If it fails on one, all raise its OSError: nobody waits for it."""
+    """Call `work` on every rank, and return the results of all ranks. Every rank must call.
+
+    If `work` raises OSError on one rank, all ranks raise it, so no rank waits for another in a later collective.
+    """
     result, error = None, None
     try:
         result = work()

@@ -1,13 +1,13 @@
-"""Save, choose, load and export: atomic, without pickle, and independent of the number of ranks and the strategy.
+"""Save a checkpoint: atomic, without pickle, and independent of the number of ranks and the strategy.
 
     output_dir/checkpoint-STEP/
-        model/shard-*.safetensors      parameters, fp32; each rank wrote its part
-        optimizer/shard-*.safetensors  AdamW's two moments of each parameter; Muon's one
+        model/shard-*.safetensors      fp32 parameters; each rank writes its shards
+        optimizer/shard-*.safetensors  two moments of each parameter; one where Muon updates
         state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
         manifest.json                  size and SHA-256 of every other file, written last
 
-A checkpoint is written into a temporary directory, synced to the disk and renamed: it is there whole or not at all.
-All functions that say so must be called by every rank, with one directory that all ranks see.
+A checkpoint is written into a temporary directory, synced to the disk and renamed, so it is never visible half written.
+All ranks must see the same output directory.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from model.export import unique_tensors
 
 @dataclasses.dataclass
 class Snapshot:
-    """What one rank contributes to a checkpoint, at one moment of training."""
+    """The contribution of one rank to a checkpoint."""
 
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -47,9 +47,9 @@ class Snapshot:
 
 
 class Saver:
-    """Writes checkpoints in a thread, from a copy, while training goes on. Every rank has one, and calls alike.
+    """Writes checkpoints in a thread, from a copy, while training continues. Every rank has one and calls it equally.
 
-    The thread's collectives have a process group of their own: they must not mix with those of the loop.
+    The thread's collectives use their own process group, because they must not mix with the collectives of the loop.
     """
 
     def __init__(self, options: Options) -> None:
@@ -64,8 +64,8 @@ class Saver:
     ) -> None:
         """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`.
 
-        Waits for the checkpoint before, and for the copy; with `async_save` false, for the files too, and saves the
-        memory of the copy: 12 bytes a parameter, divided among the ranks. Raises OptionError like `wait`.
+        Waits for the previous checkpoint and for the copy. With `async_save` false it waits for the files, too, and
+        needs no copy (12 bytes per parameter over all ranks). Raises OptionError on all ranks if one cannot write.
         """
         self.wait()
         moments, optimizer_steps = optimizer_state(optimizer)
@@ -92,11 +92,11 @@ class Saver:
             self.wait()
 
     def failed(self) -> bool:
-        """Whether the checkpoint that was being written cannot be: the ranks must agree on it, and then `wait`."""
+        """Whether this rank's last checkpoint failed. The ranks must agree on it, and then all call `wait`."""
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one could not write it."""
+        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one cannot write."""
         try:
             if self.writing:
                 self.writing.result()
@@ -107,12 +107,12 @@ class Saver:
                 raise
             raise OptionError(
                 f"output_dir {self.options.output_dir}: the checkpoint could not be written: {min(causes)[:200]}\n"
-                "make room or pass another one; the checkpoint before is intact: --resume_from_checkpoint auto"
+                "make room or pass another directory; the previous checkpoint is intact: --resume_from_checkpoint auto"
             ) from error
         self.writing = None
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in host memory: page-locked, so that a GPU copies fast, and used again for the next save."""
+        """Copies of the tensors in host memory: page-locked for fast GPU copies, and reused by the next save."""
         for name, tensor in tensors.items():
             if name not in self.copies:
                 self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def tensors_to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What this rank writes: its shards, and of the tensors that all ranks hold as many bytes as each of them."""
+    """The tensors that this rank writes: its shards, and an equal fraction of the tensors that all ranks hold."""
     loads = [0] * dist.get_world_size()
     share = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
@@ -19,14 +19,14 @@ def tensors_to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The state by parameter name: the moments, in the shape and sharding of the parameter, and AdamW's step count.
+    """The optimizer's state by parameter name: moments, sharded like their parameter, and AdamW's step counts.
 
-    Creates a state of zeros where there is none yet, as the optimizer's own first step would, for `load` to fill.
+    Creates a state of zeros where none exists yet, as the optimizer's first step would, for `load_checkpoint` to fill.
     """
     moments: dict[str, Tensor] = {}
     steps: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
-        kinds = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")  # of Muon, of AdamW
+        kinds = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")  # Muon, AdamW
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             state = optimizer.state[parameter]
             if not state:
@@ -40,6 +40,6 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer updates, by name; a sharded one updates a part of each of the model's parameters."""
+    """The tensors that the optimizer updates, by parameter name; a sharded optimizer updates its shards."""
     groups = optimizer.param_groups
     return {name: part for group in groups for name, part in zip(group["param_names"], group["params"], strict=True)}

@@ -347,4 +347,4 @@ def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) ->
 def test_second_run_on_the_same_directory(tiny: list[object], tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        assert "another run is writing to it" in refused(*tiny, "--output_dir", tmp_path)
+        assert "another run writes to it" in refused(*tiny, "--output_dir", tmp_path)

@@ -1,6 +1,8 @@
-"""A run that was interrupted and resumed is the run that was not: to the bit on the same ranks, in value on others."""
+"""Proves checkpoint/load.py, state.py, rng.py and identity.py: a resumed run equals the run without interruption."""
 
+import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,25 +11,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
-from checkpoint.identity import Progress, RunIdentity
-from checkpoint.load import problems
+from checkpoint.identity import Progress, RunIdentity, require_same_run
+from checkpoint.load import load_checkpoint, problems
 from checkpoint.save import Saver
+from config.errors import OptionError
 from config.options import Options
 from metrics.records import read_records
 from model.weights import Stored
 from tests.launch import train, train_ok
 from tests.proof import GATES, read_tensors, relative_l2
 
-# A run that ends after 15 steps and one that goes on to 20 do the same until then.
+# With these, a run of 8 steps and a run of 16 do the same in the first 8.
 STEADY = ["--lr_scheduler_type", "constant_with_warmup", "--eval_steps", 5]
 NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds")
 
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run without what a clock or the memory measured."""
+    """The records of a run without the fields that depend on time or memory."""
     rows = read_records(output_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in NOT_IN_TRAJECTORY} for row in rows]
 
@@ -230,3 +233,33 @@ def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_tw
     outcome = train(2, [*run, "--train_file", changed])
     assert outcome.exit_codes == [2, 2]
     assert "data_fingerprint was" in outcome.output
+
+
+IDENTITY = RunIdentity("model", "data", seed=1, global_batch_size=16, optim="adamw_torch_fused")
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(RunIdentity), ids=lambda field: field.name)
+def test_each_field_of_the_identity_is_refused_at_resume(field: Any, tmp_path: Path) -> None:
+    """A checkpoint of another model, data, seed, batch size or optimizer: the message has both values and a remedy."""
+    saved = dataclasses.asdict(Progress()) | dataclasses.asdict(IDENTITY) | {field.name: "other"}
+    (tmp_path / "state.json").write_text(json.dumps({"progress": saved}))
+    remedy = field.metadata["remedy"].format("other")
+    now = getattr(IDENTITY, field.name)
+    with pytest.raises(OptionError, match=f"{field.name} was other and is {now} now\n{re.escape(remedy)}"):
+        load_checkpoint(tmp_path, nn.Linear(1, 1), None, IDENTITY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(RunIdentity), ids=lambda field: field.name)
+def test_each_field_of_the_identity_is_refused_between_ranks(
+    field: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 was given another one: all ranks are told which field differs."""
+    (tmp_path / ".lock").touch()
+
+    def two_ranks(value: Any) -> list[Any]:
+        run, sees = value
+        return [value, (run | {field.name: "other"}, sees)]
+
+    monkeypatch.setattr("checkpoint.identity.gather_objects", two_ranks)
+    with pytest.raises(OptionError, match=rf"ranks \[1\]: not the same as on rank 0: {field.name}"):
+        require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {})
