@@ -1,4 +1,4 @@
-"""The life of a process: what the launcher says of its rank, the signals that stop it, and its exit."""
+"""The life of a process: its rank in the environment, the signals that stop it, and its exit."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def rank_from_environment() -> tuple[int, int, int]:
-    """Rank, world size and rank on this host, as torchrun sets them; alone, the only process is rank 0 of 1."""
+    """Rank, world size and local rank from the variables that torchrun sets; without torchrun, rank 0 of 1."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -27,7 +27,7 @@ def rank_from_environment() -> tuple[int, int, int]:
 
 
 def listen_for_stop_signals() -> threading.Event:
-    """An event that SIGTERM or Ctrl-C sets: the step is finished and saved. A second signal ends the process."""
+    """An event that SIGTERM or Ctrl-C sets, so that the loop ends after its step. A second signal ends the process."""
     stop_requested = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -41,7 +41,7 @@ def listen_for_stop_signals() -> threading.Event:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """For a worker process of a loader: signals reach whole process groups, but the step still needs its rows."""
+    """For a worker of the data loader: a signal reaches its whole process group, but the step still needs its data."""
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
 
@@ -56,9 +56,9 @@ def configure_libraries(full_determinism: bool) -> None:
 
 
 def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
-    """Call `main` with the command line, report how it ended, and exit: 0, 1 for a fault, 2 for a user's mistake.
+    """Call `main` with the command line, print its error, and exit: 0, 1 for a fault, 2 for a user's mistake.
 
-    Rank 0 speaks for all ranks: torchrun ends the others as soon as rank 0 has ended, so they wait before they speak.
+    Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
     try:
@@ -78,11 +78,11 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """End the process, and leave the rest to the operating system: files are closed, peers have passed the barrier.
+    """Exit with `os._exit`, without Python's teardown and without destroy_process_group.
 
-    There is no destroy_process_group, and no teardown by Python: both destroy gloo's process group while they hold the
-    interpreter's lock, and wait for gloo's threads, which may just then need that lock to release a tensor. Such a run
-    hung once in some hundred, or aborted ("terminate called without an active exception").
+    Both destroy gloo's process group while they hold the interpreter's lock, and wait for gloo's threads. A thread may
+    need that lock at the same moment, to release a tensor. About one run in a hundred hung or aborted this way. The
+    operating system frees everything: files are closed, and all ranks have passed the last barrier.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The GPU that metrics are about: its peak FLOP/s and its memory."""
+"""The GPU of this rank: its peak FLOP/s and its memory."""
 
 import math
 import os
@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s by its data sheet, where it is in PEAK_FLOPS."""
+    """The dense bf16 FLOP/s of a GPU in PEAK_FLOPS; None for other devices."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has had: allocated on its GPU by torch, or resident on a CPU."""
+    """The peak memory of this process in GiB: allocated on its GPU by torch, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
@@ -38,7 +38,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def gpu_memory(device: torch.device) -> int | None:
-    """Bytes that this rank has of its GPU, which ranks of a host may share; None on a CPU."""
+    """The bytes of GPU memory for this rank, if the ranks of a node share a GPU equally; None on a CPU."""
     if device.type != "cuda":
         return None
     sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())

@@ -1,35 +1,35 @@
-"""What a run tells: the start block, the progress bar, metrics.jsonl and TensorBoard. Only rank 0 writes.
+"""The reports of a run: progress, metrics.jsonl and TensorBoard. Only rank 0 writes.
 
-metrics.jsonl holds one JSON object a line; null stands for a number that is not finite. Rows of training, every
-`logging_steps` optimizer steps:
+Each line of metrics.jsonl is a record, one JSON object; null stands for a number that is not finite. A record of
+training comes every `logging_steps` optimizer steps:
 
     step               optimizer steps done, counted from 1
-    epoch              passes over the training rows: step / steps of one epoch; null for a stream
+    epoch              passes over the training sequences: step / steps of one epoch; null for a stream
     tokens_seen        input tokens of all steps so far, over all ranks, without padding
     loss               of this step's global batch: nats per target token, or per pair (--objective dpo)
     grad_norm          L2 norm of this step's full gradient, before clipping
     learning_rate      of this step
     skipped_steps      steps so far that changed no parameter, because their gradient was not finite or their global
                        batch had no target
-    tokens_per_second  input tokens of all ranks since the last row, per second of training: evaluations and
-                       checkpoints are not counted in
-    mfu                model FLOPs (model/loss.py says which) per second over the peak of all GPUs; null where
-                       the peak is not known
+    tokens_per_second  input tokens of all ranks since the last record, per second of training; the seconds of
+                       evaluations and checkpoints do not count
+    mfu                model FLOPs (estimate/flops.py) per second, as a fraction of the peak of all GPUs; null if the
+                       peak is unknown
     peak_memory_gib    of rank 0 so far: allocated on its GPU, or resident on a CPU
-    data_wait_seconds  that rank 0 stood waiting for its micro-batches since the last row
-    save_seconds       that training stood still for checkpoints since the last row: while the state was copied, and
-                       while the checkpoint before was not yet on the disk
+    data_wait_seconds  in which rank 0 waited for micro-batches since the last record
+    save_seconds       in which training waited for checkpoints since the last record: for the copy of the state, and
+                       for the previous checkpoint to reach the disk
 
-Rows of evaluations:
+A record of an evaluation:
 
-    step, epoch, tokens_seen   as above; step 0 is before training
-    eval_loss                  nats per target token of all validation rows
+    step, epoch, tokens_seen   as for training; step 0 is before training
+    eval_loss                  nats per target token of all validation sequences
     eval_perplexity            e to the power of eval_loss
     eval_tokens                target tokens evaluated
 
-and with --objective dpo, instead of the last three:
+With --objective dpo, it has these instead of the last three:
 
-    eval_loss                  nats per pair of all validation rows; ln 2 = 0.693 where no answer is preferred
+    eval_loss                  nats per pair of all validation pairs; ln 2 = 0.693 if no answer is preferred
     eval_pairs                 pairs evaluated
 """
 
@@ -55,7 +55,7 @@ from metrics.trace import Trace
 
 
 class Recorder:
-    """Writes the rows of a run and keeps its clock: time that is not training does not count as training."""
+    """Writes the records of a run, and measures the time of training without evaluations and saves."""
 
     def __init__(
         self,
@@ -71,22 +71,22 @@ class Recorder:
         self.plan = plan
         self.objective = options.objective
         peak = peak_flops(device)
-        # The share of the GPUs' peak that one token per second makes.
+        # The fraction of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
-        self.tokens_seen = self.tokens_at_last_row = self.step_at_last_row = 0
+        self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = 0
         self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
-        # A log file would hold every redraw of a bar.
+        # In a log file, every redraw of a bar would be a new line.
         no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
         self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
     def start(self, step: int, tokens_seen: int) -> None:
-        """Begin after `step` steps: rows beyond it, left by a run that was cut off, are dropped."""
-        self.tokens_seen = self.tokens_at_last_row = tokens_seen
-        self.step_at_last_row = step
-        self.bar.initial = self.bar.n = self.bar.last_print_n = step  # the steps of an earlier run are no speed
+        """Begin after `step` steps. Later records, which an interrupted run has left, are removed."""
+        self.tokens_seen = self.tokens_at_last_record = tokens_seen
+        self.step_at_last_record = step
+        self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
         self.bar.unpause()
         self.started = time.perf_counter()
         if self.writes:
@@ -95,7 +95,7 @@ class Recorder:
             self.trace.start(step)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
-        """The same batches, with a watch on the time that it takes to get them."""
+        """Yield `batches`, and measure the time to get each."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -108,7 +108,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def pause(self, to: Literal["evaluate", "save"]) -> Iterator[None]:
-        """Stop the clock of training. On a GPU this waits for the steps that are still running there."""
+        """Stop the clock of training. Waits for the steps that the GPU still computes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
@@ -119,17 +119,17 @@ class Recorder:
             self.saving += time.perf_counter() - before
 
     def step(self, tokens: int) -> None:
-        """Count a step of `tokens` input tokens over all ranks. Costs no synchronization."""
+        """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU."""
         self.tokens_seen += tokens
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
             self.print(report)
 
     def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
-        """Write a row of training; the floats must have been read from the device, so that its work is done."""
+        """Write a record of training. The caller has read the floats from the device, so the step is complete."""
         now = time.perf_counter()
         seconds = now - self.started - self.evaluating - self.saving
-        speed = (self.tokens_seen - self.tokens_at_last_row) / seconds
+        speed = (self.tokens_seen - self.tokens_at_last_record) / seconds
         self._write(
             step,
             loss=loss,
@@ -145,15 +145,15 @@ class Recorder:
         progress = f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         if self.bar.disable:
             total = self.plan.total_steps
-            left = timedelta(seconds=round((total - step) * seconds / max(step - self.step_at_last_row, 1)))
+            left = timedelta(seconds=round((total - step) * seconds / max(step - self.step_at_last_record, 1)))
             self.print(f"step {step}/{total}: {progress}, {left} left")
         else:
             self.bar.set_postfix_str(progress)
-        self.started, self.tokens_at_last_row, self.step_at_last_row = now, self.tokens_seen, step
+        self.started, self.tokens_at_last_record, self.step_at_last_record = now, self.tokens_seen, step
         self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, loss: float, targets: int) -> None:
-        """Write a row of evaluation."""
+        """Write a record of an evaluation: the mean `loss` of `targets` tokens or pairs."""
         if self.objective == "dpo":
             self._write(step, eval_loss=loss, eval_pairs=targets)
             self.print(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
@@ -163,15 +163,15 @@ class Recorder:
         self.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
 
     def print(self, text: str) -> None:
-        """A line for people, above the progress bar; from rank 0 only."""
+        """Print a line above the progress bar, on rank 0."""
         if self.writes:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the progress bar and TensorBoard."""
         if self.trace and not self.trace.done:
-            self.print(f"trace_steps {self.trace.steps}: the run has ended before they were done; nothing was written")
+            self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
         if self.board is not None:
             self.board.close()
@@ -181,9 +181,9 @@ class Recorder:
             return
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
-        row = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
+        record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(record) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 if value is not None:
@@ -191,6 +191,6 @@ class Recorder:
 
 
 def _tensorboard(output_dir: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # optional: not among the requirements
+    from torch.utils.tensorboard import SummaryWriter  # optional, not in requirements.txt
 
     return SummaryWriter(str(output_dir / "tensorboard"))

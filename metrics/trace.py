@@ -20,11 +20,10 @@ COLLECTIVES = {
 
 
 class Trace:
-    """A torch profiler that records some steps of rank 0, and says which collectives they had.
+    """A torch profiler that records some steps of rank 0, and reports their collectives.
 
-    The first two steps of a run, in which layers are compiled and DDP finds the order of its buckets, are left out; the
-    next `steps` are recorded, each from the end of the one before: its batch, forward, backward and update. What is
-    recorded costs time, so that the speed of these steps means little.
+    It skips the first two steps of a run, in which layers are compiled and DDP finds the order of its buckets. It
+    records the next `steps`, each with its batch, forward, backward and update. Recording makes these steps slower.
     """
 
     WARMUP = 2
@@ -46,7 +45,7 @@ class Trace:
         self.profiler.start()
 
     def step(self) -> str:
-        """Call after each step; gives the report, once, after the last that is recorded."""
+        """Call after each step. Returns the report after the last recorded step, and "" otherwise."""
         self.profiler.step()
         report, self.report = self.report, ""
         return report
@@ -64,10 +63,10 @@ class Trace:
 
 
 def collectives(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
-    """How many collectives of each kind a profile has, and the bytes of the whole tensors that they are about.
+    """The number of collectives of each kind in a profile, and the bytes of their full tensors.
 
-    They are torch's own operators, whoever calls them: DDP from C++, FSDP, or the loop. A gather has its result among
-    its arguments, a reduce-scatter what is reduced: the larger one is the whole.
+    The names are those of torch's operators, for DDP (which calls them from C++), FSDP and the loop. The full tensor is
+    the larger argument: the result of an all-gather, the input of a reduce-scatter.
     """
     found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     assert profiler.profiler
@@ -85,6 +84,6 @@ def collectives(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
 
 
 def _bytes(argument: Any) -> int:
-    """Of an operator's argument, as the profiler describes it: a tensor, a list of them, or something else."""
+    """The bytes of an operator's argument, as the profiler describes it: a tensor, a list of tensors, or other."""
     tensors = [entry for entry in (argument if isinstance(argument, list) else [argument]) if hasattr(entry, "sizes")]
     return sum(math.prod(tensor.sizes) * tensor.dtype.itemsize for tensor in tensors)
