@@ -1,15 +1,20 @@
-"""How fast this trainer is, and how fast others are with the same model and blocks, on one machine and in one hour.
+"""The speed of this trainer and of others, with the same model and blocks, on one machine and in one run.
 
     python -m compare.bench [--model 0.6B] [--batch 4] [--ranks 1] [--variants "ours;HF Trainer"] [options of train.py]
 
-Each variant runs in a process of its own, or in one per rank: random weights in fp32, computed in bf16 on a GPU, fused
-AdamW, clipping to 1, blocks of the embedded corpus; on one GPU or on `--ranks` of them, or without one on two CPU ranks
-with the model of `make train`. Prints, for each: the median tokens per second of all ranks after the first two of six
-windows; the share that the model's operations (model/loss.py says which) are of the rate of a plain matrix product on
-the first GPU, or on the CPU, measured before; the peak memory of a rank; the seconds from the command to the first
-step, of our variants, and of the first window, in which layers are compiled; the share of the time of the later ones in
-which this trainer waited for its data; and the ratio to HF Trainer. What is not installed is named and left out.
-Options of train.py go to every variant that is ours, and to no other.
+Each variant runs in its own process, or in one per rank: random fp32 weights, bf16 compute on a GPU, fused AdamW,
+clipping to 1, blocks of the demo's text. It uses one GPU or `--ranks` GPUs; without a GPU, two CPU ranks and the model
+of `make train`. For each variant it prints:
+
+    tokens/s         the median over all ranks, after the first two of six windows
+    of the product   the model's FLOPs (estimate/flops.py) as a fraction of the rate of a plain matrix product,
+                     measured before on the first GPU, or on the CPU
+    GiB              the peak memory of a rank
+    start            seconds from the command to the first step (our variants)
+    first steps      seconds of the first window, in which layers are compiled
+    waits for data   the fraction of the later time in which rank 0 waited for data (our variants)
+
+and the ratio to HF Trainer. A peer that is not installed is named and left out. Options of train.py go to our variants.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What model/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens or more, bf16.
+"""What estimate/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens or more, bf16.
 
     python -m compare.memory [--cases 0,3,8]
 

@@ -3,10 +3,10 @@
     python -m compare.scaling [--models 0.6B,8B,32B] [--ranks 1,8,64,256,1024] [--flops 5.5e14]
                               [--within_host 3e11] [--between_hosts 2e11] [--latency 5e-6] [--overlap 0.9]
 
-Memory is that of model/memory.py, which compare/memory.py measures; bytes are those of model/exchange.py, which a test
+Memory is that of estimate/memory.py, which compare/memory.py measures; bytes are those of estimate/communication.py, which a test
 counts. Seconds are a model, and not measured:
 
-    matrix      FLOPs of a rank's tokens (model/loss.py; with gradient checkpointing those of a second forward, too,
+    matrix      FLOPs of a rank's tokens (loss/cross_entropy.py; with gradient checkpointing those of a second forward, too,
                 which leaves out the head and each layer's last product) / `flops`, which is what a GPU reaches in a
                 whole step and not its peak; the default is what Qwen3-8B reached on one H200
     exchange    bytes on a rank's link / its bytes per second. Of a tensor of S bytes in a group of g ranks, each sends

@@ -21,30 +21,30 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def table(model: PreTrainedModel, options: Options, ranks: int, capacity: float) -> str:
-    """GiB of a rank for each stage and micro-batch; in brackets, what a GPU of `capacity` bytes has no room for."""
+    """GiB of a rank for each stage and micro-batch, in brackets if a GPU of `capacity` bytes has no room for it."""
 
     def counts(options: Options) -> Callable[[int], Activations]:
-        """What is kept of any number of rows, from the counts for two and for four: a part is the same for all."""
+        """The activations of any micro-batch, from the counts for two and four sequences: they grow linearly."""
         two, four = (
             dataclasses.astuple(
-                count_activations(model, dataclasses.replace(options, per_device_train_batch_size=rows))
+                count_activations(model, dataclasses.replace(options, per_device_train_batch_size=size))
             )
-            for rows in (2, 4)
+            for size in (2, 4)
         )
-        return lambda rows: Activations(*(round(a + (b - a) * (rows - 2) / 2) for a, b in zip(two, four, strict=True)))
+        return lambda size: Activations(*(round(a + (b - a) * (size - 2) / 2) for a, b in zip(two, four, strict=True)))
 
     lines = ["| micro-batch | " + " | ".join(map(str, MICRO_BATCHES)) + " |", "|---" * (len(MICRO_BATCHES) + 1) + "|"]
     unknown: dict[str, None] = {}
     for stage in stages(options, ranks):
         cells = []
         try:
-            kept = counts(stage)
-            for rows in MICRO_BATCHES:
-                batch = dataclasses.replace(stage, per_device_train_batch_size=rows)
-                memory = predict(model, batch, ranks, kept(rows))
+            saved = counts(stage)
+            for size in MICRO_BATCHES:
+                batch = dataclasses.replace(stage, per_device_train_batch_size=size)
+                memory = predict(model, batch, ranks, saved(size))
                 cells.append(gib(memory.total) if memory.fits(capacity) else f"({gib(memory.total)})")
         except OptionError as error:
-            unknown[str(error)] = None  # a reason once
+            unknown[str(error)] = None  # each reason once
             cells = ["?"] * len(MICRO_BATCHES)
         lines.append(f"| {stage_name(stage)} | {' | '.join(cells)} |")
     return "\n".join([*lines, *(f"? {reason}" for reason in unknown)])
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
         if getattr(arguments, name) <= 0:
             raise OptionError(f"{name} {getattr(arguments, name)}: must be more than 0")
     transformers.utils.logging.set_verbosity_error()
-    there = parse(rest, arguments.ranks, bf16=True, torch_compile=True)  # as on a GPU; here, there may be none
-    # Whether it can be compiled here does not matter.
+    there = parse(rest, arguments.ranks, bf16=True, torch_compile=True)  # as on a GPU, which may be absent here
+    # The check must not require a compiler here.
     options = dataclasses.replace(there, torch_compile=False, activation_memory_budget=None)
     check(options, arguments.ranks)
     options.torch_compile, options.activation_memory_budget = there.torch_compile, there.activation_memory_budget
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     compiled = ", layers compiled" if options.torch_compile else ""
     checkpointing = ", gradient checkpointing" if options.gradient_checkpointing else ""
     print(
-        f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {arguments.ranks} ranks, rows of "
+        f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {arguments.ranks} ranks, sequences of "
         f"{options.block_size} tokens, compute {'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}\n"
         f"GiB of a rank; (in brackets: beyond a GPU of {arguments.gpu_memory:g} GiB, of which "
         f"{gib(BESIDE_TENSORS)} are not for tensors)\n"

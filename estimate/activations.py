@@ -1,4 +1,4 @@
-"""What one forward keeps for its backward, from the model's modules, without values and without GPUs."""
+"""The activations that a forward pass saves for its backward pass, counted without values and without a GPU."""
 
 import copy
 import dataclasses
@@ -27,37 +27,37 @@ FP32, BF16 = 4, 2  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes that one forward leaves for its backward. Each storage counts once, and none of a parameter does."""
+    """Bytes that a forward pass saves for its backward pass. Each storage counts once; parameters do not count."""
 
-    layers: int  # within all decoder layers
-    largest_layer: int  # within the one that keeps most
-    largest_tensor: int  # within a layer
-    inputs: int  # what the layers are given: all that is left of them with gradient checkpointing
-    outside: int  # beside the layers: ids, the last norm
+    layers: int  # in all decoder layers
+    largest_layer: int  # in the layer that saves most
+    largest_tensor: int  # in a layer
+    inputs: int  # the inputs of all layers: with gradient checkpointing, only these are saved
+    outside: int  # outside the layers: token ids, the last norm
 
 
 def sequences_per_micro_batch(options: Options) -> int:
-    """Rows that go through the model in a micro-batch; a pair is two."""
+    """The sequences of a micro-batch that go through the model; a pair has two."""
     return options.per_device_train_batch_size * (2 if options.objective == "dpo" else 1)
 
 
 def of_local_sequence(options: Options) -> Options:
-    """For rows that ranks divide (model/context_parallel.py): as if the piece of one rank were a row."""
+    """The options of one rank under context parallelism: its local sequence as the sequence."""
     assert options.block_size
     tokens = math.ceil(options.block_size / options.context_parallel)
     return dataclasses.replace(options, block_size=tokens, context_parallel=1)
 
 
 def count_activations(model: PreTrainedModel, options: Options) -> Activations:
-    """What the forward of a micro-batch keeps, without gradient checkpointing. Costs no memory, and a second or three.
+    """The activations that the forward pass of a micro-batch saves, without gradient checkpointing.
 
-    A copy of the model runs on tensors that have shapes and no values, and what autograd saves is added up. FSDP gives
-    layers parameters and inputs in bf16; elsewhere torch.autocast casts, and there are copies of weights. What a
-    compiled layer keeps is chosen by torch's partitioner, and so that is asked. Attention is taken to be fused, and
-    rows to have no padding. Where ranks divide each layer, they have a part of the positions of its input and of the
-    sum in its middle, and all of what they gather of both. Where ranks divide each row, a layer keeps what its
-    attention gives twice, as heads and as positions, and a copy of keys and values for each rank that shares a head.
-    Raises OptionError for a model that does not run so.
+    A copy of the model runs on tensors without values, and the tensors that autograd saves are added up. Costs a second
+    or three, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
+    compiled layer, torch's partitioner chooses what is saved, so it is asked. The count assumes fused attention and no
+    padding. With tensor parallelism, a rank saves a split of the layer's input and of the sum in its middle, and all
+    gathered positions of both. With context parallelism, a layer saves its attention output twice, by heads and by
+    positions, and a copy of keys and values for each rank that shares a head. Raises OptionError for a model that does
+    not run this way.
     """
     assert options.block_size
     if (group := options.context_parallel) > 1:
@@ -79,7 +79,7 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     if (divided_by := options.tensor_parallel) > 1:
         if not options.torch_compile:
             raise OptionError(
-                f"tensor_parallel {divided_by}: what it needs is not predicted; pass --torch_compile true"
+                f"tensor_parallel {divided_by}: no prediction without compilation; pass --torch_compile true"
             )
         kept = count_activations(split_on_meta(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
         hidden = (
@@ -88,7 +88,7 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
             * model.config.hidden_size
             * (BF16 if options.bf16 else FP32)
         )
-        # Input and sum were counted for all positions, as much as is gathered of them; their parts come to it.
+        # Input and sum are counted at all positions, as gathered; their local splits are added here.
         of_layer = 2 * hidden // divided_by
         return dataclasses.replace(
             kept,
@@ -104,7 +104,7 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
         )
     except Exception as error:
         raise OptionError(
-            f"{type(model).__name__}: its memory cannot be told, because it does not run on tensors without values: "
+            f"{type(model).__name__}: no memory prediction, because it does not run on tensors without values: "
             f"{first_line(error)}"
         ) from error
 
@@ -120,11 +120,15 @@ def _count(
     budget: float | None,
 ) -> Activations:
     AttentionInterface.register("fused", _fused_attention)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print what is caught
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # it would print the errors that are caught
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
     model.set_attn_implementation("fused")
-    saved: dict[int, tuple[object, int, nn.Module | None]] = {}  # by storage, which must live on: the next takes its id
+    saved: dict[
+        int, tuple[object, int, nn.Module | None]
+    ] = {}  # by storage; each must stay alive, because a new one could reuse its id
     inputs: dict[int, tuple[object, int]] = {}
     running: list[nn.Module] = []
     layers = decoder_layers(model)
@@ -181,8 +185,8 @@ def _count(
 
 
 def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
-    """A forward for all layers like `twin`, traced once, that saves what their compiled one does."""
-    from torch._functorch.aot_autograd import aot_function  # these take seconds, and are rarely wanted
+    """A forward for all layers of the kind of `twin`, traced once, that saves the tensors of the compiled layer."""
+    from torch._functorch.aot_autograd import aot_function  # slow imports, rarely needed
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
@@ -200,7 +204,7 @@ def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
                 return torch.func.functional_call(twin, own, args, kwargs)
 
         def partition(*args: Any, **kwargs: Any) -> Any:
-            there_anyway = list(range(len(own)))  # so that it keeps no casts of parameters
+            there_anyway = list(range(len(own)))  # so that casts of parameters are not saved
             kwargs["static_lifetime_input_indices"] = there_anyway
             return min_cut_rematerialization_partition(*args, **kwargs)
 
@@ -225,7 +229,7 @@ def _fused_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What any fused attention keeps: queries, keys, values, the result, and a sum of exponentials for each query."""
+    """A fused attention: saves queries, keys, values, the result, and a sum of exponentials for each query."""
     query, key = query_BHTE.to(value_BKTE.dtype), key_BKTE.to(value_BKTE.dtype)
     attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value_BKTE, 0.0, True, scale=scaling)[0]
     return attended.transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""The stages of sharding by name, what each needs, and what would help when memory ends."""
+"""The stages of sharding by name, the memory of each, and advice when memory runs out."""
 
 import contextlib
 import dataclasses
@@ -20,9 +20,9 @@ from parallel.checks import check_context_parallel
 
 
 def stage_name(options: Options) -> str:
-    """What of the training state is divided among ranks, or not on the GPU, and how that is called.
+    """The name of the stage: what is sharded, split or offloaded.
 
-    The names of the stages are those of Rajbhandari et al. 2020 and Ren et al. 2021 (ZeRO-Offload).
+    The ZeRO stages are those of Rajbhandari et al. 2020, offload that of Ren et al. 2021 (ZeRO-Offload).
     """
     if options.strategy == "ddp":
         name = "DDP, optimizer sharded (ZeRO-1)" if options.shard_optimizer else "DDP"
@@ -39,9 +39,9 @@ def stage_name(options: Options) -> str:
 
 
 def stages(options: Options, ranks: int) -> list[Options]:
-    """The same options in every stage, from the least to the most that is sharded; hybrid where hosts of 8 make it.
+    """`options` in every stage, from the least sharded to the most; hybrid for more than one node of 8 ranks.
 
-    Then with the parts in host memory, and last with the inputs of layers there, too, which means checkpointing.
+    The last two stages offload shards, and shards and layer inputs, which implies gradient checkpointing.
     """
     sharded = dataclasses.replace(
         options,
@@ -56,7 +56,7 @@ def stages(options: Options, ranks: int) -> list[Options]:
     offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
     if offloaded and options.tensor_parallel == 1:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
-        inputs["activation_memory_budget"] = None  # it is one or the other
+        inputs["activation_memory_budget"] = None  # the two exclude each other
         offloaded.append(dataclasses.replace(offloaded[0], **inputs))
     replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
     hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
@@ -65,7 +65,7 @@ def stages(options: Options, ranks: int) -> list[Options]:
 
 
 def memory_forecast(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
-    """For the start block: what a rank will need in its stage, and, if its GPU has less, the stage that would fit."""
+    """The predicted memory of a rank, for the start block; if its GPU has less, also the first stage that fits."""
     try:
         memory, host = predict(model, options, ranks), host_memory(model, options, ranks)
         predicted = f"predicted {memory}{_beside(model, options)}" + (
@@ -81,7 +81,7 @@ def memory_forecast(model: PreTrainedModel, options: Options, ranks: int, capaci
 
 
 def _beside(model: PreTrainedModel, options: Options) -> str:
-    """What the prediction leaves out: a window that is shorter than a row comes as a mask, where one is made."""
+    """The memory that the prediction leaves out, in words: masks for a window shorter than the sequence."""
     text_config = model.config.get_text_config()
     window, kinds = getattr(text_config, "sliding_window", None), getattr(text_config, "layer_types", None)
     tokens = options.block_size or 0
@@ -93,7 +93,7 @@ def _beside(model: PreTrainedModel, options: Options) -> str:
 
 
 def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
-    """What would need less memory, from the most to the least that it saves: options, and the GiB of a rank."""
+    """Options that would save memory, with the GiB of a rank that each saves, the largest first."""
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     changes: dict[str, dict[str, Any]] = {
         "--torch_compile true": {"torch_compile": True},
@@ -131,7 +131,7 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
 
 
 def _can_split(model: PreTrainedModel, options: Options, ranks: int) -> bool:
-    """Whether twice as many ranks could divide each row (model/context_parallel.py)."""
+    """Whether twice as many ranks could split each sequence (parallel/context.py)."""
     group = 2 * options.context_parallel
     if ranks % group or options.tensor_parallel > 1 or options.objective == "dpo":
         return False
@@ -155,7 +155,7 @@ def explain_out_of_memory(argv: list[str], error: Exception) -> str:
         now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         lines.append(f"allocated: {gib(now)} GiB, at most {gib(most)}, of {gib(torch.cuda.mem_get_info()[1])}")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what a DeepSpeed file becomes was printed at the start
+        with contextlib.redirect_stdout(io.StringIO()):  # the table of a DeepSpeed file was printed at the start
             options = parse(argv, ranks)
         check(options, ranks)
         model = build_model(options, load_config_and_tokenizer(options)[0])
