@@ -18,14 +18,34 @@ ROWS_OF_A_PART = 2**18  # of concat, at a time: some 12 MiB
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the tokens of documents become sequences."""
+
+    kind: str  # concat, documents, none or pairs; `pack` says what each is
+    block_size: int  # the most tokens of a sequence
+
+    @property
+    def padded_length(self) -> int | None:
+        """The length to which sequences are padded, if several documents share one."""
+        return self.block_size if self.kind == "documents" else None
+
+    def key(self) -> list[object]:
+        """Its part of the key of prepared data."""
+        return [self.kind, self.block_size]
+
+
+@dataclass(frozen=True)
 class Packed:
-    """Segments in the order of the rows: int64 [P, 2], where each starts and ends; and of each row its first, [R + 1]."""
+    """Sequences as lists of segments. `segments`, int64 [S, 2], holds where each starts and ends, in their order.
+
+    `first_segments`, int64 [sequences + 1], holds the number of the first segment of each sequence, and last S.
+    """
 
     segments: Integers
     first_segments: Integers
 
 
-def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
+def pack(packing: Packing, lengths: Integers) -> Packed:
     """Rows of at most `block_size` tokens, out of documents of `lengths` tokens, int64 [D], in one of four ways.
 
     concat cuts the line into full rows, and leaves out the last, partial one. none gives each document rows of its
@@ -33,26 +53,27 @@ def pack(packing: str, lengths: Integers, block_size: int) -> Packed:
     into segments, and only the last one of them is shorter. pairs puts two documents that follow each other into one
     row; none of them may be longer than block_size, and both of a pair are empty or none.
     """
-    if packing == "concat":
+    kind, block_size = packing.kind, packing.block_size
+    if kind == "concat":
         starts = np.arange(0, int(lengths.sum()) + 1, block_size, dtype=np.int64)
         return _one_each(np.stack([starts[:-1], starts[1:]], axis=1))
     segments = _cut(lengths, block_size)
-    if packing == "pairs":
+    if kind == "pairs":
         return Packed(segments, np.arange(0, len(segments) + 1, 2, dtype=np.int64))
-    return _one_each(segments) if packing == "none" else _best_fit(segments, block_size)
+    return _one_each(segments) if kind == "none" else _best_fit(segments, block_size)
 
 
-def pack_in_parts(packing: str, lengths: Integers, block_size: int) -> Iterator[Packed]:
+def pack_in_parts(packing: Packing, lengths: Integers) -> Iterator[Packed]:
     """The same rows in parts, so that memory does not grow with them where they follow one from another: concat.
 
     The segments of a part are where they are in the whole line; its `first_segments` count from its own first.
     """
-    if packing != "concat":
-        yield pack(packing, lengths, block_size)
+    if packing.kind != "concat":
+        yield pack(packing, lengths)
         return
-    tokens, part = int(lengths.sum()), block_size * ROWS_OF_A_PART
+    tokens, part = int(lengths.sum()), packing.block_size * ROWS_OF_A_PART
     for start in range(0, tokens, part):
-        packed = pack(packing, np.array([min(part, tokens - start)]), block_size)
+        packed = pack(packing, np.array([min(part, tokens - start)]))
         yield Packed(packed.segments + start, packed.first_segments)
 
 

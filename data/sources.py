@@ -1,4 +1,4 @@
-"""Where documents come from: files, directories, globs and data sets, with a key that changes when their content does."""
+"""Where documents come from: files, directories, globs and data sets, each with a key that changes with its content."""
 
 import errno
 import hashlib
@@ -41,8 +41,8 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
     Costs a pass over files that have not been seen before: their content is hashed.
     """
     if options.dataset_name:
-        return _find_dataset(options)
-    cache_dir = cache_directory(options)
+        return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
+    cache_dir = cache_directory(options.data_cache_dir)
     validation = options.validation_file
     held_out = _find_files("validation_file", validation, cache_dir) if validation else None
     if options.train_mixture:
@@ -55,9 +55,9 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
     return [Source("the Python standard library", _hash(files), tuple(files))], None
 
 
-def cache_directory(options: Options) -> Path:
+def cache_directory(data_cache_dir: str) -> Path:
     """`data_cache_dir`, made if need be. Raises OptionError."""
-    cache = Path(options.data_cache_dir).expanduser()
+    cache = Path(data_cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):
@@ -98,29 +98,27 @@ def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = Fals
     return Source(f"{option} {value}", key, tuple(files))
 
 
-def _find_dataset(options: Options) -> tuple[list[Source], Source | None]:
+def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], Source | None]:
     """The splits of a data set; its `validation` split is used where there is one."""
-    name = options.dataset_name
-    assert name
     try:
-        splits = datasets.load_dataset(name, options.dataset_config_name, streaming=options.streaming)
+        splits = datasets.load_dataset(name, config_name, streaming=streaming)
     except Exception as error:
         cause = str(error).strip().splitlines()[0][:200]
         raise OptionError(f"dataset_name {name}: cannot be loaded: {cause}\ngive a hub id or a directory") from error
     if "train" not in splits:
         raise OptionError(f"dataset_name {name}: has no split named train, only {', '.join(splits)}")
     train, validation = (
-        Source(f"dataset_name {name} ({split})", _dataset_key(name, options, splits[split]), dataset=splits[split])
+        Source(
+            f"dataset_name {name} ({split})",
+            f"{name} {config_name}" if streaming else str(splits[split]._fingerprint),
+            dataset=splits[split],
+        )
         if split in splits
         else None
         for split in ("train", "validation")
     )
     assert train
     return [train], validation
-
-
-def _dataset_key(name: str, options: Options, dataset: datasets.Dataset | datasets.IterableDataset) -> str:
-    return f"{name} {options.dataset_config_name}" if options.streaming else str(dataset._fingerprint)
 
 
 def _hash_once(files: list[Path], cache_dir: Path) -> str:

@@ -23,15 +23,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from config.errors import OptionError
-from config.options import Options
-from data.packing import pack
+from data.packing import Packing, pack
 from data.records import START, Position, Raw, chunks, read
 from data.sequences import Sequence
 from data.sources import Source
-from data.tokens import MASKED, Encoded, document_lengths, encoder
+from data.tokens import MASKED, Encoded, Rendering, document_lengths, encoder
 
 CHUNK = 1 << 16  # bytes; what a lane holds of the text, and what a resumed one tokenizes again
 
@@ -47,10 +45,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
     """The rows that a rank learns from, without end. `share` gives a rank its own."""
 
     source: Source
-    shape: str
-    packing: str
-    options: Options
-    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    packing: Packing
+    seed: int
     lanes: range = range(1)
     global_batch_size: int = 1
     cursor: Cursor = field(default_factory=list)
@@ -66,7 +63,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
 
     @property
     def padded_length(self) -> int | None:
-        return self.options.block_size if self.packing == "documents" else None
+        return self.packing.padded_length
 
     def shard(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "StreamingDataset":
         """The rows of one rank, after those that `cursor` says."""
@@ -75,7 +72,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
 
     def __iter__(self) -> Iterator[Sequence]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a loader's process is forked, and may have no threads of it
-        encode = encoder(self.shape, self.options, self.tokenizer)
+        encode = encoder(self.rendering)
         last = {cursor[4] % self.global_batch_size: cursor for cursor in self.cursor}
         # Without a cursor, a lane is before the first row of its first chunk.
         mine = {lane: last.get(lane, [0, *START, lane, -1]) for lane in self.lanes}
@@ -107,7 +104,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
     def _chunks(self, number: int, epoch: int, position: Position) -> Iterator[tuple[int, list[int], list[Raw]]]:
         """Chunks from `number` on, which begins at `position` of a pass, each with the place where it begins."""
         while True:
-            order = np.random.default_rng([self.options.seed, epoch]).permutation(len(self.source.files))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source.files))
             source = replace(self.source, files=tuple(self.source.files[index] for index in order))
             for records in chunks(read(source, position), CHUNK):
                 yield number, [epoch, *position], records
@@ -116,13 +113,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
 
     def _rows(self, encoded: Encoded) -> list[Sequence]:
         """The rows of one chunk, as yet without their numbers."""
-        assert self.options.block_size
         tokens = torch.tensor([token for row, _ in encoded for token in row], dtype=torch.int64)
         lengths = document_lengths([len(row) for row, _ in encoded], [fate for _, fate in encoded])
-        if self.packing == "concat":  # as one document, whose last row may be short
-            packed = pack("none", lengths.sum(keepdims=True), self.options.block_size)
+        if self.packing.kind == "concat":  # as one document, whose last row may be short
+            packed = pack(replace(self.packing, kind="none"), lengths.sum(keepdims=True))
         else:
-            packed = pack(self.packing, lengths, self.options.block_size)
+            packed = pack(self.packing, lengths)
         rows = []
         for first, end in zip(packed.first_segments[:-1], packed.first_segments[1:], strict=True):
             pieces = packed.segments[first:end]

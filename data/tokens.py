@@ -3,9 +3,11 @@
 Tokens are uint32. The highest bit of one that is given and not learned, such as a user's words, is set.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -14,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from config.errors import OptionError
-from config.options import Options
 from data.conversations import (
     SHAPES,
     Conversation,
@@ -31,6 +32,24 @@ from data.sources import Source
 MASKED = 1 << 31
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How the records of a source become tokens: their shape, and what decides which tokens they give."""
+
+    shape: str  # text, or one of data.conversations.SHAPES
+    text_column: str  # of the shape text
+    block_size: int  # tokens after which a conversation is cut
+    max_targetless_fraction: float  # of the records, above which a source is refused
+    tokenizer: PreTrainedTokenizerBase
+
+    def key(self) -> list[object]:
+        """Its part of the key of prepared data: changes with everything that the tokens depend on."""
+        template, eos = self.tokenizer.chat_template, self.tokenizer.eos_token_id
+        vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        facts = [self.shape, self.text_column, self.block_size, self.max_targetless_fraction]
+        return [*facts, template, eos, vocabulary]
 
 
 class Fate(IntEnum):
@@ -54,19 +73,19 @@ def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
     return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
 
 
-def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
+def detect_shape(source: Source, first: Raw | None, data_format: str, objective: str, text_column: str) -> str:
     """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
     if first is None:
         raise OptionError(f"{source.name}: it has no records; pass a file or a data set that has")
     columns_of_first = parsed(first)
     fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
-    shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
-    if (shape == "preference") != (options.objective == "dpo"):
+    shape = str(next(fitting, "text") if data_format == "auto" else data_format)
+    if (shape == "preference") != (objective == "dpo"):
         raise OptionError(
-            f"objective {options.objective}: {source.name} holds records of the shape {shape}\n"
+            f"objective {objective}: {source.name} holds records of the shape {shape}\n"
             "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
         )
-    missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in columns_of_first]
+    missing = [column for column in SHAPES.get(shape, (text_column,)) if column not in columns_of_first]
     if missing:
         raise OptionError(
             f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
@@ -75,14 +94,14 @@ def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
     return shape
 
 
-def encoder(shape: str, options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Raw]], Encoded]:
+def encoder(rendering: Rendering) -> Callable[[list[Raw]], Encoded]:
     """A function that makes of records their tokens, and says what became of each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
-    if shape == "text":
-        return lambda records: _encode_texts(records, options, tokenizer)
-    if tokenizer.chat_template and has_markers(tokenizer, None):
-        check_markers(tokenizer)
-    return lambda records: _encode_conversations(records, shape, options, tokenizer)
+    if rendering.shape == "text":
+        return lambda records: _encode_texts(records, rendering)
+    if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
+        check_markers(rendering.tokenizer)
+    return lambda records: _encode_conversations(records, rendering)
 
 
 def parsed(raw: Raw) -> Record:
@@ -109,15 +128,16 @@ def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokeni
     return render(tokenizer, conversation.messages, conversation.tools)
 
 
-def _encode_texts(records: list[Raw], options: Options, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_texts(records: list[Raw], rendering: Rendering) -> Encoded:
     """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
+    tokenizer = rendering.tokenizer
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     eos = [tokenizer.eos_token_id]
     texts = []
     for raw in records:
-        text = parsed(raw).get(options.text_column)
+        text = parsed(raw).get(rendering.text_column)
         if not isinstance(text, str):
-            raise OptionError(f"{raw.place} has no text in column {options.text_column}: {str(text)[:100]}")
+            raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [
@@ -128,15 +148,12 @@ def _encode_texts(records: list[Raw], options: Options, tokenizer: PreTrainedTok
     ]
 
 
-def _encode_conversations(
-    records: list[Raw], shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
-) -> Encoded:
-    assert options.block_size
-    size = options.block_size
+def _encode_conversations(records: list[Raw], rendering: Rendering) -> Encoded:
+    size = rendering.block_size
     encoded: Encoded = []
     for raw in records:
-        one_shape, sequences = unpair(shape, parsed(raw), raw.place)
-        rows = [_encode_conversation(raw.place, one, one_shape, tokenizer) for one in sequences]
+        one_shape, sequences = unpair(rendering.shape, parsed(raw), raw.place)
+        rows = [_encode_conversation(raw.place, one, one_shape, rendering.tokenizer) for one in sequences]
         fates = [_fate(row, learned, size) for row, learned in rows]
         if max(fates) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
             fates, rows = [max(fates)] * len(fates), [([], [])] * len(fates)

@@ -216,7 +216,7 @@ def test_cache_is_keyed_by_content(
 
     first = prepare_data(options, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare._write", lambda *_: pytest.fail("prepared a second time"))
+        patch.setattr("data.cache._write", lambda *_: pytest.fail("prepared a second time"))
         assert prepare_data(options, tokenizer).fingerprint == first.fingerprint
     assert entries() == 1
     times = path.stat()

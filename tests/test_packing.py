@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 import data.packing
 import model.attention
 from data.batches import collate
-from data.packing import pack, pack_in_parts
+from data.packing import Packing, pack, pack_in_parts
 from data.sequences import Sequence
 from loss.next_token import NextToken
 from metrics.records import read_records
@@ -32,7 +32,7 @@ def ragged_lengths(number: int) -> np.ndarray:
 def test_no_slot_is_wasted(number: int) -> None:
     """At least 98% of the slots hold a token; with a thousand documents it is 99.7%, with 20,000 99.98%."""
     lengths = ragged_lengths(number)
-    packed = pack("documents", lengths, 4096)
+    packed = pack(Packing("documents", 4096), lengths)
     assert lengths.sum() / ((len(packed.first_segments) - 1) * 4096) > 0.98
 
 
@@ -40,7 +40,7 @@ def test_no_slot_is_wasted(number: int) -> None:
 def test_no_token_is_lost(packing: str) -> None:
     """Each token is in one row; documents are cut only where they are longer than a row (fault 17: 100 times)."""
     lengths = np.concatenate([ragged_lengths(300), [0, 25_600, 1, 256, 257]])
-    packed = pack(packing, lengths, 256)
+    packed = pack(Packing(packing, 256), lengths)
     sizes = packed.segments[:, 1] - packed.segments[:, 0]
     rows = np.add.reduceat(sizes, packed.first_segments[:-1])
     assert rows.max() <= 256
@@ -60,8 +60,8 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> No
     """Rows of concat that are made three at a time are those that are made at once."""
     monkeypatch.setattr(data.packing, "ROWS_OF_A_PART", 3)
     lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
-    parts = list(pack_in_parts("concat", lengths, 256))
-    whole = pack("concat", lengths, 256)
+    parts = list(pack_in_parts(Packing("concat", 256), lengths))
+    whole = pack(Packing("concat", 256), lengths)
     assert [piece for part in parts for piece in part.segments.tolist()] == whole.segments.tolist()
     assert sum(len(part.first_segments) - 1 for part in parts) == len(whole.first_segments) - 1 == tokens // 256
     assert len(parts) == -(-tokens // (256 * 3))

@@ -13,7 +13,7 @@ import checkpoint.ranks
 from config.errors import OptionError
 from data.batches import collate_pairs
 from data.ledger import problems, read
-from data.packing import pack
+from data.packing import Packing, pack
 from data.prepare import show_examples
 from data.sequences import Sequence
 from loss.dpo import Preference
@@ -121,7 +121,7 @@ def test_prepared_pairs_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path
 
 
 def test_pack_pairs() -> None:
-    packed = pack("pairs", torch.tensor([3, 5, 0, 0, 2, 4]).numpy(), 5)
+    packed = pack(Packing("pairs", 5), torch.tensor([3, 5, 0, 0, 2, 4]).numpy())
     assert packed.segments.tolist() == [[0, 3], [3, 8], [8, 10], [10, 14]]
     assert packed.first_segments.tolist() == [0, 2, 4]
 

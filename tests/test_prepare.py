@@ -1,5 +1,6 @@
 """Preparing data: every kind of source, from any place in it, in parallel, cut off and gone on with, never in vain."""
 
+import copy
 import gzip
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
@@ -15,14 +17,17 @@ import pyarrow
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import data.prepare
+import data.cache
 from compare.preparation import generate
 from compare.preparation import prepare as measured
 from config.errors import OptionError
 from config.options import Options
+from data.cache import cache_key
+from data.packing import Packing
 from data.prepare import main, prepare_data
 from data.records import START, Position, Raw, read
 from data.sources import Source, _hash, find_sources
+from data.tokens import Rendering
 from tests.launch import ROOT
 from tests.test_data import expected_tokens, tokens_of
 
@@ -46,8 +51,8 @@ def options(tmp_path: Path) -> Options:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the text were large: a dozen chunks, and progress written after each."""
-    monkeypatch.setattr("data.prepare.CHUNK", 20_000)
-    monkeypatch.setattr("data.prepare.SYNC", 0.0)
+    monkeypatch.setattr("data.cache.CHUNK", 20_000)
+    monkeypatch.setattr("data.cache.SYNC", 0.0)
 
 
 def write(path: Path, documents: Sequence[object]) -> Path:
@@ -189,7 +194,7 @@ def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
             time.sleep(0.05)
             yield record
 
-    data.prepare.read = read_slowly
+    data.cache.read = read_slowly
     prepare_data(options, tokenizer)
 
 
@@ -233,7 +238,8 @@ def test_killed_and_gone_on_with(
         starts.append(start)
         return read(source, start)
 
-    monkeypatch.setattr("data.prepare.read", read_noting)
+    for module in ("data.prepare", "data.cache"):
+        monkeypatch.setattr(f"{module}.read", read_noting)
     gone_on_with = prepare_data(options, tokenizer)
     assert starts == [START, after]  # the first is a look at the first record
     assert not list((tmp_path / "cache").glob("*.partial"))
@@ -288,6 +294,28 @@ def test_files_are_hashed_once(
     assert len(hashed) == 4
     assert len(set(keys)) == 2
     assert keys[-1] != keys[0]
+
+
+def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Another value of any field of what is read, how it is rendered and packed, or the split is another key."""
+    source = Source("text", "content")
+    rendering, packing = Rendering("text", "text", 32, 0.1, tokenizer), Packing("concat", 32)
+    other_template, other_eos, other_vocabulary = (copy.deepcopy(tokenizer) for _ in range(3))
+    other_template.chat_template = "{{ messages }}"
+    other_eos.eos_token = "a"
+    other_vocabulary.add_tokens(["<new>"])
+    changes: dict[str, list[object]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
+    changes |= {"max_targetless_fraction": [0.2], "tokenizer": [other_template, other_eos, other_vocabulary]}
+    assert changes.keys() == {field.name for field in fields(Rendering)}
+    renderings = [replace(rendering, **{name: value}) for name, values in changes.items() for value in values]
+    packings = [replace(packing, **{name: value}) for name, value in {"kind": "none", "block_size": 64}.items()]
+    assert {"kind", "block_size"} == {field.name for field in fields(Packing)}
+    keys = [cache_key(source, rendering, packing, 5), cache_key(source, rendering, packing, 6)]
+    keys += [cache_key(replace(source, key="changed"), rendering, packing, 5)]
+    keys += [cache_key(source, changed, packing, 5) for changed in renderings]
+    keys += [cache_key(source, rendering, changed, 5) for changed in packings]
+    assert len(set(keys)) == len(keys) == 12
+    assert cache_key(replace(source, name="other", weight=2.0), rendering, packing, 5) == keys[0]
 
 
 def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
