@@ -1,8 +1,8 @@
-"""Tokenized and packed once, and found again: what is kept in `data_cache_dir`.
+"""The cache of prepared data: a folder in `data_cache_dir` for each source and each way to prepare it.
 
-One process reads, and as many as there are cores tokenize; what they make is written in the order of the text, so that
-it is the same with any number of them. It is memory for a few chunks of text for each process, however big the files.
-What was written when a preparation was cut off is kept, and the next one goes on from there.
+One process reads, and others tokenize: one for each core by default. Results are written in the order of the text, so
+they do not depend on the number of processes. Each process holds a few chunks of text, whatever the size of the files.
+An interrupted preparation resumes where it stopped.
 """
 
 import hashlib
@@ -30,27 +30,27 @@ from tqdm import tqdm
 
 from config.errors import OptionError
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, START, Position, Raw, chunks, read, size_of
+from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
 from data.sequences import Split
 from data.sources import Source
-from data.tokens import MASKED, Encoded, Fate, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
 
-FORMAT = 4  # raised when prepared files of an older version can no longer be read
+FORMAT = 5  # raise it when the files of an older version can no longer be read
 
-RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("fate", "u1")])
+RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
 
-SYNC = 1.0  # seconds of work that a preparation loses at most when it is cut off
+SYNC = 1.0  # the seconds of work that an interrupted preparation loses at most
 
-ABANDONED = 7 * 24 * 3600  # seconds after which what is left of one that was cut off is removed
+ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation is removed
 
-Records = NDArray[np.void]  # of RECORD: what was counted of each record
+Records = NDArray[np.void]  # of RECORD: the counts of each record
 
 Tokenized = tuple[NDArray[np.uint32], Records]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A source whose rows are on the disk, in `folder`: about.json, as a class."""
+    """A prepared source: its folder, and the content of about.json."""
 
     folder: Path
     fingerprint: str
@@ -60,7 +60,7 @@ class Prepared:
 
 
 class Done(NamedTuple):
-    """How far a preparation is: what has been written, the bytes that were read for it, and where to read on."""
+    """The progress of a preparation: what is written, the bytes that were read for it, and where to read on."""
 
     tokens: int
     records: int
@@ -71,7 +71,11 @@ class Done(NamedTuple):
 def prepare_source(
     source: Source, rendering: Rendering, packing: Packing, percentage: int, cache: Path, workers: int | None
 ) -> Prepared:
-    """A source, of whose records the last `percentage` are held out: found in `cache`, or made there by `workers`."""
+    """A prepared source, from the folder `cache` or made now by `workers` processes. Raises OptionError.
+
+    The last `percentage` of its records become the validation split. A file lock lets one process prepare while the
+    others wait.
+    """
     key = cache_key(source, rendering, packing, percentage)
     partial = cache / f"{key}.partial"
     try:
@@ -82,7 +86,7 @@ def prepare_source(
                 try:
                     _write(partial, source, rendering, packing, percentage, workers)
                 except OptionError:
-                    shutil.rmtree(partial)  # the user will change something, and it will have another key
+                    shutil.rmtree(partial)  # a changed file or option will have another key
                     raise
                 partial.rename(cache / key)
     except OSError as error:
@@ -93,14 +97,14 @@ def prepare_source(
 
 
 def cache_key(source: Source, rendering: Rendering, packing: Packing, percentage: int) -> str:
-    """Changes with everything that the rows depend on: content, how it is rendered and packed, and the split."""
+    """The name of the folder of a prepared source. It changes with everything that the sequences depend on."""
     facts = [FORMAT, source.key, rendering.key(), packing.key(), percentage]
-    return "rows-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return "data-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what preparations have left that were cut off long ago, and that nobody has gone on with."""
-    for partial in cache.glob("rows-*.partial"):
+    """Remove old interrupted preparations, which no process has resumed."""
+    for partial in cache.glob("data-*.partial"):
         with suppress(Timeout, FileNotFoundError), FileLock(partial.with_suffix(".lock"), timeout=0):
             if max(path.stat().st_mtime for path in [partial, *partial.iterdir()]) < time.time() - ABANDONED:
                 shutil.rmtree(partial)
@@ -109,16 +113,16 @@ def _remove_abandoned(cache: Path) -> None:
 def _write(
     folder: Path, source: Source, rendering: Rendering, packing: Packing, percentage: int, workers: int | None
 ) -> None:
-    """Prepare a source into `folder`, with what was counted in about.json."""
+    """Write tokens, sequences, counts and about.json of a source into `folder`."""
     _write_tokens(folder, source, encoder(rendering), workers)
     records: Records = np.fromfile(folder / "records.bin", RECORD)
-    sequences = 2 if rendering.shape == "preference" else 1  # of each record, that stand one after the other
-    fates = records["fate"][::sequences]  # both of a pair are left out, or none
-    _check_targetless(source, fates, rendering)
-    first = _first_held_out(fates, percentage) * sequences
+    each = 2 if rendering.shape == "preference" else 1  # entries of records.bin for each record of the source
+    outcomes = records["outcome"][::each]  # of a pair, both are left out or none
+    _check_targetless(source, outcomes, rendering)
+    first = _first_held_out(outcomes, percentage) * each
     splits = {"train": slice(0, first), "validation": slice(first, None)} if percentage else {"train": slice(None)}
     counts = {
-        name: _write_rows(folder / name, source, rendering.shape, packing, records, part)
+        name: _write_sequences(folder / name, source, rendering.shape, packing, records, part)
         for name, part in splits.items()
     }
     digest = hashlib.sha256()
@@ -128,7 +132,7 @@ def _write(
     ]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    stop_tokens = Counter(records["last_trained"][records["fate"] == Fate.DOCUMENT].tolist()).most_common(2)
+    stop_tokens = Counter(records["last_trained"][records["outcome"] == Outcome.DOCUMENT].tolist()).most_common(2)
     about = {
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
@@ -139,13 +143,15 @@ def _write(
     (folder / "progress.json").unlink(missing_ok=True)
 
 
-def _write_tokens(folder: Path, source: Source, encode: Callable[[list[Raw]], Encoded], workers: int | None) -> None:
-    """Write tokens.bin and records.bin. Goes on where progress.json says that an earlier attempt was cut off."""
+def _write_tokens(
+    folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
+) -> None:
+    """Write tokens.bin and records.bin. If progress.json exists, resume where it says."""
     done = Done(0, 0, 0, START)
     with suppress(FileNotFoundError):
         done = Done(*json.loads((folder / "progress.json").read_text()))
     plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
-    size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text, if it can be known
+    size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
     bar = tqdm(
         desc=f"Tokenizing {source.name}", total=size or None, initial=done.bytes, unit="B", unit_scale=True, delay=1
     )
@@ -168,11 +174,11 @@ def _write_tokens(folder: Path, source: Source, encode: Callable[[list[Raw]], En
 
 
 def _tokenized(
-    chunks: Iterator[list[Raw]], encode: Callable[[list[Raw]], Encoded], workers: int | None
+    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], Encoded], workers: int | None
 ) -> Iterator[tuple[Tokenized, int, Position]]:
-    """Of each chunk, in order: its tokens and records, its bytes, and where the next one begins.
+    """The tokens and counts of each chunk, in order, its size in bytes, and where the next chunk begins.
 
-    Two chunks a process are under way at most, so that memory does not depend on the speed of the reader.
+    At most two chunks per process are in work, so memory does not grow when reading is faster than tokenizing.
     """
     workers = workers or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -183,7 +189,7 @@ def _tokenized(
         for chunk in chunks:
             yield _count(encode(chunk)), sum(map(size_of, chunk)), chunk[-1].after
         return
-    # Forked, they have the tokenizer and all modules at once; neither threads nor a GPU are in use yet.
+    # Forked processes have the tokenizer and all modules at once. A fork is safe: no threads and no GPU are in use yet.
     pool = ProcessPoolExecutor(
         len(first), multiprocessing.get_context("fork"), initializer=_become_worker, initargs=(encode,)
     )
@@ -200,8 +206,8 @@ def _tokenized(
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker(encode: Callable[[list[Raw]], Encoded]) -> None:
-    """Get a process of the pool ready: it uses one core, and ends when its parent does, in whatever way that ends."""
+def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
+    """Set up a worker: it uses one core, and it ends whenever and however its parent ends."""
     global _encode
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -216,75 +222,77 @@ def _become_worker(encode: Callable[[list[Raw]], Encoded]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_encode: Callable[[list[Raw]], Encoded]
+_encode: Callable[[list[RawRecord]], Encoded]
 
 
-def _encode_chunk(chunk: list[Raw]) -> Tokenized:
+def _encode_chunk(chunk: list[RawRecord]) -> Tokenized:
     return _count(_encode(chunk))
 
 
 def _count(encoded: Encoded) -> Tokenized:
-    """The tokens of records in a line, and what is counted of each record."""
-    lengths = np.array([len(row) for row, _ in encoded], np.int64)
-    tokens = np.fromiter(chain.from_iterable(row for row, _ in encoded), np.uint32, int(lengths.sum()))
+    """The tokens of all records in one array, and the counts of each record."""
+    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
-    records["tokens"], records["fate"] = lengths, [fate for _, fate in encoded]
-    starts, learned = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
-    records["trained_on"][lengths > 0] = np.add.reduceat(learned, starts, dtype=np.int64)
-    last = np.maximum.reduceat(np.where(learned, np.arange(len(tokens)), 0), starts)
+    records["tokens"], records["outcome"] = lengths, [outcome for _, outcome in encoded]
+    starts, trained = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
+    records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
+    last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
     records["last_trained"][lengths > 0] = tokens[last]
     return tokens, records
 
 
-def _check_targetless(source: Source, fates: NDArray[np.uint8], rendering: Rendering) -> None:
-    """Raises OptionError with an example, if too many records have no token to train on."""
-    found = np.flatnonzero(fates == Fate.TARGETLESS)
+def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Rendering) -> None:
+    """Refuse a source, with an example, if too many records have no token to train on."""
+    found = np.flatnonzero(outcomes == Outcome.NO_TARGETS)
     allowed = rendering.max_targetless_fraction
-    if len(found) > allowed * len(fates):
+    if len(found) > allowed * len(outcomes):
         raw = next(islice(read(source), int(found[0]), None))
         raise OptionError(
-            f"max_targetless_fraction {allowed}: {len(found):,} of {len(fates):,} records have no "
-            f"token to learn within block_size {rendering.block_size}; pass it more, or records with answers\n"
+            f"max_targetless_fraction {allowed}: {len(found):,} of {len(outcomes):,} records have no "
+            f"token to train on within block_size {rendering.block_size}; pass more of it, or records with answers\n"
             f"{raw.place}: {readable(raw.place, parsed(raw), rendering.shape, rendering.tokenizer)[:500]!r}"
         )
 
 
-def _first_held_out(fates: NDArray[np.uint8], percentage: int) -> int:
-    """The first record of the last `percentage`, moved on to where a document begins if one still does."""
-    first = math.floor(len(fates) * (1 - percentage / 100))
-    begins = np.flatnonzero(fates[max(0, first - 1) : -1] != Fate.PIECE)
+def _first_held_out(outcomes: NDArray[np.uint8], percentage: int) -> int:
+    """The first record of the last `percentage`, moved to the next start of a document if there is one."""
+    first = math.floor(len(outcomes) * (1 - percentage / 100))
+    begins = np.flatnonzero(outcomes[max(0, first - 1) : -1] != Outcome.FRAGMENT)
     return first + int(begins[0]) if first and len(begins) else first
 
 
-def _write_rows(folder: Path, source: Source, shape: str, packing: Packing, all_records: Records, part: slice) -> Split:
-    """Write segments.bin and rows.bin of a split, a part of all records. Gives all that was counted."""
+def _write_sequences(
+    folder: Path, source: Source, shape: str, packing: Packing, all_records: Records, part: slice
+) -> Split:
+    """Write segments.bin and sequences.bin of the split that has the records of `part`. Returns its counts."""
     records = all_records[part]
-    lengths, fates = records["tokens"], records["fate"]
+    lengths, outcomes = records["tokens"], records["outcome"]
     folder.mkdir(exist_ok=True)
     first_token = all_records["tokens"][: part.start or 0].sum()
-    rows, pieces, used = 0, 0, 0
-    with open(folder / "segments.bin", "wb") as pieces_file, open(folder / "sequences.bin", "wb") as rows_file:
-        np.zeros(1, np.int64).tofile(rows_file)
-        for packed in pack_in_parts(packing, document_lengths(lengths, fates)):
-            (packed.segments + first_token).tofile(pieces_file)
-            (packed.first_segments[1:] + pieces).tofile(rows_file)
-            rows, pieces = rows + len(packed.first_segments) - 1, pieces + len(packed.segments)
+    sequences, segments, used = 0, 0, 0
+    with open(folder / "segments.bin", "wb") as segments_file, open(folder / "sequences.bin", "wb") as sequences_file:
+        np.zeros(1, np.int64).tofile(sequences_file)
+        for packed in pack_in_parts(packing, document_lengths(lengths, outcomes)):
+            (packed.segments + first_token).tofile(segments_file)
+            (packed.first_segments[1:] + segments).tofile(sequences_file)
+            sequences, segments = sequences + len(packed.first_segments) - 1, segments + len(packed.segments)
             used += int((packed.segments[:, 1] - packed.segments[:, 0]).sum())
-    number = np.bincount(fates, minlength=len(Fate)).tolist()
+    number = np.bincount(outcomes, minlength=len(Outcome)).tolist()
     split = Split(
         shape=shape,
-        rows=rows,
+        sequences=sequences,
         tokens=int(lengths.sum()),
         trained_tokens=int(records["trained_on"].sum()),
         dropped_tokens=int(lengths.sum()) - used,
-        documents=number[Fate.DOCUMENT] + number[Fate.CUT],
-        cut_documents=number[Fate.CUT],
-        empty_documents=number[Fate.EMPTY],
-        targetless_documents=number[Fate.TARGETLESS],
+        documents=number[Outcome.DOCUMENT] + number[Outcome.TRUNCATED],
+        cut_documents=number[Outcome.TRUNCATED],
+        empty_documents=number[Outcome.EMPTY],
+        targetless_documents=number[Outcome.NO_TARGETS],
     )
-    if split.rows == 0:
+    if split.sequences == 0:
         raise OptionError(
-            f"{source.name}: the {folder.name} split has {split.tokens} tokens, less than one row of block_size "
-            f"{packing.block_size}\ngive more text, a smaller --block_size or another --validation_split_percentage"
+            f"{source.name}: the {folder.name} split has {split.tokens} tokens, less than one sequence of block_size "
+            f"{packing.block_size}\npass more text, a smaller --block_size or another --validation_split_percentage"
         )
     return split

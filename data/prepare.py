@@ -1,6 +1,8 @@
-"""Documents are tokenized and packed once, and kept in `data_cache_dir`. This may be done ahead, on a host without GPU:
+"""Prepare data: find it, tokenize and pack it once, and keep the sequences in `data_cache_dir`.
 
-python -m data.prepare OPTIONS          the options of train.py
+    python -m data.prepare OPTIONS
+
+The command takes the options of train.py. It prepares data ahead of a run, on a machine that needs no GPU.
 """
 
 import hashlib
@@ -27,28 +29,31 @@ from model.build import load_config_and_tokenizer
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # of a terminal
 
-DEFAULT_PACKING = {"text": "concat", "preference": "pairs"}  # by the shape of the records; else documents
+DEFAULT_PACKING = {"text": "concat", "preference": "pairs"}  # by the shape of the records; for other shapes, documents
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation rows, with their counts and a fingerprint (SHA-256) of all their tokens."""
+    """Training and validation sequences, with counts for each split and a fingerprint (SHA-256) of all tokens.
+
+    The fingerprint of a stream covers the names, sizes and times of its files instead.
+    """
 
     source: str
     tokenizer: str
     fingerprint: str
     packing: str
-    stop_tokens: list[int]  # the special tokens with which documents end, as far as they are learned; at most two
-    train: "PreparedDataset | Mixture | StreamingDataset"
+    stop_tokens: list[int]  # at most two special tokens that end documents and are trained on
+    train: PreparedDataset | Mixture | StreamingDataset
     validation: PreparedDataset | Mixture | None
     counts: dict[str, Split]
 
 
 def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The rows that `options` ask for, from the cache or made now. Raises OptionError.
+    """The sequences that `options` ask for, from the cache or made now. Raises OptionError.
 
-    Every rank may call this before there is a process group: the first one to come prepares, the others wait for its
-    lock, as long as that takes, and read what it wrote.
+    Every rank calls this before a process group exists. The first rank takes a file lock and prepares. The others
+    wait for the lock without a time limit, and then read what it wrote.
     """
     assert options.block_size
     block_size, cache, workers = (
@@ -66,7 +71,9 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     renderings = [rendering_of(source) for source in sources]
     kinds = {options.packing or DEFAULT_PACKING.get(rendering.shape, "documents") for rendering in renderings}
     if len(kinds) > 1:
-        raise OptionError("train_mixture: conversations and texts would be packed in different ways; pass --packing")
+        raise OptionError(
+            "train_mixture: its conversations and texts have different defaults of packing; pass --packing"
+        )
     packing = Packing(kinds.pop(), block_size)
     name = options.tokenizer_name or tokenizer.name_or_path or "embedded"
     name = f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}"
@@ -83,56 +90,58 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 
 def tokens_per_sequence(data: Data, block_size: int) -> int:
-    """The slots of a row: a pair has two sequences."""
+    """The tokens that an item of the data can have: block_size, or twice that for a pair of sequences."""
     return block_size * (2 if data.packing == "pairs" else 1)
 
 
 def describe_data(data: Data, block_size: int) -> dict[str, str]:
-    """What was prepared, for the start block and for data/prepare.py."""
+    """What was prepared, as names and values: for the start block of a run and for `python -m data.prepare`."""
     held_out = data.counts.get("validation")
-    validation = f"{held_out.documents:,} documents, {held_out.rows:,} rows" if held_out else "none"
+    validation = f"{held_out.documents:,} documents, {held_out.sequences:,} sequences" if held_out else "none"
     if "train" not in data.counts:
-        rows = f"of up to {block_size} tokens, packing {data.packing}"
-        return {"tokenizer": data.tokenizer, "data": data.source, "rows": rows, "validation": validation}
+        sequences = f"of up to {block_size} tokens, packing {data.packing}"
+        return {"tokenizer": data.tokenizer, "data": data.source, "sequences": sequences, "validation": validation}
     train, slots = data.counts["train"], tokens_per_sequence(data, block_size)
     lines = {
         "tokenizer": data.tokenizer,
         "data": f"{data.source}: {train.documents:,} documents ({train.shape}), {train.tokens:,} tokens, "
-        f"{train.trained_tokens / train.tokens:.1%} of them learned",
-        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with nothing to learn, "
-        f"what {train.cut_documents} documents had beyond a row, {train.dropped_tokens} tokens of a last partial row",
-        "rows": f"{train.rows:,} of {slots} tokens, packing {data.packing}, "
-        f"{train.filled(slots):.2%} of their slots used",
+        f"{train.trained_tokens / train.tokens:.1%} of them trained on",
+        "left out": f"{train.empty_documents} empty documents, {train.targetless_documents} with no token to train on, "
+        f"the ends of {train.cut_documents} truncated documents, "
+        f"{train.dropped_tokens} tokens of a last partial sequence",
+        "sequences": f"{train.sequences:,} of {slots} tokens, packing {data.packing}, "
+        f"{train.filled(slots):.2%} of their positions used",
         "validation": validation,
     }
     if len(data.train.sources) > 1:
-        drawn = [f"{quota:,} from {rows:,} rows" for rows, quota in data.train.sources]
+        drawn = [f"{quota:,} from {sequences:,} sequences" for sequences, quota in data.train.sources]
         lines["mixture"] = f"an epoch draws {', '.join(drawn)}"
     return lines
 
 
 def show_examples(
-    rows: PreparedDataset | Mixture | StreamingDataset, number: int, tokenizer: PreTrainedTokenizerBase
+    sequences: PreparedDataset | Mixture | StreamingDataset, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The first rows as text: learned tokens in green, given ones in gray, and a line between rows and documents."""
+    """The text of the first `number` sequences, for a terminal: tokens trained on in green, masked tokens in gray.
+
+    A line with its counts opens each sequence, and each of its segments starts on a new line.
+    """
     lines = []
-    for row in islice(iter(rows), number):
-        lines.append(f"--- row {row.number}: {len(row.tokens)} tokens, {int(row.trained_on.sum())} of them learned ---")
+    for sequence in islice(iter(sequences), number):
+        trained = int(sequence.trained_on.sum())
+        lines.append(f"--- sequence {sequence.number}: {len(sequence.tokens)} tokens, {trained} of them trained on ---")
         start = 0
-        for length in row.segment_lengths:
-            piece = zip(
-                row.tokens[start : start + length].tolist(),
-                row.trained_on[start : start + length].tolist(),
-                strict=True,
-            )
-            runs = [(learned, [token for token, _ in run]) for learned, run in groupby(piece, key=lambda pair: pair[1])]
-            lines.append("".join((GREEN if learned else GRAY) + tokenizer.decode(ids) + PLAIN for learned, ids in runs))
+        for length in sequence.segment_lengths:
+            segment = slice(start, start + length)
+            pairs = zip(sequence.tokens[segment].tolist(), sequence.trained_on[segment].tolist(), strict=True)
+            runs = [(on, [token for token, _ in run]) for on, run in groupby(pairs, key=lambda pair: pair[1])]
+            lines.append("".join((GREEN if on else GRAY) + tokenizer.decode(ids) + PLAIN for on, ids in runs))
             start += length
-    return "\n".join([*lines, f"--- {GREEN}learned{PLAIN}, {GRAY}given{PLAIN} ---"])
+    return "\n".join([*lines, f"--- {GREEN}trained on{PLAIN}, {GRAY}masked{PLAIN} ---"])
 
 
 def main(argv: list[str]) -> None:
-    """Prepare, and print what there is. Raises OptionError."""
+    """Prepare the data of a run and print what was prepared. Raises OptionError."""
     transformers.utils.logging.set_verbosity_error()
     options = parse(argv)
     check_data(options)
@@ -144,7 +153,7 @@ def main(argv: list[str]) -> None:
 def _stream(
     tokenizer: str, source: Source, rendering: Rendering, packing: Packing, seed: int, held_out: Prepared | None
 ) -> Data:
-    """Training rows that are made while they are learned from, and validation rows that are prepared."""
+    """Training sequences that are made during training, and prepared validation sequences."""
     keys = [cache_key(source, rendering, packing, percentage=0)] + ([held_out.fingerprint] if held_out else [])
     return Data(
         source=f"{source.name}, streamed",
@@ -161,7 +170,7 @@ def _stream(
 def _read_prepared(
     tokenizer: str, sources: list[Source], packing: Packing, training: list[Prepared], held_out: Prepared | None
 ) -> Data:
-    """Training and validation rows that are on the disk. Without `held_out`, the sources' own last rows validate."""
+    """Prepared training and validation sequences: those of `held_out`, or the validation splits of the sources."""
     weights = [source.weight for source in sources]
     fingerprints = [part.fingerprint for part in training] + ([held_out.fingerprint] if held_out else [])
     train = [PreparedDataset(part.folder / "train", packing.padded_length) for part in training]

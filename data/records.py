@@ -26,7 +26,7 @@ number of records before it in that file."""
 START: Position = (0, 0, 0)
 
 
-class Raw(NamedTuple):
+class RawRecord(NamedTuple):
     """A record as it was read, and not yet understood."""
 
     place: str  # where a person finds it
@@ -36,7 +36,7 @@ class Raw(NamedTuple):
     ends: bool = True  # and ends with the last
 
 
-def read(source: Source, start: Position = START) -> Iterator[Raw]:
+def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
     """The records of a source from `start` on, in the order of its files. Holds one at a time, or one batch of rows.
 
     A line of a .jsonl file is not parsed here, where one process reads for all that tokenize. A .txt file is one
@@ -45,7 +45,7 @@ def read(source: Source, start: Position = START) -> Iterator[Raw]:
     """
     if source.dataset is not None:
         for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
-            yield Raw(f"{source.name}: row {row}", record, (0, row + 1, row + 1))
+            yield RawRecord(f"{source.name}: row {row}", record, (0, row + 1, row + 1))
         return
     for number in range(start[0], len(source.files)):
         path = source.files[number]
@@ -59,9 +59,9 @@ def read(source: Source, start: Position = START) -> Iterator[Raw]:
             raise OptionError(f"{path}: cannot be read as {path.suffix}: {cause}") from error
 
 
-def chunks(records: Iterator[Raw], bytes_each: int) -> Iterator[list[Raw]]:
+def chunks(records: Iterator[RawRecord], bytes_each: int) -> Iterator[list[RawRecord]]:
     """The same records in lists of about `bytes_each`. Where a list ends depends on its own records alone."""
-    chunk: list[Raw] = []
+    chunk: list[RawRecord] = []
     size = 0
     for record in records:
         chunk.append(record)
@@ -73,12 +73,12 @@ def chunks(records: Iterator[Raw], bytes_each: int) -> Iterator[list[Raw]]:
         yield chunk
 
 
-def size_of(record: Raw) -> int:
+def size_of(record: RawRecord) -> int:
     """Its bytes as they were read; of columns, the characters that they would have in Python."""
     return len(record.content) if isinstance(record.content, bytes) else len(repr(record.content))
 
 
-def _read_fragments(path: Path, start: Position) -> Iterator[Raw]:
+def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
     """One document, in pieces of about PIECE characters that together are its exact text.
 
     A piece ends where a line ends and the next one starts with a character that is no white space: pre-tokenizers
@@ -87,7 +87,7 @@ def _read_fragments(path: Path, start: Position) -> Iterator[Raw]:
     number, offset, records = start
     if records and offset == path.stat().st_size:
         return
-    piece: list[str] = []
+    fragment: list[str] = []
     size, begins = 0, offset == 0
     with open(path, "rb") as file:
         file.seek(offset)
@@ -95,15 +95,15 @@ def _read_fragments(path: Path, start: Position) -> Iterator[Raw]:
             text = line.decode(errors="replace")
             if size >= FRAGMENT and not text[0].isspace():
                 records += 1
-                yield Raw(str(path), {"text": "".join(piece)}, (number, offset, records), begins, False)
-                piece, size, begins = [], 0, False
-            piece.append(text)
+                yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records), begins, False)
+                fragment, size, begins = [], 0, False
+            fragment.append(text)
             size += len(text)
             offset += len(line)
-    yield Raw(str(path), {"text": "".join(piece)}, (number, offset, records + 1), begins, True)
+    yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records + 1), begins, True)
 
 
-def _read_lines(path: Path, start: Position) -> Iterator[Raw]:
+def _read_lines(path: Path, start: Position) -> Iterator[RawRecord]:
     number, offset, lines = start
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     with open(path, "rb") if compression is None else _decompressed(path, compression) as file:
@@ -115,7 +115,7 @@ def _read_lines(path: Path, start: Position) -> Iterator[Raw]:
         for line in file:
             offset, lines = offset + len(line), lines + 1
             if line.strip():
-                yield Raw(f"{path}: line {lines}", line, (number, offset, lines))
+                yield RawRecord(f"{path}: line {lines}", line, (number, offset, lines))
 
 
 def _decompressed(path: Path, compression: str) -> IO[bytes]:
@@ -123,7 +123,7 @@ def _decompressed(path: Path, compression: str) -> IO[bytes]:
     return io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression=compression)), CHUNK)
 
 
-def _read_rows(path: Path, start: Position) -> Iterator[Raw]:
+def _read_rows(path: Path, start: Position) -> Iterator[RawRecord]:
     """Rows of a .parquet file, from the row group on that holds the first one."""
     number, _, first = start
     with parquet.ParquetFile(path) as file:
@@ -134,4 +134,4 @@ def _read_rows(path: Path, start: Position) -> Iterator[Raw]:
             for record in batch.to_pylist():
                 row += 1
                 if row > first:
-                    yield Raw(f"{path}: row {row - 1}", record, (number, row, row))
+                    yield RawRecord(f"{path}: row {row - 1}", record, (number, row, row))

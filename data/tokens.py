@@ -26,7 +26,7 @@ from data.conversations import (
     trained_spans,
     unpair,
 )
-from data.records import Raw
+from data.records import RawRecord
 from data.sources import Source
 
 MASKED = 1 << 31
@@ -52,28 +52,28 @@ class Rendering:
         return [*facts, template, eos, vocabulary]
 
 
-class Fate(IntEnum):
+class Outcome(IntEnum):
     """What became of a record."""
 
-    PIECE = 0  # tokens of a document that goes on in the next record
+    FRAGMENT = 0  # tokens of a document that continues in the next record
     DOCUMENT = 1  # tokens, up to the end of a document
-    CUT = 2  # the same, but a conversation was longer than a row, and the rest of it is left out
+    TRUNCATED = 2  # the first block_size tokens of a conversation that has more
     EMPTY = 3  # no tokens, because there was no text
-    TARGETLESS = 4  # no tokens, because none of them would be learned
+    NO_TARGETS = 4  # no tokens, because the model would train on none of them
 
 
-Encoded = list[tuple[list[int], Fate]]
+Encoded = list[tuple[list[int], Outcome]]
 
 """The tokens of each record, and what became of it."""
 
 
-def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
+def document_lengths(lengths: ArrayLike, outcomes: ArrayLike) -> NDArray[np.int64]:
     """The tokens of each document, of the tokens of each record: the pieces of a large text are one document."""
-    ends = np.asarray(fates) != Fate.PIECE
+    ends = np.asarray(outcomes) != Outcome.FRAGMENT
     return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
 
 
-def detect_shape(source: Source, first: Raw | None, data_format: str, objective: str, text_column: str) -> str:
+def detect_shape(source: Source, first: RawRecord | None, data_format: str, objective: str, text_column: str) -> str:
     """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
     if first is None:
         raise OptionError(f"{source.name}: it has no records; pass a file or a data set that has")
@@ -94,7 +94,7 @@ def detect_shape(source: Source, first: Raw | None, data_format: str, objective:
     return shape
 
 
-def encoder(rendering: Rendering) -> Callable[[list[Raw]], Encoded]:
+def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
     """A function that makes of records their tokens, and says what became of each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
     if rendering.shape == "text":
@@ -104,7 +104,7 @@ def encoder(rendering: Rendering) -> Callable[[list[Raw]], Encoded]:
     return lambda records: _encode_conversations(records, rendering)
 
 
-def parsed(raw: Raw) -> Record:
+def parsed(raw: RawRecord) -> Record:
     """The columns of a record. Raises OptionError with its place, if it is broken."""
     if isinstance(raw.content, dict):
         return raw.content
@@ -128,7 +128,7 @@ def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokeni
     return render(tokenizer, conversation.messages, conversation.tools)
 
 
-def _encode_texts(records: list[Raw], rendering: Rendering) -> Encoded:
+def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
     """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
     tokenizer = rendering.tokenizer
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
@@ -139,38 +139,36 @@ def _encode_texts(records: list[Raw], rendering: Rendering) -> Encoded:
         if not isinstance(text, str):
             raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [
-        (bos * raw.begins + row + eos * raw.ends, Fate.DOCUMENT if raw.ends else Fate.PIECE)
-        if row
-        else ([], Fate.EMPTY)
-        for raw, row in zip(records, rows, strict=True)
+        (bos * raw.begins + ids + eos * raw.ends, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT)
+        if ids
+        else ([], Outcome.EMPTY)
+        for raw, ids in zip(records, encoded, strict=True)
     ]
 
 
-def _encode_conversations(records: list[Raw], rendering: Rendering) -> Encoded:
+def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Encoded:
     size = rendering.block_size
     encoded: Encoded = []
     for raw in records:
-        one_shape, sequences = unpair(rendering.shape, parsed(raw), raw.place)
-        rows = [_encode_conversation(raw.place, one, one_shape, rendering.tokenizer) for one in sequences]
-        fates = [_fate(row, learned, size) for row, learned in rows]
-        if max(fates) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
-            fates, rows = [max(fates)] * len(fates), [([], [])] * len(fates)
-        for (row, learned), fate in zip(rows, fates, strict=True):
-            given = [
-                token if learn else token | MASKED for token, learn in zip(row[:size], learned[:size], strict=True)
-            ]
-            encoded.append((given, fate))
+        one_shape, conversations = unpair(rendering.shape, parsed(raw), raw.place)
+        sides = [_encode_conversation(raw.place, one, one_shape, rendering.tokenizer) for one in conversations]
+        outcomes = [_outcome(ids, trained_on, size) for ids, trained_on in sides]
+        if max(outcomes) in (Outcome.EMPTY, Outcome.NO_TARGETS):  # of a pair, both are left out
+            outcomes, sides = [max(outcomes)] * len(outcomes), [([], [])] * len(outcomes)
+        for (ids, trained_on), outcome in zip(sides, outcomes, strict=True):
+            kept = zip(ids[:size], trained_on[:size], strict=True)
+            encoded.append(([token if trained else token | MASKED for token, trained in kept], outcome))
     return encoded
 
 
-def _fate(row: list[int], learned: list[bool], size: int) -> Fate:
-    if not row:
-        return Fate.EMPTY
-    if not any(learned[1:size]):  # nothing comes before the first token that could predict it
-        return Fate.TARGETLESS
-    return Fate.CUT if len(row) > size else Fate.DOCUMENT
+def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
+    if not ids:
+        return Outcome.EMPTY
+    if not any(trained_on[1:size]):  # nothing comes before the first token that could predict it
+        return Outcome.NO_TARGETS
+    return Outcome.TRUNCATED if len(ids) > size else Outcome.DOCUMENT
 
 
 def _encode_conversation(
@@ -201,12 +199,12 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
         raise OptionError("a conversation, but the tokenizer has no chat template\ngive --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.trained_from:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
-        return marked["input_ids"], [bool(learn) for learn in marked["assistant_masks"]]
+        return marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]
     text = render(tokenizer, messages, tools)
     spans = trained_spans(tokenizer, conversation, text)
     rendered = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first, end = np.array(rendered["offset_mapping"], dtype=np.int64).reshape(-1, 2).T  # of each token, in characters
-    learned = np.zeros(len(first), dtype=bool)
+    trained_on = np.zeros(len(first), dtype=bool)
     for span_start, span_end in spans:
-        learned |= (first < span_end) & (end > span_start)
-    return rendered["input_ids"], learned.tolist()
+        trained_on |= (first < span_end) & (end > span_start)
+    return rendered["input_ids"], trained_on.tolist()

@@ -182,8 +182,8 @@ def mean_of_means() -> None:
         targets = (next_tokens(labels_BT) != IGNORE_INDEX).sum()
         return loss_sum(hidden_BTD, weight_VD, bias_V, labels_BT, cross_entropy_) / targets
 
-    def count_micro_batches(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
-        return collate(rows, padded_length) | {"targets": torch.tensor(1)}
+    def count_micro_batches(sequences: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
+        return collate(sequences, padded_length) | {"targets": torch.tensor(1)}
 
     loss.next_token.head_and_loss_sum = mean
     data.loader.collate = count_micro_batches

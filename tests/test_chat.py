@@ -186,7 +186,7 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(OptionError) as error:
         prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08)
-    assert "2 of 24 records have no token to learn" in str(error.value)
+    assert "2 of 24 records have no token to train on" in str(error.value)
     assert "chat.jsonl: line 22: '<|im_start|>user" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 

@@ -105,28 +105,28 @@ def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFi
     """What is right is summed up; what is wrong is named; the exit code tells them apart."""
     assert main([str(one_process), str(one_process)]) == 0
     right = capsys.readouterr().out
-    assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right
+    assert "40 steps of 48 sequences; 2 whole epochs, each with 816 of 844 sequences exactly once, and 6 steps" in right
     assert "the same global batches in all 40 steps of both" in right
     wrong = changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else [])
     assert main([str(wrong)]) == 1
-    assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 rows, not 48", "1 problems"]
+    assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 sequences, not 48", "1 problems"]
     assert main([str(tmp_path / "nothing")]) == 2
 
 
 def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
     first = read(one_process)[1]
     again = changed(one_process, tmp_path / "again", lambda step, rows: [*first] if step == 2 else rows)
-    assert f"row {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
-    assert differences(again, one_process) == [f"step 2: other rows than in {one_process}"]
+    assert f"sequence {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
+    assert differences(again, one_process) == [f"step 2: other sequences than in {one_process}"]
     short = changed(one_process, tmp_path / "short", lambda step, rows: rows[1:] if step == 9 else rows)
-    assert problems(short) == ["step 9 has 47 rows, not 48"]
+    assert problems(short) == ["step 9 has 47 sequences, not 48"]
     lost = changed(one_process, tmp_path / "lost", lambda step, rows: None if step == 6 else rows)
     assert problems(lost) == ["steps [6] are missing"]
     other = changed(
         one_process, tmp_path / "other", lambda step, rows: [(*row[:2], "0") for row in rows] if step == 20 else rows
     )
     assert len(problems(other)) > 40
-    assert "is not the one it was before" in problems(other)[0]
+    assert "has other tokens than before" in problems(other)[0]
 
 
 def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:
@@ -134,6 +134,6 @@ def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] 
     shutil.copytree(run / "ledger", copy / "ledger")
     path = copy / "ledger" / "rank-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line | {"rows": change(line["step"], line["rows"])} for line in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["rows"] is not None))
+    lines = [line | {"sequences": change(line["step"], line["sequences"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["sequences"] is not None))
     return copy

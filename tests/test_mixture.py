@@ -37,7 +37,10 @@ def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
     data = prepare_data(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
     assert isinstance(data.train, Mixture)
     assert isinstance(data.validation, Mixture)
-    assert (data.counts["train"].rows, data.counts["validation"].rows) == (len(data.train), len(data.validation))
+    assert (data.counts["train"].sequences, data.counts["validation"].sequences) == (
+        len(data.train),
+        len(data.validation),
+    )
     return data.train
 
 

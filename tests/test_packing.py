@@ -58,7 +58,7 @@ def test_no_token_is_lost(packing: str) -> None:
 @pytest.mark.parametrize("tokens", [0, 7, 256 * 3, 256 * 7 + 5])
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Rows of concat that are made three at a time are those that are made at once."""
-    monkeypatch.setattr(data.packing, "ROWS_OF_A_PART", 3)
+    monkeypatch.setattr(data.packing, "SEQUENCES_OF_A_PART", 3)
     lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
     parts = list(pack_in_parts(Packing("concat", 256), lengths))
     whole = pack(Packing("concat", 256), lengths)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -25,7 +26,7 @@ from config.options import Options
 from data.cache import cache_key
 from data.packing import Packing
 from data.prepare import main, prepare_data
-from data.records import START, Position, Raw, read
+from data.records import START, Position, RawRecord, read
 from data.sources import Source, _hash, find_sources
 from data.tokens import Rendering
 from tests.launch import ROOT
@@ -189,7 +190,7 @@ def test_the_first_bad_row_is_named(
 def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prepare in a process that a test will kill; reading takes long enough for that."""
 
-    def read_slowly(source: Source, start: Position = START) -> Iterator[Raw]:
+    def read_slowly(source: Source, start: Position = START) -> Iterator[RawRecord]:
         for record in read(source, start):
             time.sleep(0.05)
             yield record
@@ -219,7 +220,7 @@ def test_killed_and_gone_on_with(
     process = multiprocessing.get_context("fork").Process(target=slowly, args=(options, tokenizer))
     process.start()
     deadline = time.monotonic() + 60
-    while not (found := list((tmp_path / "cache").glob("rows-*.partial/progress.json"))):
+    while not (found := list((tmp_path / "cache").glob("data-*.partial/progress.json"))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -234,7 +235,7 @@ def test_killed_and_gone_on_with(
     assert tokens > records > 0
     starts: list[Position] = []
 
-    def read_noting(source: Source, start: Position = START) -> Iterator[Raw]:
+    def read_noting(source: Source, start: Position = START) -> Iterator[RawRecord]:
         starts.append(start)
         return read(source, start)
 
@@ -252,7 +253,7 @@ def test_abandoned_preparations_are_removed(
 ) -> None:
     """What was cut off goes, a week after the last that was done there."""
     options.train_file = str(train_file)
-    for name, age in (("rows-old.partial", 8), ("rows-new.partial", 6)):
+    for name, age in (("data-old.partial", 8), ("data-new.partial", 6)):
         (tmp_path / "cache" / name).mkdir(parents=True)
         path = tmp_path / "cache" / name / "tokens.bin"
         path.touch()
@@ -260,7 +261,7 @@ def test_abandoned_preparations_are_removed(
         for entry in (path, path.parent):
             os.utime(entry, (then, then))
     prepare_data(options, tokenizer)
-    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["rows-new.partial"]
+    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["data-new.partial"]
 
 
 def test_files_are_hashed_once(
@@ -304,11 +305,11 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     other_template.chat_template = "{{ messages }}"
     other_eos.eos_token = "a"
     other_vocabulary.add_tokens(["<new>"])
-    changes: dict[str, list[object]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
+    changes: dict[str, list[Any]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
     changes |= {"max_targetless_fraction": [0.2], "tokenizer": [other_template, other_eos, other_vocabulary]}
     assert changes.keys() == {field.name for field in fields(Rendering)}
     renderings = [replace(rendering, **{name: value}) for name, values in changes.items() for value in values]
-    packings = [replace(packing, **{name: value}) for name, value in {"kind": "none", "block_size": 64}.items()]
+    packings = [replace(packing, kind="none"), replace(packing, block_size=64)]
     assert {"kind", "block_size"} == {field.name for field in fields(Packing)}
     keys = [cache_key(source, rendering, packing, 5), cache_key(source, rendering, packing, 6)]
     keys += [cache_key(replace(source, key="changed"), rendering, packing, 5)]
@@ -323,7 +324,7 @@ def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureF
     options = [*map(str, tiny), "--data_cache_dir", str(tmp_path)]
     main([*options, "--global_batch_size", "7"])
     assert "180 documents (text)" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("rows-*/about.json"))) == 1
+    assert len(list(tmp_path.glob("data-*/about.json"))) == 1
     command = [sys.executable, "-m", "data.prepare", *options, "--train_file", f"{tmp_path}/none.txt"]
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2

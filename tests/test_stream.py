@@ -213,5 +213,5 @@ def test_a_row_without_text(
     options = [*tiny, "--train_file", path, "--streaming", "--dataloader_num_workers", 1, "--output_dir", tmp_path]
     assert refused(*options) == f"{path}: line 201 has no text in column text: None\n"
     path = write(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(OptionError, match="no row in 1000 chunks"):
+    with pytest.raises(OptionError, match="no sequence in 1000 chunks"):
         next(steps_of(stream_of(path, tokenizer), 1, []))
