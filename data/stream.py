@@ -1,11 +1,12 @@
 """A stream: sequences that are made during training, for data too large to prepare.
 
-Order. Files are read one after the other, in each pass in another order, which depends on the seed. Within a file, the
-order is unchanged: sequences are not shuffled. The text is cut into chunks of about 64 KiB. A stream has as many lanes
-as a global batch has sequences, and chunk c belongs to lane c modulo that number. A global batch takes one sequence from
-each lane, so its sequences come from distant places. Each chunk is packed by itself, and its last sequence may be short. No token is left out, and none comes twice in a pass. A large .txt file is cut where a chunk ends.
-At the end of a pass, each lane continues with the next one, so a stream has no epochs. Records without text, or without
-a token to train on, are skipped and not counted.
+Order. Each pass reads the files in another order, which depends on the seed. Within a file, the order is unchanged:
+sequences are not shuffled. The text is cut into chunks of about 64 KiB. A stream has lanes, as many as a global batch
+has sequences, and chunk c belongs to lane c modulo that number. A global batch has one sequence of each lane, so its
+sequences come from distant places. Each chunk is packed by itself, and its last sequence may be short. No token is left
+out, and none comes twice in a pass. A large .txt file is cut where a chunk ends. At the end of a pass, each lane
+continues with the next pass, so a stream has no epochs. Records without text or without a token to train on are skipped
+and not counted.
 
 Ranks. A global batch is a function of (seed, step, global batch size) alone. Rank r of N has the lanes r, r + N, and so
 on. Each rank reads all of the text, which is cheap, and tokenizes only the chunks of its lanes, in one process.

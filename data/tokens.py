@@ -1,6 +1,6 @@
-"""From a record to its tokens: what a text or a conversation becomes, and which of its tokens are learned.
+"""From records to tokens: detect the shape, render, tokenize, and mark which tokens are trained on.
 
-Tokens are uint32. The highest bit of one that is given and not learned, such as a user's words, is set.
+Tokens are uint32. The highest bit is set in a masked token, such as one of a user's words.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the records of a source become tokens: their shape, and what decides which tokens they give."""
+    """How the records of a source become tokens."""
 
     shape: str  # text, or one of data.conversations.SHAPES
-    text_column: str  # of the shape text
+    text_column: str  # the column of a text
     block_size: int  # tokens after which a conversation is cut
     max_targetless_fraction: float  # of the records, above which a source is refused
     tokenizer: PreTrainedTokenizerBase
 
     def key(self) -> list[object]:
-        """Its part of the key of prepared data: changes with everything that the tokens depend on."""
+        """Its part of the key of prepared data: everything that the tokens depend on."""
         template, eos = self.tokenizer.chat_template, self.tokenizer.eos_token_id
         vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         facts = [self.shape, self.text_column, self.block_size, self.max_targetless_fraction]
@@ -53,7 +53,7 @@ class Rendering:
 
 
 class Outcome(IntEnum):
-    """What became of a record."""
+    """The result of tokenizing a record."""
 
     FRAGMENT = 0  # tokens of a document that continues in the next record
     DOCUMENT = 1  # tokens, up to the end of a document
@@ -64,39 +64,39 @@ class Outcome(IntEnum):
 
 Encoded = list[tuple[list[int], Outcome]]
 
-"""The tokens of each record, and what became of it."""
+"""The tokens and the outcome of each record."""
 
 
 def document_lengths(lengths: ArrayLike, outcomes: ArrayLike) -> NDArray[np.int64]:
-    """The tokens of each document, of the tokens of each record: the pieces of a large text are one document."""
+    """The tokens of each document, from those of each record: the fragments of a large text are one document."""
     ends = np.asarray(outcomes) != Outcome.FRAGMENT
     return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
 
 
 def detect_shape(source: Source, first: RawRecord | None, data_format: str, objective: str, text_column: str) -> str:
-    """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
+    """The shape of a source's records by the columns of the first one. Raises OptionError."""
     if first is None:
-        raise OptionError(f"{source.name}: it has no records; pass a file or a data set that has")
+        raise OptionError(f"{source.name}: has no records; pass a file or a data set with records")
     columns_of_first = parsed(first)
     fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
     shape = str(next(fitting, "text") if data_format == "auto" else data_format)
     if (shape == "preference") != (objective == "dpo"):
         raise OptionError(
             f"objective {objective}: {source.name} holds records of the shape {shape}\n"
-            "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
+            "dpo trains on pairs (chosen and rejected), sft on other shapes; change --objective or --data_format"
         )
     missing = [column for column in SHAPES.get(shape, (text_column,)) if column not in columns_of_first]
     if missing:
         raise OptionError(
             f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
-            f"column, only {', '.join(columns_of_first)}\ngive --text_column, or --data_format for conversations"
+            f"column, only {', '.join(columns_of_first)}\npass --text_column, or --data_format for conversations"
         )
     return shape
 
 
 def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
-    """A function that makes of records their tokens, and says what became of each."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
+    """A function that tokenizes records. It gives their tokens and outcomes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe, because forked loader workers use no tokenizer
     if rendering.shape == "text":
         return lambda records: _encode_texts(records, rendering)
     if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
@@ -105,7 +105,7 @@ def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
 
 
 def parsed(raw: RawRecord) -> Record:
-    """The columns of a record. Raises OptionError with its place, if it is broken."""
+    """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
     if isinstance(raw.content, dict):
         return raw.content
     try:
@@ -113,14 +113,12 @@ def parsed(raw: RawRecord) -> Record:
     except ValueError as error:
         raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
     if not isinstance(record, dict):
-        raise OptionError(
-            f"{raw.place}: must be an object in braces, and is {raw.content[:100].decode(errors='replace')}"
-        )
+        raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
     return record
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A record as the text that is tokenized; of a pair, the chosen one."""
+    """A record as the text that is tokenized. For a pair, the text with the chosen answer."""
     shape, (record, *_) = unpair(shape, record, place)
     if isinstance(record.get("prompt"), str):
         return f"{record['prompt']}{record.get('completion')}"
@@ -129,7 +127,7 @@ def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokeni
 
 
 def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
-    """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
+    """EOS ends each document. BOS begins it if the tokenizer itself adds one, as those of Llama and Gemma do."""
     tokenizer = rendering.tokenizer
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     eos = [tokenizer.eos_token_id]
@@ -166,7 +164,7 @@ def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Enc
 def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
     if not ids:
         return Outcome.EMPTY
-    if not any(trained_on[1:size]):  # nothing comes before the first token that could predict it
+    if not any(trained_on[1:size]):  # the first token has no token before it that could predict it
         return Outcome.NO_TARGETS
     return Outcome.TRUNCATED if len(ids) > size else Outcome.DOCUMENT
 
@@ -174,9 +172,9 @@ def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
 def _encode_conversation(
     place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and whether each is learned."""
+    """Token ids, and whether each is trained on."""
     if shape == "prompt" and isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        # Plain text, without a template. In two parts, because the prompt will be tokenized alone when it is asked.
+        # Plain text, without a template. The prompt is tokenized alone, as it will be when the model is asked.
         parts = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
         completion = [*parts[1], tokenizer.eos_token_id]
         return parts[0] + completion, [False] * len(parts[0]) + [True] * len(completion)
@@ -188,15 +186,16 @@ def _encode_conversation(
 
 
 def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of the rendered conversation, and whether each is learned: by the template's markers, if it has any.
+    """Token ids of the rendered conversation, and whether each is trained on.
 
-    A token that belongs to an answer with any of its characters is learned.
+    The markers of the chat template decide, or `trained_spans` if it has none. A token is trained on if any of its
+    characters belongs to an answer.
     """
     messages, tools = conversation.messages, conversation.tools
     if not messages:
         return [], []
     if not tokenizer.chat_template:
-        raise OptionError("a conversation, but the tokenizer has no chat template\ngive --chat_template FILE")
+        raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.trained_from:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]

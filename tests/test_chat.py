@@ -1,4 +1,4 @@
-"""Conversations: every shape they come in, and a mask that covers what the model will have to write, and no more."""
+"""Proves data/conversations.py and data/tokens.py: all shapes of conversations, and which tokens are trained on."""
 
 import json
 import re
@@ -85,7 +85,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", [PLAIN, REASONING], ids=["plain", "reasoning"])
 def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
-    """Ids and mask that transformers itself gives for a template with markers, from the template without them."""
+    """A template without markers gives the ids and the mask that transformers gives for the template with them."""
     messages = CONVERSATIONS[name]
     tools = TOOLS if name == "tools" and template == REASONING else None
     if template == PLAIN:
@@ -102,7 +102,7 @@ def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerB
 
 
 def test_what_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Each answer with the token that ends its turn, and nothing that the template writes by itself."""
+    """Each answer is trained on with the token that ends its turn, and nothing else that the template writes."""
     ids, learned = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
     text = tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn])
     assert text == "hello<|im_end|> sure, more\n\n<|im_end|>!<|im_end|>"
@@ -136,7 +136,7 @@ MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
     ],
 )
 def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, record: dict[str, Any]) -> None:
-    """The same conversation in every shape gives the same row; the shape is recognized, and can be forced."""
+    """A conversation gives one and the same sequence in every shape. The shape is detected, and can be forced."""
     data = prepare_records([record], tokenizer, tmp_path)
     assert data.counts["train"].shape == shape
     assert data.packing == "documents"
@@ -146,14 +146,14 @@ def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, 
 
 
 def test_prompt_and_completion_as_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Strings are taken as they are, without a template: the completion is learned, and that it ends."""
+    """Strings are used without a template. The completion and the EOS after it are trained on."""
     data = prepare_records([{"prompt": "one two", "completion": " three"}], tokenizer, tmp_path)
     prompt, completion = tokenizer("one two")["input_ids"], [*tokenizer(" three")["input_ids"], tokenizer.eos_token_id]
     assert rows_of(data) == [(prompt + completion, [False] * len(prompt) + [True] * len(completion))]
 
 
 def test_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """An answer in the prompt is given, with and without markers."""
+    """An answer in the prompt is masked, with and without markers."""
     record = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
     for template in (without_markers(PLAIN), with_markers(PLAIN)):
         tokenizer.chat_template = template
@@ -168,7 +168,7 @@ def test_text_is_learned_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 
 
 def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Cut conversations, such without an answer, such whose answer is beyond the row, and empty ones: each exactly."""
+    """Counts are exact: truncated conversations, empty ones, and those without an answer within block_size."""
     fine, long = {"messages": [user("a"), assistant("b")]}, "word " * 99
     records = [
         *[fine] * 20,
@@ -200,11 +200,11 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
         ({"messages": [assistant(None)]}, "line 2: message 0, of role assistant, has no content"),
         ({"messages": [user("a")], "tools": "{"}, "line 2: tools is not JSON"),
         ({"other": 1}, "line 2: messages must be a list of messages, and is None"),
-        ([1], "line 2: must be an object in braces, and is [1]"),
+        ([1], "line 2: must be a JSON object, not [1]"),
     ],
 )
 def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, record: Any, complaint: str) -> None:
-    """Fault 16: a null or wrongly typed row is an error that names file and row."""
+    """A null or wrongly typed record is an error that names file and record."""
     with pytest.raises(OptionError) as error:
         prepare_records([MESSAGES, record], tokenizer, tmp_path)
     assert f"{tmp_path}/chat.jsonl: {complaint}" in str(error.value)
@@ -214,13 +214,13 @@ def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        (None, "the tokenizer has no chat template\ngive --chat_template FILE"),
+        (None, "the tokenizer has no chat template\npass --chat_template FILE"),
         ("{{ raise_exception('no such role') }}", "it refuses a conversation of user, assistant: no such role"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "it writes nothing after an answer"),
         (
             "{% for m in messages %}{{ m.content if m.content != 'that' else '' }}|{{ messages | length }}{% endfor %}"
             "{% if messages[-1].content == 'that' %}other{% endif %}",
-            "where turn 1 of a conversation begins and ends cannot be told",
+            "cannot find where turn 1 of a conversation begins and ends",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_templates_that_will_not_do(
 
 
 def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """A template whose markers leave out the token that ends a turn would give a model that never stops."""
+    """A template whose markers leave out the token that ends a turn is refused: the model would never stop."""
     marked = (
         with_markers(PLAIN)
         .replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen")
@@ -247,14 +247,14 @@ def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Learned and given tokens are told apart."""
+    """Tokens trained on are green, and masked tokens are gray."""
     text = show_examples(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
     assert f"{GREEN}that<|im_end|>" in text
     assert f"{GRAY}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
 
 
 def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
-    """Through the trainer: the template comes from a file, is exported, and the model stops where answers stopped."""
+    """In a run, the template comes from a file, is exported, and the model stops where answers stopped."""
     (tmp_path / "template.jinja").write_text(without_markers(PLAIN).replace("<|im_end|>", "<eos>"))
     lines = [json.dumps({"messages": [user(f"say {n}"), assistant(str(n))]}) for n in range(200)]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""The ledger shows which rows were learned from: the same on any topology, none lost or repeated by any resume."""
+"""Proves data/ledger.py and train.py: the same sequences on any topology, none lost or repeated by a resume."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_the_same_global_batches(
 
 
 def test_epochs_have_other_orders(one_process: Path) -> None:
-    """Each epoch is a permutation of its own: no step of the second has the rows of its counterpart in the first."""
+    """Each epoch has its own order: no step of the second has the sequences of the same step in the first."""
     steps = read(one_process)
     first, second = ([steps[step + epoch * 17] for step in range(1, 18)] for epoch in (0, 1))
     assert all(rows not in first for rows in second)
@@ -93,7 +93,7 @@ def test_batches_of_a_resumed_run(tiny: list[object], done: int) -> None:
 
 
 def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:
-    """Fault 20: 0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
+    """No sequence is lost or repeated, also in the second epoch and when two ranks become four."""
     for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):
         train_ok(world_size, *tiny, *OPTIONS, "--output_dir", tmp_path, *RESUME, "--max_steps", steps)
         assert len(read(tmp_path)) == steps
@@ -102,7 +102,7 @@ def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_pat
 
 
 def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is right is summed up; what is wrong is named; the exit code tells them apart."""
+    """The command sums up a correct ledger, names the faults of a wrong one, and returns 0 or 1."""
     assert main([str(one_process), str(one_process)]) == 0
     right = capsys.readouterr().out
     assert "40 steps of 48 sequences; 2 whole epochs, each with 816 of 844 sequences exactly once, and 6 steps" in right
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
 
 
 def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:
-    """A copy of a ledger in which each step has the rows that `change` makes of its own; None removes the step."""
+    """A copy of a ledger with the sequences of each step changed by `change`. None removes the step."""
     shutil.copytree(run / "ledger", copy / "ledger")
     path = copy / "ledger" / "rank-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Several sources with weights: the shares are exact, rows are used evenly, and neither ranks nor resumes matter."""
+"""Proves Mixture of data/sequences.py: exact fractions of the sources, evenly used, on any ranks and resumes."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Mixture:
-    """Of the small source, 60% of the rows of an epoch."""
+    """The options of a mixture: 60% of the sequences of an epoch are from the small source."""
     weights = f"{files[0]}=0.4,{files[1]}=0.6"
     data = prepare_data(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
     assert isinstance(data.train, Mixture)
@@ -45,7 +45,7 @@ def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 
 
 def test_shares_and_passes(mixture: Mixture) -> None:
-    """In every epoch the shares are those of the weights; over epochs, a row comes again after all of its source."""
+    """Each epoch has the fractions of the weights. A sequence comes again only after all others of its source."""
     epochs = [mixture.epoch_indices(epoch, 42) for epoch in range(7)]
     large, small = (rows for rows, _ in mixture.sources)
     for numbers in epochs:
@@ -63,7 +63,7 @@ def test_shares_and_passes(mixture: Mixture) -> None:
 
 
 def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
-    """A function of (seed, epoch) alone: nothing is drawn from a state that a resume would have to restore."""
+    """An epoch is a function of (seed, epoch) alone, so a resume has no state to restore."""
     again = Mixture(mixture.parts, [4, 6])
     assert np.array_equal(again.epoch_indices(5, 42), mixture.epoch_indices(5, 42))
     assert not np.array_equal(mixture.epoch_indices(5, 43), mixture.epoch_indices(5, 42))
@@ -73,7 +73,7 @@ def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
 
 
 def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path: Path) -> None:
-    """On one rank, and on two, four and three with resumes in between, in the second epoch too."""
+    """Global batches are the same on one rank, and on two, four and three with resumes, also in the second epoch."""
     options = [*tiny, "--train_file", "", "--train_mixture", f"{files[0]}=0.4,{files[1]}=0.6", "--ledger"]
     options += ["--global_batch_size", 48, "--per_device_train_batch_size", 4]
     options += ["--lr_scheduler_type", "constant_with_warmup"]

@@ -1,4 +1,4 @@
-"""Preparing data: every kind of source, from any place in it, in parallel, cut off and gone on with, never in vain."""
+"""Proves data/cache.py, data/prepare.py, data/sources.py and data/records.py: all sources, in parallel, resumed."""
 
 import copy
 import gzip
@@ -51,13 +51,13 @@ def options(tmp_path: Path) -> Options:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the text were large: a dozen chunks, and progress written after each."""
+    """Make a small text a large one: a dozen chunks, and progress written after each."""
     monkeypatch.setattr("data.cache.CHUNK", 20_000)
     monkeypatch.setattr("data.cache.SYNC", 0.0)
 
 
 def write(path: Path, documents: Sequence[object]) -> Path:
-    """`documents` in the format that the name of `path` says; a .txt file holds them all as one."""
+    """Write `documents` in the format of the name of `path`. A .txt file holds them all as one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
     match path.suffix:
@@ -83,7 +83,7 @@ def test_files_directories_and_globs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One source may be many files of many kinds, in the order of their names, or in that of a list."""
+    """A source may be many files of many kinds, in the order of their names or of a list."""
     names = ("a.jsonl", "b.jsonl.gz", "c/d.jsonl.zst", "c/e.parquet", "f.json")
     files = [write(tmp_path / "text" / name, documents[i * 40 : i * 40 + 40]) for i, name in enumerate(names)]
     (tmp_path / "text" / "notes.md").write_text("not a document")
@@ -100,7 +100,7 @@ def test_files_directories_and_globs(
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
 def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_path: Path, name: str) -> None:
-    """What follows a record is the same, whether one has read up to there or starts there."""
+    """The records after a position are the same, whether reading started there or at the beginning."""
     write(tmp_path / "text" / name, [text + "\nx" * 600 for text in documents])
     write(tmp_path / "text" / f"b{name}", documents[:2])
     options.train_file = str(tmp_path / "text")
@@ -117,7 +117,7 @@ def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_pat
 def test_a_row_without_text(
     options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, value: object
 ) -> None:
-    """Fault 16: a null or wrongly typed row is an error that names file and row; and nothing of it is kept."""
+    """A null or wrongly typed text is an error that names file and record, and leaves nothing in the cache."""
     path, texts = tmp_path / name, ["a"] * 150
     write(path, [*texts, value] if value is None or path.suffix != ".parquet" else [value])
     row = 1 if value and path.suffix == ".parquet" else 151  # a column of .parquet has one type
@@ -148,7 +148,7 @@ def test_damaged_files(options: Options, tokenizer: PreTrainedTokenizerBase, tmp
 
 @pytest.mark.parametrize("packing", ["concat", "documents", "none"])
 def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, packing: str) -> None:
-    """Fault 17: a document of 100 times the block length is cut into rows, and no token of it is lost."""
+    """A document of 100 times block_size is cut into sequences, and none of its tokens is lost."""
     text = " ".join(f"{number}" for number in range(2000))
     expected = expected_tokens(tokenizer, [text])
     assert len(expected) > 100 * 32
@@ -166,7 +166,7 @@ def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, t
 def test_workers_do_not_matter(
     options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path, small_chunks: None
 ) -> None:
-    """The same rows and the same fingerprint, however many processes tokenize."""
+    """Sequences and fingerprint do not depend on the number of processes."""
     options.train_file = str(train_file)
     prepared = []
     for workers in (1, 2, 3):
@@ -179,7 +179,7 @@ def test_workers_do_not_matter(
 def test_the_first_bad_row_is_named(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path, small_chunks: None
 ) -> None:
-    """Of several bad rows the first, whichever process meets one first."""
+    """The error names the first bad record, even if another process meets another one earlier."""
     path = write(tmp_path / "text.jsonl", documents)
     path.write_text(path.read_text() + '{"text": 1}\n' + path.read_text() + '{"text": 2}\n' * 9)
     options.train_file, options.preprocessing_num_workers = str(path), 3
@@ -188,7 +188,7 @@ def test_the_first_bad_row_is_named(
 
 
 def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Prepare in a process that a test will kill; reading takes long enough for that."""
+    """Prepare in a process that a test will kill. Reading is slow enough for that."""
 
     def read_slowly(source: Source, start: Position = START) -> Iterator[RawRecord]:
         for record in read(source, start):
@@ -200,7 +200,7 @@ def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def runs(process: str) -> bool:
-    """Whether a process still does something: one that has ended may wait for its parent as a zombie."""
+    """Whether a process still runs. An ended process may remain as a zombie until its parent waits for it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -215,7 +215,7 @@ def test_killed_and_gone_on_with(
     small_chunks: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL of a preparation: its processes end, the next one goes on where it was, and the rows are the same."""
+    """After SIGKILL, the workers end, the next preparation resumes where it stopped, and the sequences are the same."""
     options.train_file, options.preprocessing_num_workers = str(train_file), 2
     process = multiprocessing.get_context("fork").Process(target=slowly, args=(options, tokenizer))
     process.start()
@@ -251,7 +251,7 @@ def test_killed_and_gone_on_with(
 def test_abandoned_preparations_are_removed(
     options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path
 ) -> None:
-    """What was cut off goes, a week after the last that was done there."""
+    """An interrupted preparation is removed a week after its last change."""
     options.train_file = str(train_file)
     for name, age in (("data-old.partial", 8), ("data-new.partial", 6)):
         (tmp_path / "cache" / name).mkdir(parents=True)
@@ -271,7 +271,7 @@ def test_files_are_hashed_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A start does not read a file again whose status is the same; a change is seen, even with its time set back."""
+    """A file with an unchanged status is not read again. A change is seen, even if its time is set back."""
     path = tmp_path / "text.jsonl"
     path.write_bytes(train_file.read_bytes())
     options.train_file = str(path)
@@ -298,7 +298,7 @@ def test_files_are_hashed_once(
 
 
 def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Another value of any field of what is read, how it is rendered and packed, or the split is another key."""
+    """The key changes with the content, each field of Rendering and of Packing, and the held-out percentage."""
     source = Source("text", "content")
     rendering, packing = Rendering("text", "text", 32, 0.1, tokenizer), Packing("concat", 32)
     other_template, other_eos, other_vocabulary = (copy.deepcopy(tokenizer) for _ in range(3))
@@ -320,7 +320,7 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the options of a run, it prepares what that run will use; what is wrong is said as train.py says it."""
+    """With the options of a run, the command prepares what the run will use. It reports errors as train.py does."""
     options = [*map(str, tiny), "--data_cache_dir", str(tmp_path)]
     main([*options, "--global_batch_size", "7"])
     assert "180 documents (text)" in capsys.readouterr().out
@@ -335,7 +335,7 @@ def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """Ten times the text takes no more memory: the largest process stays within 40 MiB. It shows its progress."""
+    """Ten times the text takes at most 40 MiB more memory in the largest process."""
     costs = []
     for megabytes in (8, 80):
         generate(tmp_path / f"{megabytes}.jsonl", megabytes)

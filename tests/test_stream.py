@@ -1,4 +1,4 @@
-"""--streaming: nothing is lost or repeated, and neither ranks nor resumes matter."""
+"""Proves data/stream.py: no token lost or repeated, on any number of ranks and after any resume."""
 
 import json
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the text were large: tens of chunks."""
+    """Make a small text a large one: tens of chunks."""
     monkeypatch.setattr("data.stream.CHUNK", 2000)
 
 
 @pytest.fixture
 def folder(documents: list[str], tmp_path: Path) -> Path:
-    """Documents of some hundred words in files of several kinds."""
+    """Documents of a few hundred words in files of several kinds."""
     parts = {"a.jsonl": documents[:80], "b.jsonl.gz": documents[80:120], "c.parquet": documents[120:]}
     for name, texts in parts.items():
         write(tmp_path / "text" / name, texts)
@@ -77,7 +77,7 @@ def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
 def test_nothing_is_lost_or_repeated(
     folder: Path, tokenizer: PreTrainedTokenizerBase, documents: list[str], packing: str
 ) -> None:
-    """The rows of a pass hold every token of every document once; and of the next pass again, in another order."""
+    """Each pass has every token of every document once, and the next pass has another order."""
     stream = stream_of(folder, tokenizer, packing=packing)
     passes: dict[int, list[Sequence]] = {}
     for step in steps_of(stream, 1, []):
@@ -95,7 +95,7 @@ def test_nothing_is_lost_or_repeated(
 
 
 def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The pieces in which a .txt file is read are one document where they stand in one chunk."""
+    """The fragments of a .txt file are one document if they are in one chunk."""
     monkeypatch.setattr("data.stream.CHUNK", 1 << 16)
     path = tmp_path / "large.txt"
     path.write_text("one two\n" * 6000)
@@ -108,7 +108,7 @@ def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.Mo
 def test_concat_keeps_the_order_of_the_text(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """Put into the order of their numbers, the rows of one file are its text."""
+    """Sorted by their numbers, the sequences of a file are its text."""
     path = write(tmp_path / "a.jsonl", documents)
     rows: list[Sequence] = []
     for step in steps_of(stream_of(path, tokenizer), 1, []):
@@ -121,7 +121,7 @@ def test_concat_keeps_the_order_of_the_text(
 
 @pytest.mark.parametrize("packing", ["concat", "documents"])
 def test_ranks_and_resumes_do_not_matter(folder: Path, tokenizer: PreTrainedTokenizerBase, packing: str) -> None:
-    """The same global batches on any number of ranks, from the beginning and from any step, into the next passes."""
+    """Global batches are the same on any number of ranks, from the start and from any step, also in later passes."""
     stream = stream_of(folder, tokenizer, packing=packing)
     reference = list(islice(steps_of(stream, 1, []), 330))
     assert reference[-30][0].cursor[0] > 0
@@ -135,7 +135,7 @@ def test_ranks_and_resumes_do_not_matter(folder: Path, tokenizer: PreTrainedToke
 def test_a_resume_reads_on_from_there(
     folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies before the first chunk that a lane is in is not read again."""
+    """A resume does not read what is before the first chunk that a lane is in."""
     stream = stream_of(folder, tokenizer)
     (reached,) = islice(steps_of(stream, 1, []), 120, 121)
     starts = []
@@ -162,7 +162,7 @@ def test_a_resume_reads_on_from_there(
 def test_training(
     tiny: list[object], folder: Path, tmp_path: Path, turns: list[tuple[int, int, tuple[str, ...]]]
 ) -> None:
-    """One run without a break, and one on two, three and one ranks in turn: the same global batches and losses."""
+    """An uninterrupted run and a run on two, three and one ranks in turn have the same global batches and losses."""
     options = [*tiny, "--train_file", folder, "--streaming", "--validation_file", folder / "a.jsonl", "--ledger"]
     options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2]
     options += ["--lr_scheduler_type", "constant_with_warmup"]
@@ -184,7 +184,7 @@ def test_training(
 
 
 def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fault 21: a stream is not read before it is learned from; that it changed shows in sizes and times."""
+    """A stream is not read before training. A change shows in the sizes and times of its files."""
     options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32)
     options.data_cache_dir = str(folder.parent / "cache")
     before = prepare_data(options, tokenizer).fingerprint
@@ -194,7 +194,7 @@ def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """--dataset_name streams through `datasets`, and holds its own validation split out."""
+    """--dataset_name streams through `datasets`, and resumes on another number of ranks."""
     write(tmp_path / "set" / "train.jsonl", documents[:150])
     write(tmp_path / "set" / "validation.jsonl", documents[150:])
     stream = stream_of(tmp_path / "set", tokenizer, train_file=None, dataset_name=str(tmp_path / "set"))
@@ -206,7 +206,7 @@ def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tm
 def test_a_row_without_text(
     tiny: list[object], tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """Fault 16: also where it is met in the middle of training, and in the process of a loader."""
+    """A record without text is an error that names it, also in the middle of training and in a loader process."""
     path = write(tmp_path / "a.jsonl", [*documents, None])
     with pytest.raises(OptionError, match=f"{path}: line 201 has no text"):
         list(islice(steps_of(stream_of(path, tokenizer), 1, []), 2000))
