@@ -45,7 +45,7 @@ class Conversation:
 def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
     """The conversations of a record, and their shape: the record itself, or the chosen and the rejected one of a pair.
 
-    Those of a pair have the shape "prompt", so their common prompt is masked. If they are lists of messages and the
+    Both of a pair have the shape "prompt", so their common prompt is masked. If they are lists of messages and the
     prompt is no such list, the prompt is their common beginning. Raises OptionError with the `place` of the record.
     """
     if shape != "preference":

@@ -28,7 +28,7 @@ def make_loader(
     return DataLoader(
         sequences,
         batch_sampler=batches,  # torch accepts any iterable of lists
-        batch_size=1 if batches else options.per_device_train_batch_size,  # torch demands 1 beside a batch_sampler
+        batch_size=1 if batches else options.per_device_train_batch_size,  # torch demands 1 with a batch_sampler
         collate_fn={
             "sft": partial(collate, padded_length=sequences.padded_length),
             "dpo": partial(collate_pairs, reference=sequences.reference),

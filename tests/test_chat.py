@@ -17,8 +17,8 @@ from data.tokens import encode_messages
 from tests.launch import train_ok
 from tests.world import PLAIN, with_markers, without_markers
 
-# Like those of reasoning models: the last answer shows its reasoning, and earlier ones have lost it; an answer is
-# trimmed; tools are described first, called after the answer, and their results are a user's turn.
+# A template like those of reasoning models. The last answer shows its reasoning, earlier answers do not. An answer is
+# trimmed. Tools are described first and called after the answer, and their results are a user's turn.
 REASONING = r"""
 {%- set last = namespace(question=0) %}
 {%- for message in messages if message.role == 'user' %}
@@ -93,18 +93,18 @@ def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerB
     tokenizer.chat_template = with_markers(template)
     marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
     conversation = Conversation(messages, tools)
-    ids, learned = encode_messages(conversation, tokenizer)
-    assert (ids, learned) == (marked["input_ids"], [mask == 1 for mask in marked["assistant_masks"]])
-    assert 0 < sum(learned) < len(ids)
+    ids, trained_on = encode_messages(conversation, tokenizer)
+    assert (ids, trained_on) == (marked["input_ids"], [mask == 1 for mask in marked["assistant_masks"]])
+    assert 0 < sum(trained_on) < len(ids)
     tokenizer.chat_template = without_markers(template)
-    assert encode_messages(conversation, tokenizer) == (ids, learned)
+    assert encode_messages(conversation, tokenizer) == (ids, trained_on)
     assert tokenizer.apply_chat_template(messages, tools, return_dict=True)["input_ids"] == ids
 
 
 def test_what_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     """Each answer is trained on with the token that ends its turn, and nothing else that the template writes."""
-    ids, learned = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
-    text = tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn])
+    ids, trained_on = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
+    text = tokenizer.decode([token for token, trained in zip(ids, trained_on, strict=True) if trained])
     assert text == "hello<|im_end|> sure, more\n\n<|im_end|>!<|im_end|>"
 
 
@@ -118,8 +118,8 @@ def prepare_records(
 
 
 def rows_of(data: Data) -> list[tuple[list[int], list[bool]]]:
-    rows = (data.train[index] for index in range(len(data.train)))
-    return [(row.tokens.tolist(), row.trained_on.tolist()) for row in rows]
+    sequences = (data.train[index] for index in range(len(data.train)))
+    return [(sequence.tokens.tolist(), sequence.trained_on.tolist()) for sequence in sequences]
 
 
 MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
@@ -157,14 +157,17 @@ def test_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerBase, tmp_
     record = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
     for template in (without_markers(PLAIN), with_markers(PLAIN)):
         tokenizer.chat_template = template
-        ((ids, learned),) = rows_of(prepare_records([record], tokenizer, tmp_path))
-        assert tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn]) == "d<|im_end|>"
+        ((ids, trained_on),) = rows_of(prepare_records([record], tokenizer, tmp_path))
+        assert (
+            tokenizer.decode([token for token, trained in zip(ids, trained_on, strict=True) if trained])
+            == "d<|im_end|>"
+        )
 
 
 def test_text_is_learned_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = prepare_records([{"text": "one two three"}] * 9, tokenizer, tmp_path, block_size=8)
     assert (data.counts["train"].shape, data.packing, data.stop_tokens) == ("text", "concat", [tokenizer.eos_token_id])
-    assert all(all(learned) for _, learned in rows_of(data))
+    assert all(all(trained_on) for _, trained_on in rows_of(data))
 
 
 def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert (counts.documents, counts.cut_documents) == (21, 1)
     assert (counts.targetless_documents, counts.empty_documents) == (2, 1)
     assert counts.tokens == sum(len(tokens) for tokens, _ in rows_of(data))
-    assert counts.trained_tokens == sum(sum(learned) for _, learned in rows_of(data))
+    assert counts.trained_tokens == sum(sum(trained_on) for _, trained_on in rows_of(data))
     assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(OptionError) as error:
         prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08)

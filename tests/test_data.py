@@ -35,9 +35,9 @@ def options(tmp_path: Path) -> Options:
     return Options(data_cache_dir=str(tmp_path / "cache"), block_size=32, validation_split_percentage=0)
 
 
-def tokens_of(rows: PreparedDataset | Mixture | StreamingDataset | None) -> list[int]:
-    assert isinstance(rows, PreparedDataset | Mixture)
-    return [int(token) for index in range(len(rows)) for token in rows[index].tokens]
+def tokens_of(sequences: PreparedDataset | Mixture | StreamingDataset | None) -> list[int]:
+    assert isinstance(sequences, PreparedDataset | Mixture)
+    return [int(token) for index in range(len(sequences)) for token in sequences[index].tokens]
 
 
 def expected_tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[int]:
@@ -90,8 +90,8 @@ def test_data_set_directory(
     write(directory / "validation.jsonl", documents[150:])
     options.dataset_name = str(directory)
     data = prepare_data(options, tokenizer)
-    for rows, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
-        tokens = tokens_of(rows)
+    for sequences, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
+        tokens = tokens_of(sequences)
         assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
 
 
@@ -113,12 +113,12 @@ def test_packing_none(
     documents = [*documents, " ".join(documents) * 3]
     options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
     data = prepare_data(options, tokenizer)
-    rows = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
+    sequences = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
     for text in documents:
         tokens = expected_tokens(tokenizer, [text])
         for start in range(0, len(tokens), 32):
-            assert next(rows) == tokens[start : start + 32]
-    assert next(rows, None) is None
+            assert next(sequences) == tokens[start : start + 32]
+    assert next(sequences, None) is None
     assert data.counts["train"].dropped_tokens == 0
 
 
@@ -129,13 +129,13 @@ def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizer
     path.write_bytes(text.encode())
     options.train_file = str(path)
     (source,), _ = find_sources(options)
-    pieces = list(read(source))
-    assert len(pieces) > 5
-    texts = [cast(Any, piece.content)["text"] for piece in pieces]
+    fragments = list(read(source))
+    assert len(fragments) > 5
+    texts = [cast(Any, fragment.content)["text"] for fragment in fragments]
     assert max(map(len, texts)) < 2 * FRAGMENT
     assert "".join(texts) == text
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [fragment.begins for fragment in fragments] == [True] + [False] * (len(fragments) - 1)
+    assert [fragment.ends for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
     tokens = tokens_of(prepare_data(options, tokenizer).train)
     assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
 
@@ -228,13 +228,15 @@ def test_cache_is_keyed_by_content(
     assert entries() == 3
 
 
-def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: int, steps: int) -> Iterator[list[int]]:
+def global_batches(
+    sequences: int, world_size: int, micro_batch: int, accumulation: int, steps: int
+) -> Iterator[list[int]]:
     """The sequences of each step, gathered from all ranks as train.py distributes them."""
     for step in range(steps):
         batch = []
         for rank in range(world_size):
             sampler: Any = DistributedSampler(
-                cast(Any, range(rows)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
+                cast(Any, range(sequences)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
             )
             first = step * accumulation
             for indices in micro_batches(list(sampler), micro_batch, first, first + accumulation):
@@ -245,18 +247,18 @@ def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: i
 def test_global_batch_does_not_depend_on_ranks() -> None:
     """101 sequences are the same 8 global batches of 12 on any number of ranks. The last 5 are left over."""
     reference = list(global_batches(101, 1, 12, 1, steps=8))
-    assert len({row for batch in reference for row in batch}) == 8 * 12, "no row twice in an epoch"
+    assert len({sequence for batch in reference for sequence in batch}) == 8 * 12, "no sequence twice in an epoch"
     for world_size, micro_batch, accumulation in ((1, 3, 4), (2, 6, 1), (2, 2, 3), (3, 2, 2), (4, 3, 1), (4, 1, 3)):
         assert list(global_batches(101, world_size, micro_batch, accumulation, steps=8)) == reference
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("rows", [1, 2, 5, 23, 24])
+@pytest.mark.parametrize("sequences", [1, 2, 5, 23, 24])
 @pytest.mark.parametrize("size", [1, 4])
-def test_validation_rows_count_once(world_size: int, rows: int, size: int) -> None:
+def test_validation_rows_count_once(world_size: int, sequences: int, size: int) -> None:
     """Each sequence is on one rank, and all ranks have the same number of forwards."""
-    batches = [validation_batches(rows, rank, world_size, size) for rank in range(world_size)]
-    assert sorted(row for rank in batches for batch in rank for row in batch) == list(range(rows))
+    batches = [validation_batches(sequences, rank, world_size, size) for rank in range(world_size)]
+    assert sorted(sequence for rank in batches for batch in rank for sequence in batch) == list(range(sequences))
     assert len({len(rank) for rank in batches}) == 1
     assert max(len(batch) for rank in batches for batch in rank) <= size
 

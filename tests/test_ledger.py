@@ -56,9 +56,9 @@ def test_epochs_have_other_orders(one_process: Path) -> None:
     """Each epoch has its own order: no step of the second has the sequences of the same step in the first."""
     steps = read(one_process)
     first, second = ([steps[step + epoch * 17] for step in range(1, 18)] for epoch in (0, 1))
-    assert all(rows not in first for rows in second)
-    used = [{row for rows in epoch for row in rows} for epoch in (first, second)]
-    assert [len(rows) for rows in used] == [17 * 48] * 2
+    assert all(sequences not in first for sequences in second)
+    used = [{sequence for sequences in epoch for sequence in sequences} for epoch in (first, second)]
+    assert [len(sequences) for sequences in used] == [17 * 48] * 2
 
 
 def batches(tiny: list[object], rank: int = 0, world_size: int = 1, done: int = 0, end: int = 40) -> list[list[int]]:
@@ -107,7 +107,7 @@ def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFi
     right = capsys.readouterr().out
     assert "40 steps of 48 sequences; 2 whole epochs, each with 816 of 844 sequences exactly once, and 6 steps" in right
     assert "the same global batches in all 40 steps of both" in right
-    wrong = changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else [])
+    wrong = changed(one_process, tmp_path, lambda step, sequences: sequences if step != 5 else [])
     assert main([str(wrong)]) == 1
     assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 sequences, not 48", "1 problems"]
     assert main([str(tmp_path / "nothing")]) == 2
@@ -115,15 +115,17 @@ def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
     first = read(one_process)[1]
-    again = changed(one_process, tmp_path / "again", lambda step, rows: [*first] if step == 2 else rows)
+    again = changed(one_process, tmp_path / "again", lambda step, sequences: [*first] if step == 2 else sequences)
     assert f"sequence {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
     assert differences(again, one_process) == [f"step 2: other sequences than in {one_process}"]
-    short = changed(one_process, tmp_path / "short", lambda step, rows: rows[1:] if step == 9 else rows)
+    short = changed(one_process, tmp_path / "short", lambda step, sequences: sequences[1:] if step == 9 else sequences)
     assert problems(short) == ["step 9 has 47 sequences, not 48"]
-    lost = changed(one_process, tmp_path / "lost", lambda step, rows: None if step == 6 else rows)
+    lost = changed(one_process, tmp_path / "lost", lambda step, sequences: None if step == 6 else sequences)
     assert problems(lost) == ["steps [6] are missing"]
     other = changed(
-        one_process, tmp_path / "other", lambda step, rows: [(*row[:2], "0") for row in rows] if step == 20 else rows
+        one_process,
+        tmp_path / "other",
+        lambda step, sequences: [(*sequence[:2], "0") for sequence in sequences] if step == 20 else sequences,
     )
     assert len(problems(other)) > 40
     assert "has other tokens than before" in problems(other)[0]

@@ -47,17 +47,17 @@ def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 def test_shares_and_passes(mixture: Mixture) -> None:
     """Each epoch has the fractions of the weights. A sequence comes again only after all others of its source."""
     epochs = [mixture.epoch_indices(epoch, 42) for epoch in range(7)]
-    large, small = (rows for rows, _ in mixture.sources)
+    large, small = (sequences for sequences, _ in mixture.sources)
     for numbers in epochs:
         assert len(numbers) == len(mixture) == large + small
         assert abs((numbers >= large).mean() - 0.6) < 1 / len(mixture)
-    for drawn, rows in (
+    for drawn, sequences in (
         (np.concatenate([numbers[numbers < large] for numbers in epochs]), range(large)),
         (np.concatenate([numbers[numbers >= large] for numbers in epochs]), range(large, large + small)),
     ):
-        passes = [drawn[start : start + len(rows)].tolist() for start in range(0, len(drawn), len(rows))]
+        passes = [drawn[start : start + len(sequences)].tolist() for start in range(0, len(drawn), len(sequences))]
         assert len(passes) > 2
-        assert all(sorted(order) == list(rows) for order in passes[:-1])
+        assert all(sorted(order) == list(sequences) for order in passes[:-1])
         assert len(set(passes[-1])) == len(passes[-1])
         assert passes[0] != passes[1]
 
@@ -86,7 +86,7 @@ def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path
     assert differences(tmp_path / "one", tmp_path / "many") == []
     path = tmp_path / "many" / "ledger" / "about.json"
     about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"sources": [[rows, rows] for rows, _ in about["sources"]]}))
+    path.write_text(json.dumps(about | {"sources": [[sequences, sequences] for sequences, _ in about["sources"]]}))
     assert "of the same epoch" in problems(tmp_path / "many")[0], "the small source comes more than once"
 
 

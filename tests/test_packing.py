@@ -42,8 +42,8 @@ def test_no_token_is_lost(packing: str) -> None:
     lengths = np.concatenate([ragged_lengths(300), [0, 25_600, 1, 256, 257]])
     packed = pack(Packing(packing, 256), lengths)
     sizes = packed.segments[:, 1] - packed.segments[:, 0]
-    rows = np.add.reduceat(sizes, packed.first_segments[:-1])
-    assert rows.max() <= 256
+    sequences = np.add.reduceat(sizes, packed.first_segments[:-1])
+    assert sequences.max() <= 256
     assert sizes.min() > 0
     used = np.zeros(lengths.sum(), np.int64)
     for start, end in packed.segments:
@@ -62,7 +62,7 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> No
     lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
     parts = list(pack_in_parts(Packing("concat", 256), lengths))
     whole = pack(Packing("concat", 256), lengths)
-    assert [piece for part in parts for piece in part.segments.tolist()] == whole.segments.tolist()
+    assert [segment for part in parts for segment in part.segments.tolist()] == whole.segments.tolist()
     assert sum(len(part.first_segments) - 1 for part in parts) == len(whole.first_segments) - 1 == tokens // 256
     assert len(parts) == -(-tokens // (256 * 3))
 
@@ -74,9 +74,9 @@ def tokens_of_documents(lengths: list[int], vocabulary: int) -> list[Tensor]:
 
 def packed_row(documents: list[Tensor], number: int = 0) -> Sequence:
     tokens = torch.cat(documents)
-    learned = torch.ones_like(tokens, dtype=torch.bool)
-    learned[1:3] = False  # a question, say
-    return Sequence(number, tokens, learned, [len(document) for document in documents])
+    trained_on = torch.ones_like(tokens, dtype=torch.bool)
+    trained_on[1:3] = False  # a question, say
+    return Sequence(number, tokens, trained_on, [len(document) for document in documents])
 
 
 def loss_and_gradient(
@@ -103,15 +103,15 @@ def sliding_model() -> PreTrainedModel:
 def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """A micro-batch of two packed sequences, and each of their documents as a micro-batch of its own."""
     documents = tokens_of_documents([17, 30, 1, 9, 25, 31], 384)
-    rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
+    sequences = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
     alone = []
-    for row in rows:
+    for sequence in sequences:
         start = 0
-        for length in row.segment_lengths:
+        for length in sequence.segment_lengths:
             part = slice(start, start + length)
-            alone.append(collate([Sequence(0, row.tokens[part], row.trained_on[part], [length])]))
+            alone.append(collate([Sequence(0, sequence.tokens[part], sequence.trained_on[part], [length])]))
             start += length
-    return collate(rows, padded_length=64), alone
+    return collate(sequences, padded_length=64), alone
 
 
 @pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])

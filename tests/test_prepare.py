@@ -153,14 +153,14 @@ def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, t
     expected = expected_tokens(tokenizer, [text])
     assert len(expected) > 100 * 32
     options.train_file, options.packing = str(write(tmp_path / "long.jsonl", [text])), packing  # type: ignore[assignment]
-    rows = prepare_data(options, tokenizer)
-    dropped = rows.counts["train"].dropped_tokens
+    prepared = prepare_data(options, tokenizer)
+    dropped = prepared.counts["train"].dropped_tokens
     assert dropped == (len(expected) % 32 if packing == "concat" else 0)
-    pieces = sorted(map(tuple, rows.train.segments.tolist()))  # type: ignore[union-attr]
-    assert pieces[0][0] == 0
-    assert [end for _, end in pieces[:-1]] == [start for start, _ in pieces[1:]]
-    assert pieces[-1][1] == len(expected) - dropped
-    assert sorted(tokens_of(rows.train)) == sorted(expected[: len(expected) - dropped])
+    segments = sorted(map(tuple, prepared.train.segments.tolist()))  # type: ignore[union-attr]
+    assert segments[0][0] == 0
+    assert [end for _, end in segments[:-1]] == [start for start, _ in segments[1:]]
+    assert segments[-1][1] == len(expected) - dropped
+    assert sorted(tokens_of(prepared.train)) == sorted(expected[: len(expected) - dropped])
 
 
 def test_workers_do_not_matter(

@@ -58,10 +58,10 @@ def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: obje
 
 def steps_of(stream: StreamingDataset, world_size: int, cursor: Cursor) -> Iterator[list[Sequence]]:
     """The global batches after a cursor, gathered from all ranks, in the order of lanes."""
-    shares = [iter(stream.shard(rank, world_size, LANES, cursor)) for rank in range(world_size)]
+    streams = [iter(stream.shard(rank, world_size, LANES, cursor)) for rank in range(world_size)]
     while True:
-        rows = [row for share in shares for row in islice(share, LANES // world_size)]
-        yield sorted(rows, key=lambda row: row.cursor[4] % LANES)
+        sequences = [sequence for stream_of_rank in streams for sequence in islice(stream_of_rank, LANES // world_size)]
+        yield sorted(sequences, key=lambda sequence: sequence.cursor[4] % LANES)
 
 
 def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
@@ -81,16 +81,19 @@ def test_nothing_is_lost_or_repeated(
     stream = stream_of(folder, tokenizer, packing=packing)
     passes: dict[int, list[Sequence]] = {}
     for step in steps_of(stream, 1, []):
-        for row in step:
-            passes.setdefault(row.cursor[0], []).append(row)
-        if min(row.cursor[0] for row in step) == 2:
+        for sequence in step:
+            passes.setdefault(sequence.cursor[0], []).append(sequence)
+        if min(sequence.cursor[0] for sequence in step) == 2:
             break
     expected = sorted(expected_tokens(tokenizer, documents))
-    for rows in (passes[0], passes[1]):
-        assert len({row.number for row in rows}) == len(rows)
-        assert sorted(torch.cat([row.tokens for row in rows]).tolist()) == expected
-        assert all(len(row.tokens) <= 32 for row in rows)
-    orders = [[row.cursor[1:4] for row in sorted(passes[epoch], key=lambda row: row.number)] for epoch in (0, 1)]
+    for sequences in (passes[0], passes[1]):
+        assert len({sequence.number for sequence in sequences}) == len(sequences)
+        assert sorted(torch.cat([sequence.tokens for sequence in sequences]).tolist()) == expected
+        assert all(len(sequence.tokens) <= 32 for sequence in sequences)
+    orders = [
+        [sequence.cursor[1:4] for sequence in sorted(passes[epoch], key=lambda sequence: sequence.number)]
+        for epoch in (0, 1)
+    ]
     assert orders[0] != orders[1] or packing != "concat"
 
 
@@ -100,9 +103,11 @@ def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.Mo
     path = tmp_path / "large.txt"
     path.write_text("one two\n" * 6000)
     stream = stream_of(path, tokenizer, packing="none")
-    rows = [row for row in islice(stream.shard(0, 1, 1, []), 10_000) if row.cursor[0] == 0]
-    assert [len(row.tokens) for row in rows[:-1]] == [32] * (len(rows) - 1)
-    assert torch.cat([row.tokens for row in rows]).tolist() == expected_tokens(tokenizer, [path.read_text()])
+    sequences = [sequence for sequence in islice(stream.shard(0, 1, 1, []), 10_000) if sequence.cursor[0] == 0]
+    assert [len(sequence.tokens) for sequence in sequences[:-1]] == [32] * (len(sequences) - 1)
+    assert torch.cat([sequence.tokens for sequence in sequences]).tolist() == expected_tokens(
+        tokenizer, [path.read_text()]
+    )
 
 
 def test_concat_keeps_the_order_of_the_text(
@@ -110,12 +115,12 @@ def test_concat_keeps_the_order_of_the_text(
 ) -> None:
     """Sorted by their numbers, the sequences of a file are its text."""
     path = write(tmp_path / "a.jsonl", documents)
-    rows: list[Sequence] = []
+    sequences: list[Sequence] = []
     for step in steps_of(stream_of(path, tokenizer), 1, []):
-        rows += [row for row in step if row.cursor[0] == 0]
-        if min(row.cursor[0] for row in step) == 1:
+        sequences += [sequence for sequence in step if sequence.cursor[0] == 0]
+        if min(sequence.cursor[0] for sequence in step) == 1:
             break
-    tokens = torch.cat([row.tokens for row in sorted(rows, key=lambda row: row.number)])
+    tokens = torch.cat([sequence.tokens for sequence in sorted(sequences, key=lambda sequence: sequence.number)])
     assert tokens.tolist() == expected_tokens(tokenizer, documents)
 
 
@@ -128,7 +133,7 @@ def test_ranks_and_resumes_do_not_matter(folder: Path, tokenizer: PreTrainedToke
     for world_size in (2, 3, 6):
         assert all(map(same, islice(steps_of(stream, world_size, []), 330), reference))
     for world_size, done in ((1, 1), (2, 17), (3, 100), (6, 101), (2, 320)):
-        cursor = [list(row.cursor) for row in reference[done - 1]]
+        cursor = [list(sequence.cursor) for sequence in reference[done - 1]]
         assert all(map(same, islice(steps_of(stream, world_size, cursor), 10), reference[done:])), done
 
 
@@ -145,7 +150,7 @@ def test_a_resume_reads_on_from_there(
         return data.records.read(source, start)  # type: ignore[arg-type]
 
     monkeypatch.setattr("data.stream.read", read_noting)
-    cursor = [list(row.cursor) for row in reached]
+    cursor = [list(sequence.cursor) for sequence in reached]
     next(steps_of(stream, 1, cursor))
     first = min(cursor, key=lambda one: one[4])
     assert starts[0] == tuple(first[1:4]) != (0, 0, 0)
@@ -174,7 +179,7 @@ def test_training(
     assert problems(tmp_path / "one") == problems(tmp_path / "many") == []
     assert differences(tmp_path / "one", tmp_path / "many") == []
     losses = [
-        [row["loss"] for row in read_records(tmp_path / run / "metrics.jsonl") if "loss" in row]
+        [record["loss"] for record in read_records(tmp_path / run / "metrics.jsonl") if "loss" in record]
         for run in ("one", "many")
     ]
     assert len(losses[0]) == 20
@@ -199,7 +204,7 @@ def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tm
     write(tmp_path / "set" / "validation.jsonl", documents[150:])
     stream = stream_of(tmp_path / "set", tokenizer, train_file=None, dataset_name=str(tmp_path / "set"))
     reference = list(islice(steps_of(stream, 1, []), 60))
-    cursor = [list(row.cursor) for row in reference[29]]
+    cursor = [list(sequence.cursor) for sequence in reference[29]]
     assert all(map(same, islice(steps_of(stream, 2, cursor), 30), reference[30:]))
 
 

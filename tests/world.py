@@ -14,7 +14,7 @@ from tests.launch import ROOT
 
 VOCABULARY = 384
 
-# A chat template. BEGIN and END stand where markers may say what the assistant says.
+# A chat template. BEGIN and END are replaced by markers around the assistant's words, or by nothing.
 PLAIN = r"""
 {%- for message in messages %}
   {{- '<|im_start|>' + message.role + '\n' }}
