@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 
 import transformers
@@ -56,11 +57,7 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     wait for the lock without a time limit, and then read what it wrote.
     """
     assert options.block_size
-    block_size, cache, workers = (
-        options.block_size,
-        cache_directory(options.data_cache_dir),
-        options.preprocessing_num_workers,
-    )
+    block_size = options.block_size
 
     def rendering_of(source: Source) -> Rendering:
         first = next(read(source), None)
@@ -71,21 +68,18 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     renderings = [rendering_of(source) for source in sources]
     kinds = {options.packing or DEFAULT_PACKING.get(rendering.shape, "documents") for rendering in renderings}
     if len(kinds) > 1:
-        raise OptionError(
-            "train_mixture: its conversations and texts have different defaults of packing; pass --packing"
-        )
+        raise OptionError("train_mixture: conversations and texts have different defaults of packing; pass --packing")
     packing = Packing(kinds.pop(), block_size)
     name = options.tokenizer_name or tokenizer.name_or_path or "embedded"
     name = f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}"
-    if options.streaming:
-        validation = prepare_source(held_out, rendering_of(held_out), packing, 0, cache, workers) if held_out else None
-        return _stream(name, sources[0], renderings[0], packing, options.seed, validation)
+    cache = cache_directory(options.data_cache_dir)
+    prepare = partial(prepare_source, packing=packing, cache=cache, workers=options.preprocessing_num_workers)
     percentage = 0 if held_out else options.validation_split_percentage
-    training = [
-        prepare_source(source, rendering, packing, percentage, cache, workers)
-        for source, rendering in zip(sources, renderings, strict=True)
-    ]
-    validation = prepare_source(held_out, rendering_of(held_out), packing, 0, cache, workers) if held_out else None
+    to_prepare = [] if options.streaming else zip(sources, renderings, strict=True)
+    training = [prepare(source, rendering, percentage=percentage) for source, rendering in to_prepare]
+    validation = prepare(held_out, rendering_of(held_out), percentage=0) if held_out else None
+    if options.streaming:
+        return _stream(name, sources[0], renderings[0], packing, options.seed, validation)
     return _read_prepared(name, sources, packing, training, validation)
 
 
