@@ -1,7 +1,8 @@
-"""What the model learns from. Data moves one way through these files:
+"""The data that a run trains on. It moves one way through these files:
 
-sources (find files) -> records (read them) -> conversations and tokens (detect the shape, render, tokenize) ->
-packing (make sequences) -> prepare (write them once) or stream (make them while training) -> batches.
+sources (find files) -> records (read them) -> conversations and tokens (detect the shape, render, tokenize) -> packing
+(make sequences) -> cache (write them once) or stream (make them during training) -> batches. prepare calls them in this
+order. It alone, with sources, sees the options of a run: each stage gets small values of its own.
 
-Nothing here knows a process group: rank and world size are plain integers.
+No file here knows a process group: rank and world size are plain integers.
 """

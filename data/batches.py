@@ -1,6 +1,6 @@
-"""Which rows a rank reads, and how rows become a batch.
+"""Which sequences a rank reads, and how sequences become a batch.
 
-Shapes: B rows, T tokens of the longest row.
+Shapes: B sequences, T tokens of the longest of them.
 """
 
 import math
@@ -16,55 +16,56 @@ Batch = dict[str, Tensor]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """What the model takes of a micro-batch. From page-locked memory, the copy is not waited for."""
+    """The tensors that the model takes, on `device`. The CPU does not wait for a copy from pinned memory."""
     taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
     return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 
 def micro_batches(indices: list[int], size: int, first: int, end: int) -> list[list[int]]:
-    """Micro-batches number `first` to `end` - 1 of a rank's `indices`, each of `size` rows.
+    """Micro-batches number `first` to `end` - 1 of a rank's `indices`, each of `size` sequences.
 
-    Resuming moves `first`: no row is read only to be thrown away.
+    A resumed run moves `first`, so no sequence is read and thrown away.
     """
     return [indices[start : start + size] for start in range(first * size, end * size, size)]
 
 
-def validation_batches(rows: int, rank: int, world_size: int, size: int) -> list[list[int]]:
-    """The batches of validation rows that `rank` evaluates: every row once over all ranks.
+def validation_batches(sequences: int, rank: int, world_size: int, size: int) -> list[list[int]]:
+    """The batches of validation sequences that `rank` evaluates. Over all ranks, each sequence comes once.
 
-    Ranks get the same number of batches, because each forward may be a collective; batches may differ in size by a
-    row, and be empty where there are fewer rows than ranks.
+    All ranks get the same number of batches, because each forward may be a collective. Sizes may differ by one, and a
+    batch is empty if there are fewer sequences than ranks.
     """
-    batches = math.ceil(rows / (world_size * size)) * world_size
-    return [part.tolist() for part in np.array_split(np.arange(rows), batches)[rank::world_size]]
+    batches = math.ceil(sequences / (world_size * size)) * world_size
+    return [part.tolist() for part in np.array_split(np.arange(sequences), batches)[rank::world_size]]
 
 
-def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
-    """Rows of up to T tokens as `input_ids` and `labels`, int64 [B, T], shorter ones padded at the end.
+def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
+    """A batch of sequences of up to T tokens. Shorter ones are padded at the end. Tensors are int64.
 
-    Beside them, int64: `rows` [B], their numbers; `tokens` [B], their lengths without padding; `targets`, a scalar, how
-    many labels are learned; and of a stream `cursor` [B, 6], where they stand there.
+    - `input_ids` and `labels` [B, T]. Labels are IGNORE_INDEX at padding and at masked tokens.
+    - `indices` [B]: the numbers of the sequences. `tokens` [B]: their lengths without padding.
+    - `targets`, a scalar: how many tokens the model has to predict.
+    - `cursor` [B, 6], of a stream only: the position of each sequence in it.
 
-    Padding needs no attention mask: causal attention never looks to the right, and the
-    labels there are ignored. It goes by length and not by token, because the pad token of many tokenizers is EOS, which
-    must be learned. No rows at all give one row without targets, so that a rank that has none left still enters the
-    collectives.
+    Padding needs no attention mask, because causal attention never looks to the right and the labels there are ignored.
+    It is masked by length and not by token, because many tokenizers pad with EOS, and EOS must be trained on. No
+    sequences at all give one sequence without targets, so that a rank with no data left enters the collectives.
 
-    With `padded_length` T, rows of several documents are padded to T, and the documents are kept apart by two more
-    tensors: `position_ids`, int64 [B, T], start at 0 in each document, and `document_ends`, int32 [D], say where each
-    document, or padding, ends in the B x T positions in a line, after a first 0.
+    If several documents share a sequence, `padded_length` is T, and two more tensors separate the documents:
+    `position_ids`, int64 [B, T], start at 0 in each document. `document_ends`, int32 [D], holds a 0 and then the end of
+    each document, or of the padding after it, in the flattened B x T positions.
     """
-    lengths = [len(row.tokens) for row in rows]
-    shape = (max(1, len(rows)), padded_length or max([2, *lengths]))
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    shape = (max(1, len(sequences)), padded_length or max([2, *lengths]))
     input_ids_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
     position_ids_BT, ends = torch.arange(shape[1]).repeat(shape[0], 1), [0]
-    for index, (_, tokens, learned, pieces, _) in enumerate(rows):
+    for index, (_, tokens, trained_on, segment_lengths, _) in enumerate(sequences):
         input_ids_BT[index, : len(tokens)] = tokens
-        labels_BT[index, : len(tokens)] = tokens.where(learned, IGNORE_INDEX)
+        labels_BT[index, : len(tokens)] = tokens.where(trained_on, IGNORE_INDEX)
         start = 0
-        for length in pieces:
+        for length in segment_lengths:
             if start > 0:
-                labels_BT[index, start] = IGNORE_INDEX  # what comes before it is another document
+                labels_BT[index, start] = IGNORE_INDEX  # the token before it is of another document
             position_ids_BT[index, start : start + length] = torch.arange(length)
             start += length
             ends.append(index * shape[1] + start)
@@ -72,45 +73,47 @@ def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str,
     batch = {
         "input_ids": input_ids_BT,
         "labels": labels_BT,
-        "indices": torch.tensor([row.number for row in rows], dtype=torch.int64),
+        "indices": torch.tensor([sequence.number for sequence in sequences], dtype=torch.int64),
         "tokens": torch.tensor(lengths, dtype=torch.int64),
         "targets": (next_tokens(labels_BT) != IGNORE_INDEX).sum(),
     }
-    if rows and rows[0].cursor:
-        batch["cursor"] = torch.tensor([row.cursor for row in rows])
+    if sequences and sequences[0].cursor:
+        batch["cursor"] = torch.tensor([sequence.cursor for sequence in sequences])
     if padded_length:
-        row_ends = range(shape[1], shape[0] * shape[1] + 1, shape[1])
+        sequence_ends = range(shape[1], shape[0] * shape[1] + 1, shape[1])
         batch["position_ids"] = position_ids_BT
-        batch["document_ends"] = torch.tensor(sorted({*ends, *row_ends}), dtype=torch.int32)
+        batch["document_ends"] = torch.tensor(sorted({*ends, *sequence_ends}), dtype=torch.int32)
     return batch
 
 
-def collate_pairs(rows: list[Sequence], reference: Tensor | None = None) -> dict[str, Tensor]:
-    """Pairs as a batch of single sequences, all [2B, T]: the chosen one of each of the B rows, then the rejected ones.
+def collate_pairs(sequences: list[Sequence], reference: Tensor | None = None) -> dict[str, Tensor]:
+    """Pairs as a batch of single sequences [2B, T]: the chosen sequence of each of the B pairs, then the rejected ones.
 
-    As `collate` does, but for `tokens`, which is [2B], and `targets`: a pair is one target. `reference` [2, R], for all
-    R rows of the split, becomes `reference` [2B].
+    The batch has the names of `collate`. `indices` is [B] and `tokens` is [2B]. `targets` is B, because a pair is one
+    target. From `reference` [2, R], for all R pairs of the split, it takes `reference` [2B].
     """
-    batch = collate([_piece(row, side) for side in (0, 1) for row in rows])
-    batch["indices"] = batch["indices"][: len(rows)]
-    batch["targets"] = torch.tensor(len(rows))
+    batch = collate([_segment(sequence, side) for side in (0, 1) for sequence in sequences])
+    batch["indices"] = batch["indices"][: len(sequences)]
+    batch["targets"] = torch.tensor(len(sequences))
     if reference is not None:
         batch["reference"] = reference[:, batch["indices"]].flatten()
     return batch
 
 
-def _piece(row: Sequence, index: int) -> Sequence:
-    """One of the pieces of a row, as a row."""
-    end = sum(row.segment_lengths[: index + 1])
-    part = slice(end - row.segment_lengths[index], end)
-    return Sequence(row.number, row.tokens[part], row.trained_on[part], [row.segment_lengths[index]])
+def _segment(sequence: Sequence, index: int) -> Sequence:
+    """Segment number `index` of a sequence, as a sequence."""
+    end = sum(sequence.segment_lengths[: index + 1])
+    part = slice(end - sequence.segment_lengths[index], end)
+    return Sequence(
+        sequence.number, sequence.tokens[part], sequence.trained_on[part], [sequence.segment_lengths[index]]
+    )
 
 
 IGNORE_INDEX = -100
 
-"""The label of a position that is no target: padding, or text that is given and not learned."""
+"""The label of a position that is no target: padding, or a masked token."""
 
 
 def next_tokens(labels_BT: Tensor) -> Tensor:
-    """What position t has to predict: label t + 1; nothing at the last position of a row."""
+    """The target of position t is label t + 1. The last position of a sequence has none."""
     return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -1,7 +1,7 @@
-"""Conversations: the shapes they come in, the text a chat template makes of them, and what of it is learned.
+"""Conversations: their shapes, the text that a chat template makes of them, and what of it is trained on.
 
-Learned is what the model will have to write: in each turn of the assistant, what follows the prompt that
-`apply_chat_template(add_generation_prompt=True)` would give, up to and with the token that ends the turn.
+The model trains on what it will have to write. In each turn of the assistant, that is the text after the prompt of
+`apply_chat_template(add_generation_prompt=True)`, up to and including the token that ends the turn.
 """
 
 import json
@@ -22,11 +22,11 @@ SHAPES = {
     "alpaca": ("instruction", "output"),
 }
 
-"""The columns by which a shape is known, the first that fits."""
+"""The columns that a shape needs. The first shape that fits is taken."""
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
-ANSWER = "\ue000answer\ue000"  # stands for an answer in a rendering; characters that no text has
+ANSWER = "\ue000answer\ue000"  # takes the place of an answer in a rendering; no text has these characters
 
 Messages = list[dict[str, Any]]
 
@@ -35,7 +35,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with `role` and `content`, the tools that the model may call, and the first message to learn from."""
+    """Messages with `role` and `content`, the tools that the model may call, and the first message to train on."""
 
     messages: Messages
     tools: list[Any] | None = None
@@ -43,10 +43,10 @@ class Conversation:
 
 
 def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
-    """The records that a record stands for, and their shape: itself, or for a pair the chosen and the rejected one.
+    """The conversations of a record, and their shape: the record itself, or the chosen and the rejected one of a pair.
 
-    Both of a pair are of the shape "prompt", so that what they share is given. Where they are messages without a list
-    of messages as their prompt, it is their common beginning. Raises OptionError like `to_conversation`.
+    Both of a pair have the shape "prompt", so their common prompt is masked. If they are lists of messages and the
+    prompt is no such list, the prompt is their common beginning. Raises OptionError with the `place` of the record.
     """
     if shape != "preference":
         return shape, [record]
@@ -58,14 +58,14 @@ def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[di
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     if {type(part) for part in (prompt, chosen, rejected)} not in ({str}, {list}):
         raise OptionError(
-            f"{place}: chosen and rejected must be two lists of messages, or two texts beside a prompt that is one, "
-            f"and are {str(record)[:100]}"
+            f"{place}: chosen and rejected must be two lists of messages, or two texts with a text as prompt, "
+            f"not {str(record)[:100]}"
         )
     return "prompt", [record | {"prompt": prompt, "completion": answer} for answer in (chosen, rejected)]
 
 
 def to_conversation(shape: str, record: dict[str, Any], place: str) -> Conversation:
-    """The conversation of a record of any shape of SHAPES. Raises OptionError with its `place`, if it is none."""
+    """The conversation of a record of any shape of SHAPES. Raises OptionError with its `place` if it is malformed."""
     record = _without_nulls(record)
     match shape:
         case "messages":
@@ -92,7 +92,7 @@ def to_conversation(shape: str, record: dict[str, Any], place: str) -> Conversat
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any] | None, **how: Any) -> str:
-    """The text of messages by the tokenizer's chat template. Raises OptionError, if the template refuses them."""
+    """The text of messages by the tokenizer's chat template. Raises OptionError if the template refuses them."""
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
@@ -108,34 +108,34 @@ def has_markers(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> 
 
 
 def check_markers(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises OptionError for a template that marks an answer, but not what ends it."""
+    """Raises OptionError for a template that marks an answer, but not the token that ends it."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     tokens = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
     if not tokenizer.decode(tokens).partition("answer")[2].strip():
         raise OptionError(
-            "chat_template: its {% generation %} markers leave out what ends an answer, so that the model could not "
-            "learn to stop\npass a --chat_template that marks it too"
+            "chat_template: its {% generation %} markers leave out what ends an answer, so the model could not "
+            "learn to stop\npass a --chat_template that marks it, too"
         )
 
 
 def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str) -> list[Span]:
-    """Where in `text`, the rendering of a conversation, the assistant speaks: [start, end) in characters, each turn.
+    """Where the assistant speaks in `text`, the rendering of a conversation: for each turn, [start, end) in characters.
 
-    For templates without markers. A turn starts where the rendering of the messages before it ends, with the prompt
-    for an answer; where it ends is seen by rendering the conversation once more with another answer in its place.
-    What comes before and after must be the same in both, to the letter: some templates write earlier turns
-    differently from the last one, so that a rendering of the first messages alone is no part of the whole.
-    Costs a rendering for each turn. Raises OptionError, if the template does not allow it.
+    This is for templates without markers. A turn starts where the rendering of the messages before it ends, with the
+    prompt for an answer. Its end is found by rendering the conversation again with another answer. The text before and
+    after the answer must be identical in both renderings. The first messages are never rendered alone, because some
+    templates write earlier turns differently from the last one. Costs a rendering for each turn. Raises OptionError if
+    the template does not allow it.
     """
     question: Messages = [{"role": "user", "content": "a"}]
     opening = render(tokenizer, question, None, add_generation_prompt=True)
     opening = opening.removeprefix(render(tokenizer, question, None))
     closing = render(tokenizer, [*question, {"role": "assistant", "content": ANSWER}], None).partition(ANSWER)[2]
-    closing = closing.rstrip()  # white space after the end of a turn is the template's: the model has stopped by then
+    closing = closing.rstrip()  # without the white space that the template writes after the model has stopped
     if not closing:
         raise OptionError(
-            "chat_template: it writes nothing after an answer, so that the model could not learn to stop\n"
+            "chat_template: it writes nothing after an answer, so the model could not learn to stop\n"
             "pass another --chat_template"
         )
     spans = []
@@ -150,8 +150,8 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
         agrees = text[:start] == before[:start] and text[end:] == after and after.startswith(closing)
         if not found or not agrees or start < len(opening) or start > end:
             raise OptionError(
-                f"chat_template: where turn {index} of a conversation begins and ends cannot be told from its text\n"
-                "pass a --chat_template that marks what is learned with {% generation %} and {% endgeneration %}"
+                f"chat_template: cannot find where turn {index} of a conversation begins and ends\n"
+                "pass a --chat_template that marks the answers with {% generation %} and {% endgeneration %}"
             )
         spans.append((start, end + len(closing)))
     return spans
@@ -169,7 +169,7 @@ def _checked(messages: Messages, place: str) -> Messages:
 
 
 def _tools(record: dict[str, Any], place: str) -> list[Any] | None:
-    """The column `tools`: a list, or one written as JSON, as data sets do that must have the same type everywhere."""
+    """The column `tools`: a list, or a list as JSON. Some data sets use JSON because a column has one type."""
     tools = record.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
@@ -197,7 +197,7 @@ def _string(record: dict[str, Any], column: str, place: str) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The same without keys of dictionaries that hold None: Arrow gives every row the keys of all rows."""
+    """The value without keys that hold None, because Arrow gives every record the keys of all records."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

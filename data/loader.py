@@ -16,34 +16,34 @@ from runtime import ignore_stop_signals
 
 
 def make_loader(
-    rows: PreparedDataset | Mixture | StreamingDataset,
+    sequences: PreparedDataset | Mixture | StreamingDataset,
     batches: Iterable[list[int]] | None,
     options: Options,
     workers: int,
 ) -> DataLoader[Sequence]:
-    """A loader of `batches` (lists of row numbers), in that order, prepared ahead by `workers` processes.
+    """A loader of `batches` (lists of sequence numbers), in that order, prepared ahead by `workers` processes.
 
-    A stream has no numbers to choose from: micro-batches are its rows as they come.
+    A stream has no numbers to choose from, so `batches` is None and each micro-batch takes the next sequences.
     """
     return DataLoader(
-        rows,
-        batch_sampler=batches,  # any iterable of lists will do
-        batch_size=1 if batches else options.per_device_train_batch_size,  # 1 where batches are given
+        sequences,
+        batch_sampler=batches,  # torch accepts any iterable of lists
+        batch_size=1 if batches else options.per_device_train_batch_size,  # torch demands 1 with a batch_sampler
         collate_fn={
-            "sft": partial(collate, padded_length=rows.padded_length),
-            "dpo": partial(collate_pairs, reference=rows.reference),
+            "sft": partial(collate, padded_length=sequences.padded_length),
+            "dpo": partial(collate_pairs, reference=sequences.reference),
         }[options.objective],
         worker_init_fn=ignore_stop_signals,
         num_workers=workers,
         prefetch_factor=options.dataloader_prefetch_factor if workers else None,
-        pin_memory=torch.cuda.is_available(),  # page-locked memory, from which a copy to the GPU need not be waited for
-        generator=torch.Generator(),  # its own: the loader must not draw from the RNG that dropout uses
+        pin_memory=torch.cuda.is_available(),  # so that copies to the GPU are asynchronous
+        generator=torch.Generator(),  # its own, because the loader must not draw from the RNG of dropout
     )
 
 
 def stream_batches(dataset: StreamingDataset, options: Options) -> Iterator[dict[str, Tensor]]:
     """The micro-batches of one rank's `dataset`, without end. Raises OptionError for a record that cannot be read."""
-    workers = min(1, options.dataloader_num_workers)  # a second worker would read all of the text again
+    workers = min(1, options.dataloader_num_workers)  # because each worker would read all of the text
     try:
         yield from make_loader(dataset, None, options, workers)
     except OptionError as error:  # a worker process puts its traceback before the message

@@ -1,4 +1,4 @@
-"""Where documents come from: files, directories, globs and data sets, with a key that changes when their content does."""
+"""Find the data: files, directories, globs and data sets, each with a key that changes with its content."""
 
 import errno
 import hashlib
@@ -21,28 +21,28 @@ from config.plan import mixture_weights
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 
-SETTLED = 2.0  # seconds; a file that has changed this recently may change again without another time stamp
+SETTLED = 2.0  # seconds; a younger change may be followed by another one with the same time stamp
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from: what names it in messages, and a key that changes when its content does."""
+    """What to read: files or a data set, a name for messages, and a key that changes with the content."""
 
     name: str
     key: str
     files: tuple[Path, ...] = ()
     dataset: datasets.Dataset | datasets.IterableDataset | None = None
-    weight: float = 1.0  # in a mixture: the share of the rows of an epoch
+    weight: float = 1.0  # in a mixture: its weight in the sequences of an epoch
 
 
 def find_sources(options: Options) -> tuple[list[Source], Source | None]:
-    """The training sources, several for a mixture, and the validation source where one is given. Raises OptionError.
+    """The training sources (several for a mixture), and the validation source if there is one. Raises OptionError.
 
-    Costs a pass over files that have not been seen before: their content is hashed.
+    Files that are new are read once, because the key is a hash of their content.
     """
     if options.dataset_name:
-        return _find_dataset(options)
-    cache_dir = cache_directory(options)
+        return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
+    cache_dir = cache_directory(options.data_cache_dir)
     validation = options.validation_file
     held_out = _find_files("validation_file", validation, cache_dir) if validation else None
     if options.train_mixture:
@@ -55,22 +55,22 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
     return [Source("the Python standard library", _hash(files), tuple(files))], None
 
 
-def cache_directory(options: Options) -> Path:
-    """`data_cache_dir`, made if need be. Raises OptionError."""
-    cache = Path(options.data_cache_dir).expanduser()
+def cache_directory(data_cache_dir: str) -> Path:
+    """The directory `data_cache_dir`, created if it does not exist. Raises OptionError."""
+    cache = Path(data_cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory that can be written") from error
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a writable directory") from error
     return cache
 
 
 def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = False) -> Source:
-    """The source of `value`: a file, a directory, a glob, or several with commas between. Raises OptionError.
+    """The source of `value`: a file, a directory, a glob, or several of them separated by commas. Raises OptionError.
 
-    The key of one that is streamed says only which names, sizes and times its files have.
+    The key of a streamed source covers only the names, sizes and times of its files.
     """
     files: list[Path] = []
     for name in [value] if Path(value).exists() else value.split(","):
@@ -98,19 +98,21 @@ def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = Fals
     return Source(f"{option} {value}", key, tuple(files))
 
 
-def _find_dataset(options: Options) -> tuple[list[Source], Source | None]:
-    """The splits of a data set; its `validation` split is used where there is one."""
-    name = options.dataset_name
-    assert name
+def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], Source | None]:
+    """The splits train and validation of a data set. The second may not exist."""
     try:
-        splits = datasets.load_dataset(name, options.dataset_config_name, streaming=options.streaming)
+        splits = datasets.load_dataset(name, config_name, streaming=streaming)
     except Exception as error:
         cause = str(error).strip().splitlines()[0][:200]
         raise OptionError(f"dataset_name {name}: cannot be loaded: {cause}\npass a hub id or a directory") from error
     if "train" not in splits:
         raise OptionError(f"dataset_name {name}: has no split named train, only {', '.join(splits)}")
     train, validation = (
-        Source(f"dataset_name {name} ({split})", _dataset_key(name, options, splits[split]), dataset=splits[split])
+        Source(
+            f"dataset_name {name} ({split})",
+            f"{name} {config_name}" if streaming else str(splits[split]._fingerprint),
+            dataset=splits[split],
+        )
         if split in splits
         else None
         for split in ("train", "validation")
@@ -119,15 +121,11 @@ def _find_dataset(options: Options) -> tuple[list[Source], Source | None]:
     return [train], validation
 
 
-def _dataset_key(name: str, options: Options, dataset: datasets.Dataset | datasets.IterableDataset) -> str:
-    return f"{name} {options.dataset_config_name}" if options.streaming else str(dataset._fingerprint)
-
-
 def _hash_once(files: list[Path], cache_dir: Path) -> str:
-    """SHA-256 over the contents of files. One whose status is that of an earlier call is not read again.
+    """SHA-256 over the contents of files. A file with the status of an earlier call is not read again.
 
-    Its status: device, inode, size and both times. The system sets ctime at every change, and no program can set it
-    back; a file that changed a moment ago is not remembered, because its next change might get the same time.
+    The status is device, inode, size and both times. The system sets ctime at every change, and no program can set it
+    back. A file that changed a moment ago is not remembered, because its next change might get the same time.
     """
     path = cache_dir / "hashes.json"
     with FileLock(cache_dir / "hashes.lock"):
@@ -144,9 +142,9 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
                 if now - status.st_ctime > SETTLED:
                     known[str(file.resolve())] = facts, content
             hashes.append(content)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(known))
-        os.replace(beside, path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        os.replace(temporary, path)
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -156,7 +154,7 @@ def _statuses(files: list[Path]) -> str:
 
 
 def _hash(files: list[Path]) -> str:
-    """SHA-256 over the kinds and contents of files."""
+    """SHA-256 over the suffixes and contents of files."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:

@@ -1,19 +1,19 @@
-"""Rows of a data set that is never prepared, because it does not fit on a disk: made while they are learned from.
+"""A stream: sequences that are made during training, for data too large to prepare.
 
-What order means here. The text is read file by file; each pass over it has another order of files, which depends on
-the seed, and within a file the order is the file's own: rows are not shuffled. The text is cut into chunks of about 64
-KiB, which are dealt to as many lanes as a global batch has rows: chunk c belongs to lane c modulo that number. Every
-global batch has one row of each lane, so that its rows come from places far apart. A chunk is packed by itself, and its
-last row is as short as it comes: no token is left out, and none comes twice in a pass. (A large .txt file is cut where
-a chunk ends.) Lanes go on with the next pass when one ends, each in its turn; a stream has no epochs. Records without
-text, or with nothing to learn, are passed over and not counted.
+Order. Each pass reads the files in another order, which depends on the seed. Within a file, the order is unchanged:
+sequences are not shuffled. The text is cut into chunks of about 64 KiB. A stream has lanes, as many as a global batch
+has sequences, and chunk c belongs to lane c modulo that number. A global batch has one sequence of each lane, so its
+sequences come from distant places. Each chunk is packed by itself, and its last sequence may be short. No token is left
+out, and none comes twice in a pass. A large .txt file is cut where a chunk ends. At the end of a pass, each lane
+continues with the next pass, so a stream has no epochs. Records without text or without a token to train on are skipped
+and not counted.
 
-A global batch is so a function of (seed, step, global batch size) alone: rank r of N has the lanes r, r + N, and so on.
-Each rank reads all of the text, which is cheap, and tokenizes the chunks of its own lanes, in one process.
+Ranks. A global batch is a function of (seed, step, global batch size) alone. Rank r of N has the lanes r, r + N, and so
+on. Each rank reads all of the text, which is cheap, and tokenizes only the chunks of its lanes, in one process.
 
-A cursor says of each lane what its last row was: (pass, file, byte, record) where its chunk begins, the number of the
-chunk, and that of the row in it. From there a stream goes on, on any number of ranks: it reads from the first chunk
-that a lane is in, and makes the rows of that chunk again.
+Cursor. For each lane, it says what its last sequence was: (pass, file, byte, record) where the chunk begins, the number
+of the chunk, and the number of the sequence in it. A stream resumes from a cursor on any number of ranks. It reads from
+the first chunk that a lane is in, and makes the sequences of that chunk again.
 """
 
 import os
@@ -23,34 +23,31 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from config.errors import OptionError
-from config.options import Options
-from data.packing import pack
-from data.records import START, Position, Raw, chunks, read
+from data.packing import Packing, pack
+from data.records import START, Position, RawRecord, chunks, read
 from data.sequences import Sequence
 from data.sources import Source
-from data.tokens import MASKED, Encoded, document_lengths, encoder
+from data.tokens import MASKED, Encoded, Rendering, document_lengths, encoder
 
-CHUNK = 1 << 16  # bytes; what a lane holds of the text, and what a resumed one tokenizes again
+CHUNK = 1 << 16  # bytes of text that a lane holds, and that it tokenizes again after a resume
 
-BARREN = 1000  # chunks in a row without a row, after which a stream is given up
+BARREN = 1000  # consecutive chunks without a sequence, after which the stream is refused
 
-ENDLESS = 1 << 62  # rows
+ENDLESS = 1 << 62  # the number of sequences of a stream
 
 Cursor = list[list[int]]
 
 
 @dataclass
 class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
-    """The rows that a rank learns from, without end. `share` gives a rank its own."""
+    """The sequences that a rank trains on, without end. `shard` gives each rank its lanes."""
 
     source: Source
-    shape: str
-    packing: str
-    options: Options
-    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    packing: Packing
+    seed: int
     lanes: range = range(1)
     global_batch_size: int = 1
     cursor: Cursor = field(default_factory=list)
@@ -61,29 +58,29 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
 
     @property
     def sources(self) -> list[tuple[int, int]]:
-        """As of `Rows`: an epoch that never ends."""
+        """The number of sequences, and how many of them an epoch draws. A stream is one epoch that never ends."""
         return [(ENDLESS, ENDLESS)]
 
     @property
     def padded_length(self) -> int | None:
-        return self.options.block_size if self.packing == "documents" else None
+        return self.packing.padded_length
 
     def shard(self, rank: int, world_size: int, global_batch_size: int, cursor: Cursor) -> "StreamingDataset":
-        """The rows of one rank, after those that `cursor` says."""
+        """The sequences of one rank, after those of `cursor`. An empty cursor is the start of the stream."""
         lanes = range(rank, global_batch_size, world_size)
         return replace(self, lanes=lanes, global_batch_size=global_batch_size, cursor=cursor)
 
     def __iter__(self) -> Iterator[Sequence]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a loader's process is forked, and may have no threads of it
-        encode = encoder(self.shape, self.options, self.tokenizer)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork of a loader
+        encode = encoder(self.rendering)
         last = {cursor[4] % self.global_batch_size: cursor for cursor in self.cursor}
-        # Without a cursor, a lane is before the first row of its first chunk.
+        # Without a cursor, a lane is before the first sequence of its first chunk.
         mine = {lane: last.get(lane, [0, *START, lane, -1]) for lane in self.lanes}
         first = min(mine.values(), key=lambda cursor: cursor[4]) if last else [0, *START, 0, -1]
         dealt = self._chunks(number=first[4], epoch=first[0], position=(first[1], first[2], first[3]))
-        waiting: dict[int, deque[tuple[int, list[int], list[Raw]]]] = {lane: deque() for lane in self.lanes}
+        waiting: dict[int, deque[tuple[int, list[int], list[RawRecord]]]] = {lane: deque() for lane in self.lanes}
 
-        def rows_of(lane: int) -> Iterator[Sequence]:
+        def sequences_of(lane: int) -> Iterator[Sequence]:
             barren = 0
             while barren < BARREN:
                 while not waiting[lane]:
@@ -92,40 +89,41 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
                     if owner in waiting and number >= mine[owner][4]:
                         waiting[owner].append((number, place, records))
                 number, place, records = waiting[lane].popleft()
-                rows = self._rows(encode(records))
-                barren = 0 if rows else barren + 1
-                for index, row in enumerate(rows):
+                sequences = self._sequences(encode(records))
+                barren = 0 if sequences else barren + 1
+                for index, sequence in enumerate(sequences):
                     if [number, index] > mine[lane][4:]:
-                        yield row._replace(number=number << 20 | index, cursor=(*place, number, index))
-            raise OptionError(f"{self.source.name}: no row in {barren} chunks of {CHUNK} bytes; pass other text")
+                        yield sequence._replace(number=number << 20 | index, cursor=(*place, number, index))
+            raise OptionError(f"{self.source.name}: no sequence in {barren} chunks of {CHUNK} bytes; pass other text")
 
-        turns = [rows_of(lane) for lane in self.lanes]
+        turns = [sequences_of(lane) for lane in self.lanes]
         while True:
             for turn in turns:
                 yield next(turn)
 
-    def _chunks(self, number: int, epoch: int, position: Position) -> Iterator[tuple[int, list[int], list[Raw]]]:
+    def _chunks(self, number: int, epoch: int, position: Position) -> Iterator[tuple[int, list[int], list[RawRecord]]]:
         """Chunks from `number` on, which begins at `position` of a pass, each with the place where it begins."""
         while True:
-            order = np.random.default_rng([self.options.seed, epoch]).permutation(len(self.source.files))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source.files))
             source = replace(self.source, files=tuple(self.source.files[index] for index in order))
             for records in chunks(read(source, position), CHUNK):
                 yield number, [epoch, *position], records
                 number, position = number + 1, records[-1].after
             epoch, position = epoch + 1, START
 
-    def _rows(self, encoded: Encoded) -> list[Sequence]:
-        """The rows of one chunk, as yet without their numbers."""
-        assert self.options.block_size
-        tokens = torch.tensor([token for row, _ in encoded for token in row], dtype=torch.int64)
-        lengths = document_lengths([len(row) for row, _ in encoded], [fate for _, fate in encoded])
-        if self.packing == "concat":  # as one document, whose last row may be short
-            packed = pack("none", lengths.sum(keepdims=True), self.options.block_size)
+    def _sequences(self, encoded: Encoded) -> list[Sequence]:
+        """The sequences of one chunk, without their numbers."""
+        tokens = torch.tensor([token for ids, _ in encoded for token in ids], dtype=torch.int64)
+        lengths = document_lengths([len(ids) for ids, _ in encoded], [outcome for _, outcome in encoded])
+        if self.packing.kind == "concat":  # as one document, because its last sequence may be short
+            packed = pack(replace(self.packing, kind="none"), lengths.sum(keepdims=True))
         else:
-            packed = pack(self.packing, lengths, self.options.block_size)
-        rows = []
+            packed = pack(self.packing, lengths)
+        sequences = []
         for first, end in zip(packed.first_segments[:-1], packed.first_segments[1:], strict=True):
-            pieces = packed.segments[first:end]
-            row = torch.cat([tokens[start:stop] for start, stop in pieces])
-            rows.append(Sequence(0, row & ~MASKED, row < MASKED, (pieces[:, 1] - pieces[:, 0]).tolist()))
-        return rows
+            segments = packed.segments[first:end]
+            sequence = torch.cat([tokens[start:stop] for start, stop in segments])
+            sequences.append(
+                Sequence(0, sequence & ~MASKED, sequence < MASKED, (segments[:, 1] - segments[:, 0]).tolist())
+            )
+        return sequences

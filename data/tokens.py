@@ -1,11 +1,13 @@
-"""From a record to its tokens: what a text or a conversation becomes, and which of its tokens are learned.
+"""From records to tokens: detect the shape, render, tokenize, and mark which tokens are trained on.
 
-Tokens are uint32. The highest bit of one that is given and not learned, such as a user's words, is set.
+Tokens are uint32. The highest bit is set in a masked token, such as one of a user's words.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -14,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from config.errors import OptionError
-from config.options import Options
 from data.conversations import (
     SHAPES,
     Conversation,
@@ -25,7 +26,7 @@ from data.conversations import (
     trained_spans,
     unpair,
 )
-from data.records import Raw
+from data.records import RawRecord
 from data.sources import Source
 
 MASKED = 1 << 31
@@ -33,40 +34,58 @@ MASKED = 1 << 31
 Record = dict[str, Any]
 
 
-class Fate(IntEnum):
-    """What became of a record."""
+@dataclass(frozen=True)
+class Rendering:
+    """How the records of a source become tokens."""
 
-    PIECE = 0  # tokens of a document that goes on in the next record
+    shape: str  # text, or one of data.conversations.SHAPES
+    text_column: str  # the column of a text
+    block_size: int  # tokens after which a conversation is cut
+    max_targetless_fraction: float  # of the records, above which a source is refused
+    tokenizer: PreTrainedTokenizerBase
+
+    def key(self) -> list[object]:
+        """Its part of the key of prepared data: everything that the tokens depend on."""
+        template, eos = self.tokenizer.chat_template, self.tokenizer.eos_token_id
+        vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        facts = [self.shape, self.text_column, self.block_size, self.max_targetless_fraction]
+        return [*facts, template, eos, vocabulary]
+
+
+class Outcome(IntEnum):
+    """The result of tokenizing a record."""
+
+    FRAGMENT = 0  # tokens of a document that continues in the next record
     DOCUMENT = 1  # tokens, up to the end of a document
-    CUT = 2  # the same, but a conversation was longer than a row, and the rest of it is left out
+    TRUNCATED = 2  # the first block_size tokens of a conversation that has more
     EMPTY = 3  # no tokens, because there was no text
-    TARGETLESS = 4  # no tokens, because none of them would be learned
+    NO_TARGETS = 4  # no tokens, because the model would train on none of them
 
 
-Encoded = list[tuple[list[int], Fate]]
+Encoded = list[tuple[list[int], Outcome]]
 
-"""The tokens of each record, and what became of it."""
+"""The tokens and the outcome of each record."""
 
 
-def document_lengths(lengths: ArrayLike, fates: ArrayLike) -> NDArray[np.int64]:
-    """The tokens of each document, of the tokens of each record: the pieces of a large text are one document."""
-    ends = np.asarray(fates) != Fate.PIECE
+def document_lengths(lengths: ArrayLike, outcomes: ArrayLike) -> NDArray[np.int64]:
+    """The tokens of each document, from those of each record: the fragments of a large text are one document."""
+    ends = np.asarray(outcomes) != Outcome.FRAGMENT
     return np.bincount(np.cumsum(ends) - ends, weights=np.asarray(lengths)).astype(np.int64)
 
 
-def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
-    """The shape of a source's records, by the columns of the first one: text, or one of SHAPES. Raises OptionError."""
+def detect_shape(source: Source, first: RawRecord | None, data_format: str, objective: str, text_column: str) -> str:
+    """The shape of a source's records by the columns of the first one. Raises OptionError."""
     if first is None:
-        raise OptionError(f"{source.name}: it has no records; pass a file or a data set that has")
+        raise OptionError(f"{source.name}: has no records; pass a file or a data set with records")
     columns_of_first = parsed(first)
     fitting = (shape for shape, columns in SHAPES.items() if set(columns) <= columns_of_first.keys())
-    shape = str(next(fitting, "text") if options.data_format == "auto" else options.data_format)
-    if (shape == "preference") != (options.objective == "dpo"):
+    shape = str(next(fitting, "text") if data_format == "auto" else data_format)
+    if (shape == "preference") != (objective == "dpo"):
         raise OptionError(
-            f"objective {options.objective}: {source.name} holds records of the shape {shape}\n"
-            "dpo learns from pairs, columns chosen and rejected, and sft from any other shape; --data_format names one"
+            f"objective {objective}: {source.name} holds records of the shape {shape}\n"
+            "dpo trains on pairs (chosen and rejected), sft on other shapes; change --objective or --data_format"
         )
-    missing = [column for column in SHAPES.get(shape, (options.text_column,)) if column not in columns_of_first]
+    missing = [column for column in SHAPES.get(shape, (text_column,)) if column not in columns_of_first]
     if missing:
         raise OptionError(
             f"{'text_column' if shape == 'text' else 'data_format'} {' and '.join(missing)}: {source.name} has no such "
@@ -75,18 +94,18 @@ def detect_shape(source: Source, first: Raw | None, options: Options) -> str:
     return shape
 
 
-def encoder(shape: str, options: Options, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Raw]], Encoded]:
-    """A function that makes of records their tokens, and says what became of each."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: the workers that a loader forks use no tokenizer
-    if shape == "text":
-        return lambda records: _encode_texts(records, options, tokenizer)
-    if tokenizer.chat_template and has_markers(tokenizer, None):
-        check_markers(tokenizer)
-    return lambda records: _encode_conversations(records, shape, options, tokenizer)
+def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
+    """A function that tokenizes records. It gives their tokens and outcomes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe, because forked loader workers use no tokenizer
+    if rendering.shape == "text":
+        return lambda records: _encode_texts(records, rendering)
+    if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
+        check_markers(rendering.tokenizer)
+    return lambda records: _encode_conversations(records, rendering)
 
 
-def parsed(raw: Raw) -> Record:
-    """The columns of a record. Raises OptionError with its place, if it is broken."""
+def parsed(raw: RawRecord) -> Record:
+    """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
     if isinstance(raw.content, dict):
         return raw.content
     try:
@@ -94,14 +113,12 @@ def parsed(raw: Raw) -> Record:
     except ValueError as error:
         raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
     if not isinstance(record, dict):
-        raise OptionError(
-            f"{raw.place}: must be an object in braces, and is {raw.content[:100].decode(errors='replace')}"
-        )
+        raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
     return record
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A record as the text that is tokenized; of a pair, the chosen one."""
+    """A record as the text that is tokenized. For a pair, the text with the chosen answer."""
     shape, (record, *_) = unpair(shape, record, place)
     if isinstance(record.get("prompt"), str):
         return f"{record['prompt']}{record.get('completion')}"
@@ -109,59 +126,55 @@ def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokeni
     return render(tokenizer, conversation.messages, conversation.tools)
 
 
-def _encode_texts(records: list[Raw], options: Options, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """EOS closes each document; BOS opens it where the tokenizer itself puts one, as Llama's and Gemma's do."""
+def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
+    """EOS ends each document. BOS begins it if the tokenizer itself adds one, as those of Llama and Gemma do."""
+    tokenizer = rendering.tokenizer
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     eos = [tokenizer.eos_token_id]
     texts = []
     for raw in records:
-        text = parsed(raw).get(options.text_column)
+        text = parsed(raw).get(rendering.text_column)
         if not isinstance(text, str):
-            raise OptionError(f"{raw.place} has no text in column {options.text_column}: {str(text)[:100]}")
+            raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [
-        (bos * raw.begins + row + eos * raw.ends, Fate.DOCUMENT if raw.ends else Fate.PIECE)
-        if row
-        else ([], Fate.EMPTY)
-        for raw, row in zip(records, rows, strict=True)
+        (bos * raw.begins + ids + eos * raw.ends, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT)
+        if ids
+        else ([], Outcome.EMPTY)
+        for raw, ids in zip(records, encoded, strict=True)
     ]
 
 
-def _encode_conversations(
-    records: list[Raw], shape: str, options: Options, tokenizer: PreTrainedTokenizerBase
-) -> Encoded:
-    assert options.block_size
-    size = options.block_size
+def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Encoded:
+    size = rendering.block_size
     encoded: Encoded = []
     for raw in records:
-        one_shape, sequences = unpair(shape, parsed(raw), raw.place)
-        rows = [_encode_conversation(raw.place, one, one_shape, tokenizer) for one in sequences]
-        fates = [_fate(row, learned, size) for row, learned in rows]
-        if max(fates) in (Fate.EMPTY, Fate.TARGETLESS):  # of a pair, both are left out
-            fates, rows = [max(fates)] * len(fates), [([], [])] * len(fates)
-        for (row, learned), fate in zip(rows, fates, strict=True):
-            given = [
-                token if learn else token | MASKED for token, learn in zip(row[:size], learned[:size], strict=True)
-            ]
-            encoded.append((given, fate))
+        one_shape, conversations = unpair(rendering.shape, parsed(raw), raw.place)
+        sides = [_encode_conversation(raw.place, one, one_shape, rendering.tokenizer) for one in conversations]
+        outcomes = [_outcome(ids, trained_on, size) for ids, trained_on in sides]
+        if max(outcomes) in (Outcome.EMPTY, Outcome.NO_TARGETS):  # of a pair, both are left out
+            outcomes, sides = [max(outcomes)] * len(outcomes), [([], [])] * len(outcomes)
+        for (ids, trained_on), outcome in zip(sides, outcomes, strict=True):
+            kept = zip(ids[:size], trained_on[:size], strict=True)
+            encoded.append(([token if trained else token | MASKED for token, trained in kept], outcome))
     return encoded
 
 
-def _fate(row: list[int], learned: list[bool], size: int) -> Fate:
-    if not row:
-        return Fate.EMPTY
-    if not any(learned[1:size]):  # nothing comes before the first token that could predict it
-        return Fate.TARGETLESS
-    return Fate.CUT if len(row) > size else Fate.DOCUMENT
+def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
+    if not ids:
+        return Outcome.EMPTY
+    if not any(trained_on[1:size]):  # the first token has no token before it that could predict it
+        return Outcome.NO_TARGETS
+    return Outcome.TRUNCATED if len(ids) > size else Outcome.DOCUMENT
 
 
 def _encode_conversation(
     place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and whether each is learned."""
+    """Token ids, and whether each is trained on."""
     if shape == "prompt" and isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        # Plain text, without a template. In two parts, because the prompt will be tokenized alone when it is asked.
+        # Plain text, without a template. The prompt is tokenized alone, as it will be when the model is asked.
         parts = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
         completion = [*parts[1], tokenizer.eos_token_id]
         return parts[0] + completion, [False] * len(parts[0]) + [True] * len(completion)
@@ -173,9 +186,10 @@ def _encode_conversation(
 
 
 def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of the rendered conversation, and whether each is learned: by the template's markers, if it has any.
+    """Token ids of the rendered conversation, and whether each is trained on.
 
-    A token that belongs to an answer with any of its characters is learned.
+    The markers of the chat template decide, or `trained_spans` if it has none. A token is trained on if any of its
+    characters belongs to an answer.
     """
     messages, tools = conversation.messages, conversation.tools
     if not messages:
@@ -184,12 +198,12 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
         raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.trained_from:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
-        return marked["input_ids"], [bool(learn) for learn in marked["assistant_masks"]]
+        return marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]
     text = render(tokenizer, messages, tools)
     spans = trained_spans(tokenizer, conversation, text)
     rendered = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first, end = np.array(rendered["offset_mapping"], dtype=np.int64).reshape(-1, 2).T  # of each token, in characters
-    learned = np.zeros(len(first), dtype=bool)
+    trained_on = np.zeros(len(first), dtype=bool)
     for span_start, span_end in spans:
-        learned |= (first < span_end) & (end > span_start)
-    return rendered["input_ids"], learned.tolist()
+        trained_on |= (first < span_end) & (end > span_start)
+    return rendered["input_ids"], trained_on.tolist()

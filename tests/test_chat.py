@@ -1,4 +1,4 @@
-"""Conversations: every shape they come in, and a mask that covers what the model will have to write, and no more."""
+"""Proves data/conversations.py and data/tokens.py: all shapes of conversations, and which tokens are trained on."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from data.tokens import encode_messages
 from tests.launch import train_ok
 from tests.world import PLAIN, with_markers, without_markers
 
-# Like those of reasoning models: the last answer shows its reasoning, and earlier ones have lost it; an answer is
-# trimmed; tools are described first, called after the answer, and their results are a user's turn.
+# A template like those of reasoning models. The last answer shows its reasoning, earlier answers do not. An answer is
+# trimmed. Tools are described first and called after the answer, and their results are a user's turn.
 REASONING = r"""
 {%- set last = namespace(question=0) %}
 {%- for message in messages if message.role == 'user' %}
@@ -85,7 +85,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", [PLAIN, REASONING], ids=["plain", "reasoning"])
 def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
-    """Ids and mask that transformers itself gives for a template with markers, from the template without them."""
+    """A template without markers gives the ids and the mask that transformers gives for the template with them."""
     messages = CONVERSATIONS[name]
     tools = TOOLS if name == "tools" and template == REASONING else None
     if template == PLAIN:
@@ -93,18 +93,18 @@ def test_mask_without_markers_is_that_of_markers(tokenizer: PreTrainedTokenizerB
     tokenizer.chat_template = with_markers(template)
     marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
     conversation = Conversation(messages, tools)
-    ids, learned = encode_messages(conversation, tokenizer)
-    assert (ids, learned) == (marked["input_ids"], [mask == 1 for mask in marked["assistant_masks"]])
-    assert 0 < sum(learned) < len(ids)
+    ids, trained_on = encode_messages(conversation, tokenizer)
+    assert (ids, trained_on) == (marked["input_ids"], [mask == 1 for mask in marked["assistant_masks"]])
+    assert 0 < sum(trained_on) < len(ids)
     tokenizer.chat_template = without_markers(template)
-    assert encode_messages(conversation, tokenizer) == (ids, learned)
+    assert encode_messages(conversation, tokenizer) == (ids, trained_on)
     assert tokenizer.apply_chat_template(messages, tools, return_dict=True)["input_ids"] == ids
 
 
 def test_what_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Each answer with the token that ends its turn, and nothing that the template writes by itself."""
-    ids, learned = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
-    text = tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn])
+    """Each answer is trained on with the token that ends its turn, and nothing else that the template writes."""
+    ids, trained_on = encode_messages(Conversation(CONVERSATIONS["several turns"]), tokenizer)
+    text = tokenizer.decode([token for token, trained in zip(ids, trained_on, strict=True) if trained])
     assert text == "hello<|im_end|> sure, more\n\n<|im_end|>!<|im_end|>"
 
 
@@ -118,8 +118,8 @@ def prepare_records(
 
 
 def rows_of(data: Data) -> list[tuple[list[int], list[bool]]]:
-    rows = (data.train[index] for index in range(len(data.train)))
-    return [(row.tokens.tolist(), row.trained_on.tolist()) for row in rows]
+    sequences = (data.train[index] for index in range(len(data.train)))
+    return [(sequence.tokens.tolist(), sequence.trained_on.tolist()) for sequence in sequences]
 
 
 MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
@@ -136,7 +136,7 @@ MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
     ],
 )
 def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, record: dict[str, Any]) -> None:
-    """The same conversation in every shape gives the same row; the shape is recognized, and can be forced."""
+    """A conversation gives one and the same sequence in every shape. The shape is detected, and can be forced."""
     data = prepare_records([record], tokenizer, tmp_path)
     assert data.counts["train"].shape == shape
     assert data.packing == "documents"
@@ -146,29 +146,32 @@ def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, 
 
 
 def test_prompt_and_completion_as_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Strings are taken as they are, without a template: the completion is learned, and that it ends."""
+    """Strings are used without a template. The completion and the EOS after it are trained on."""
     data = prepare_records([{"prompt": "one two", "completion": " three"}], tokenizer, tmp_path)
     prompt, completion = tokenizer("one two")["input_ids"], [*tokenizer(" three")["input_ids"], tokenizer.eos_token_id]
     assert rows_of(data) == [(prompt + completion, [False] * len(prompt) + [True] * len(completion))]
 
 
 def test_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """An answer in the prompt is given, with and without markers."""
+    """An answer in the prompt is masked, with and without markers."""
     record = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
     for template in (without_markers(PLAIN), with_markers(PLAIN)):
         tokenizer.chat_template = template
-        ((ids, learned),) = rows_of(prepare_records([record], tokenizer, tmp_path))
-        assert tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn]) == "d<|im_end|>"
+        ((ids, trained_on),) = rows_of(prepare_records([record], tokenizer, tmp_path))
+        assert (
+            tokenizer.decode([token for token, trained in zip(ids, trained_on, strict=True) if trained])
+            == "d<|im_end|>"
+        )
 
 
 def test_text_is_learned_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = prepare_records([{"text": "one two three"}] * 9, tokenizer, tmp_path, block_size=8)
     assert (data.counts["train"].shape, data.packing, data.stop_tokens) == ("text", "concat", [tokenizer.eos_token_id])
-    assert all(all(learned) for _, learned in rows_of(data))
+    assert all(all(trained_on) for _, trained_on in rows_of(data))
 
 
 def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Cut conversations, such without an answer, such whose answer is beyond the row, and empty ones: each exactly."""
+    """Counts are exact: truncated conversations, empty ones, and those without an answer within block_size."""
     fine, long = {"messages": [user("a"), assistant("b")]}, "word " * 99
     records = [
         *[fine] * 20,
@@ -182,11 +185,11 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert (counts.documents, counts.cut_documents) == (21, 1)
     assert (counts.targetless_documents, counts.empty_documents) == (2, 1)
     assert counts.tokens == sum(len(tokens) for tokens, _ in rows_of(data))
-    assert counts.trained_tokens == sum(sum(learned) for _, learned in rows_of(data))
+    assert counts.trained_tokens == sum(sum(trained_on) for _, trained_on in rows_of(data))
     assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(OptionError) as error:
         prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08)
-    assert "2 of 24 records have no token to learn" in str(error.value)
+    assert "2 of 24 records have no token to train on" in str(error.value)
     assert "chat.jsonl: line 22: '<|im_start|>user" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 
@@ -200,11 +203,11 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
         ({"messages": [assistant(None)]}, "line 2: message 0, of role assistant, has no content"),
         ({"messages": [user("a")], "tools": "{"}, "line 2: tools is not JSON"),
         ({"other": 1}, "line 2: messages must be a list of messages, and is None"),
-        ([1], "line 2: must be an object in braces, and is [1]"),
+        ([1], "line 2: must be a JSON object, not [1]"),
     ],
 )
 def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, record: Any, complaint: str) -> None:
-    """Fault 16: a null or wrongly typed row is an error that names file and row."""
+    """A null or wrongly typed record is an error that names file and record."""
     with pytest.raises(OptionError) as error:
         prepare_records([MESSAGES, record], tokenizer, tmp_path)
     assert f"{tmp_path}/chat.jsonl: {complaint}" in str(error.value)
@@ -220,7 +223,7 @@ def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
         (
             "{% for m in messages %}{{ m.content if m.content != 'that' else '' }}|{{ messages | length }}{% endfor %}"
             "{% if messages[-1].content == 'that' %}other{% endif %}",
-            "where turn 1 of a conversation begins and ends cannot be told",
+            "cannot find where turn 1 of a conversation begins and ends",
         ),
     ],
 )
@@ -235,7 +238,7 @@ def test_templates_that_will_not_do(
 
 
 def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """A template whose markers leave out the token that ends a turn would give a model that never stops."""
+    """A template whose markers leave out the token that ends a turn is refused: the model would never stop."""
     marked = (
         with_markers(PLAIN)
         .replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen")
@@ -247,14 +250,14 @@ def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Learned and given tokens are told apart."""
+    """Tokens trained on are green, and masked tokens are gray."""
     text = show_examples(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
     assert f"{GREEN}that<|im_end|>" in text
     assert f"{GRAY}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
 
 
 def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
-    """Through the trainer: the template comes from a file, is exported, and the model stops where answers stopped."""
+    """In a run, the template comes from a file, is exported, and the model stops where answers stopped."""
     (tmp_path / "template.jinja").write_text(without_markers(PLAIN).replace("<|im_end|>", "<eos>"))
     lines = [json.dumps({"messages": [user(f"say {n}"), assistant(str(n))]}) for n in range(200)]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))

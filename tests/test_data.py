@@ -1,4 +1,4 @@
-"""From documents to global batches: nothing is lost, nothing is repeated, and ranks do not matter."""
+"""Proves data/tokens.py, data/batches.py and data/prepare.py: no token lost or repeated, on any number of ranks."""
 
 import json
 import os
@@ -35,18 +35,18 @@ def options(tmp_path: Path) -> Options:
     return Options(data_cache_dir=str(tmp_path / "cache"), block_size=32, validation_split_percentage=0)
 
 
-def tokens_of(rows: PreparedDataset | Mixture | StreamingDataset | None) -> list[int]:
-    assert isinstance(rows, PreparedDataset | Mixture)
-    return [int(token) for index in range(len(rows)) for token in rows[index].tokens]
+def tokens_of(sequences: PreparedDataset | Mixture | StreamingDataset | None) -> list[int]:
+    assert isinstance(sequences, PreparedDataset | Mixture)
+    return [int(token) for index in range(len(sequences)) for token in sequences[index].tokens]
 
 
 def expected_tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[int]:
-    """What `concat` must give, written the slow way: each document's tokens and one EOS."""
+    """The tokens that `concat` must give, computed the slow way: those of each document and one EOS."""
     return [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
 
 def write(path: Path, documents: list[str]) -> Path:
-    """`documents` in the format that the suffix of `path` names; a .txt file holds them all as one."""
+    """Write `documents` in the format of the suffix of `path`. A .txt file holds them all as one."""
     match path.suffix:
         case ".jsonl":
             path.write_text("".join(json.dumps({"text": text, "other": 1}) + "\n" for text in documents))
@@ -67,7 +67,7 @@ def test_no_token_is_lost(
     suffix: str,
     workers: int | None,
 ) -> None:
-    """Rows are the documents with an EOS after each; only the last partial row is dropped, and counted."""
+    """Sequences are the documents with an EOS after each. Only the last partial sequence is dropped, and counted."""
     options.train_file = str(write(tmp_path / f"text{suffix}", documents))
     options.preprocessing_num_workers = workers
     data = prepare_data(options, tokenizer)
@@ -83,22 +83,22 @@ def test_no_token_is_lost(
 def test_data_set_directory(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """--dataset_name takes a local directory, and the data set's own validation split."""
+    """--dataset_name takes a local directory, and uses the validation split of the data set."""
     directory = tmp_path / "set"
     directory.mkdir()
     write(directory / "train.jsonl", documents[:150])
     write(directory / "validation.jsonl", documents[150:])
     options.dataset_name = str(directory)
     data = prepare_data(options, tokenizer)
-    for rows, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
-        tokens = tokens_of(rows)
+    for sequences, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
+        tokens = tokens_of(sequences)
         assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
 
 
 def test_text_column(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """Text may stand in another column than `text`."""
+    """--text_column names another column than `text`."""
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"id": 1, "content": text}) + "\n" for text in documents))
     options.train_file, options.text_column = str(path), "content"
@@ -109,39 +109,39 @@ def test_text_column(
 def test_packing_none(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """One row per document; one that is longer than a row goes on in the next. Not one token is dropped."""
+    """Each document has its own sequences. A longer document fills several, and no token is dropped."""
     documents = [*documents, " ".join(documents) * 3]
     options.train_file, options.packing = str(write(tmp_path / "text.jsonl", documents)), "none"
     data = prepare_data(options, tokenizer)
-    rows = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
+    sequences = iter(data.train[index].tokens.tolist() for index in range(len(data.train)))
     for text in documents:
         tokens = expected_tokens(tokenizer, [text])
         for start in range(0, len(tokens), 32):
-            assert next(rows) == tokens[start : start + 32]
-    assert next(rows, None) is None
+            assert next(sequences) == tokens[start : start + 32]
+    assert next(sequences, None) is None
     assert data.counts["train"].dropped_tokens == 0
 
 
 def test_pieces_of_a_large_text(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """A .txt file is read in pieces; text and tokens are those of the whole file, to the last blank."""
+    """A .txt file is read in fragments. Text and tokens are exactly those of the whole file."""
     text = "".join(f"def f{i}():\n\n\n    return {i}  \n \n\t\n" * (i % 5) + f"x{i}\r\n" for i in range(4000))
     path = tmp_path / "large.txt"
     path.write_bytes(text.encode())
     options.train_file = str(path)
     (source,), _ = find_sources(options)
-    pieces = list(read(source))
-    assert len(pieces) > 5
-    texts = [cast(Any, piece.content)["text"] for piece in pieces]
+    fragments = list(read(source))
+    assert len(fragments) > 5
+    texts = [cast(Any, fragment.content)["text"] for fragment in fragments]
     assert max(map(len, texts)) < 2 * FRAGMENT
     assert "".join(texts) == text
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [fragment.begins for fragment in fragments] == [True] + [False] * (len(fragments) - 1)
+    assert [fragment.ends for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
     tokens = tokens_of(prepare_data(options, tokenizer).train)
     assert tokens == expected_tokens(tokenizer, [text])[: len(tokens)]
 
 
 def test_bos_once_per_document(options: Options, model_dir: Path, tmp_path: Path) -> None:
-    """A tokenizer that opens a text with BOS opens each document with it, and not each piece of a large file."""
+    """If the tokenizer begins a text with BOS, each document begins with it, but not each fragment of a large file."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     bos = tokenizer.convert_tokens_to_ids("!")
     template = processors.TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
@@ -158,7 +158,7 @@ def test_bos_once_per_document(options: Options, model_dir: Path, tmp_path: Path
 def test_split_is_by_document(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """The last documents are held out, whole; together the splits are everything."""
+    """The last documents are held out as a whole. Together, the splits have all documents."""
     options.train_file = str(write(tmp_path / "text.jsonl", documents))
     options.validation_split_percentage, options.packing = 10, "none"
     data = prepare_data(options, tokenizer)
@@ -170,7 +170,7 @@ def test_split_is_by_document(
 def test_embedded_split_is_by_file(
     options: Options, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The held-out part of the embedded corpus starts where a file starts; seen on each twentieth file of it."""
+    """The validation split of the demo's text starts where a file starts. Every twentieth file is tried."""
     (source,), _ = find_sources(options)
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
@@ -186,7 +186,7 @@ def test_embedded_split_is_by_file(
 
 
 def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Fault 15: empty documents are skipped and counted. Fault 16: a row without text is an error that names it."""
+    """Empty documents are skipped and counted. A record without text is an error that names it."""
     texts = ["one two three " * 20, "", "four five six " * 20]
     options.train_file = str(write(tmp_path / "empty.jsonl", texts))
     data = prepare_data(options, tokenizer)
@@ -206,7 +206,7 @@ def test_cache_is_keyed_by_content(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prepared once; anew for other content, even of the same size and time, for another length or tokenizer."""
+    """Data are prepared once, and again for other content, even of the same size and time, or another block size."""
     path = write(tmp_path / "text.jsonl", documents)
     options.train_file = str(path)
     cache = Path(options.data_cache_dir)
@@ -216,7 +216,7 @@ def test_cache_is_keyed_by_content(
 
     first = prepare_data(options, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare._write", lambda *_: pytest.fail("prepared a second time"))
+        patch.setattr("data.cache._write", lambda *_: pytest.fail("prepared a second time"))
         assert prepare_data(options, tokenizer).fingerprint == first.fingerprint
     assert entries() == 1
     times = path.stat()
@@ -228,13 +228,15 @@ def test_cache_is_keyed_by_content(
     assert entries() == 3
 
 
-def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: int, steps: int) -> Iterator[list[int]]:
-    """The rows of each step, gathered from all ranks as train.py deals them out."""
+def global_batches(
+    sequences: int, world_size: int, micro_batch: int, accumulation: int, steps: int
+) -> Iterator[list[int]]:
+    """The sequences of each step, gathered from all ranks as train.py distributes them."""
     for step in range(steps):
         batch = []
         for rank in range(world_size):
             sampler: Any = DistributedSampler(
-                cast(Any, range(rows)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
+                cast(Any, range(sequences)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
             )
             first = step * accumulation
             for indices in micro_batches(list(sampler), micro_batch, first, first + accumulation):
@@ -243,26 +245,26 @@ def global_batches(rows: int, world_size: int, micro_batch: int, accumulation: i
 
 
 def test_global_batch_does_not_depend_on_ranks() -> None:
-    """Fault 19: 101 rows are 8 global batches of 12 on every rank of any number; the last 5 rows wait for an epoch."""
+    """101 sequences are the same 8 global batches of 12 on any number of ranks. The last 5 are left over."""
     reference = list(global_batches(101, 1, 12, 1, steps=8))
-    assert len({row for batch in reference for row in batch}) == 8 * 12, "no row twice in an epoch"
+    assert len({sequence for batch in reference for sequence in batch}) == 8 * 12, "no sequence twice in an epoch"
     for world_size, micro_batch, accumulation in ((1, 3, 4), (2, 6, 1), (2, 2, 3), (3, 2, 2), (4, 3, 1), (4, 1, 3)):
         assert list(global_batches(101, world_size, micro_batch, accumulation, steps=8)) == reference
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("rows", [1, 2, 5, 23, 24])
+@pytest.mark.parametrize("sequences", [1, 2, 5, 23, 24])
 @pytest.mark.parametrize("size", [1, 4])
-def test_validation_rows_count_once(world_size: int, rows: int, size: int) -> None:
-    """Each row on one rank, and the same number of forwards on all of them."""
-    batches = [validation_batches(rows, rank, world_size, size) for rank in range(world_size)]
-    assert sorted(row for rank in batches for batch in rank for row in batch) == list(range(rows))
+def test_validation_rows_count_once(world_size: int, sequences: int, size: int) -> None:
+    """Each sequence is on one rank, and all ranks have the same number of forwards."""
+    batches = [validation_batches(sequences, rank, world_size, size) for rank in range(world_size)]
+    assert sorted(sequence for rank in batches for batch in rank for sequence in batch) == list(range(sequences))
     assert len({len(rank) for rank in batches}) == 1
     assert max(len(batch) for rank in batches for batch in rank) <= size
 
 
 def test_collate_masks_by_length() -> None:
-    """Padding is ignored because of where it stands; EOS, which many tokenizers pad with, is learned."""
+    """Padding is masked by its position. EOS, with which many tokenizers pad, is trained on."""
     batch = collate([world.row(torch.tensor([5, 6, 0]), 3), world.row(torch.tensor([7]), 1)])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, IGNORE_INDEX, IGNORE_INDEX]]

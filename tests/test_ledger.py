@@ -1,4 +1,4 @@
-"""The ledger shows which rows were learned from: the same on any topology, none lost or repeated by any resume."""
+"""Proves data/ledger.py and train.py: the same sequences on any topology, none lost or repeated by a resume."""
 
 import json
 import shutil
@@ -53,12 +53,12 @@ def test_the_same_global_batches(
 
 
 def test_epochs_have_other_orders(one_process: Path) -> None:
-    """Each epoch is a permutation of its own: no step of the second has the rows of its counterpart in the first."""
+    """Each epoch has its own order: no step of the second has the sequences of the same step in the first."""
     steps = read(one_process)
     first, second = ([steps[step + epoch * 17] for step in range(1, 18)] for epoch in (0, 1))
-    assert all(rows not in first for rows in second)
-    used = [{row for rows in epoch for row in rows} for epoch in (first, second)]
-    assert [len(rows) for rows in used] == [17 * 48] * 2
+    assert all(sequences not in first for sequences in second)
+    used = [{sequence for sequences in epoch for sequence in sequences} for epoch in (first, second)]
+    assert [len(sequences) for sequences in used] == [17 * 48] * 2
 
 
 def batches(tiny: list[object], rank: int = 0, world_size: int = 1, done: int = 0, end: int = 40) -> list[list[int]]:
@@ -93,7 +93,7 @@ def test_batches_of_a_resumed_run(tiny: list[object], done: int) -> None:
 
 
 def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:
-    """Fault 20: 0 rows lost, 0 repeated; also in the second epoch, and when two ranks become four."""
+    """No sequence is lost or repeated, also in the second epoch and when two ranks become four."""
     for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):
         train_ok(world_size, *tiny, *OPTIONS, "--output_dir", tmp_path, *RESUME, "--max_steps", steps)
         assert len(read(tmp_path)) == steps
@@ -102,38 +102,40 @@ def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_pat
 
 
 def test_the_command(one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A right ledger is summed up, each problem is named, and the exit code differs."""
+    """The command sums up a correct ledger, names the faults of a wrong one, and returns 0 or 1."""
     assert main([str(one_process), str(one_process)]) == 0
     right = capsys.readouterr().out
-    assert "40 steps of 48 rows; 2 whole epochs, each with 816 of 844 rows exactly once, and 6 steps" in right
+    assert "40 steps of 48 sequences; 2 whole epochs, each with 816 of 844 sequences exactly once, and 6 steps" in right
     assert "the same global batches in all 40 steps of both" in right
-    wrong = changed(one_process, tmp_path, lambda step, rows: rows if step != 5 else [])
+    wrong = changed(one_process, tmp_path, lambda step, sequences: sequences if step != 5 else [])
     assert main([str(wrong)]) == 1
-    assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 rows, not 48", "1 problems"]
+    assert capsys.readouterr().out.splitlines() == [f"{wrong}: step 5 has 0 sequences, not 48", "1 problems"]
     assert main([str(tmp_path / "nothing")]) == 2
 
 
 def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
     first = read(one_process)[1]
-    again = changed(one_process, tmp_path / "again", lambda step, rows: [*first] if step == 2 else rows)
-    assert f"row {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
-    assert differences(again, one_process) == [f"step 2: other rows than in {one_process}"]
-    short = changed(one_process, tmp_path / "short", lambda step, rows: rows[1:] if step == 9 else rows)
-    assert problems(short) == ["step 9 has 47 rows, not 48"]
-    lost = changed(one_process, tmp_path / "lost", lambda step, rows: None if step == 6 else rows)
+    again = changed(one_process, tmp_path / "again", lambda step, sequences: [*first] if step == 2 else sequences)
+    assert f"sequence {first[0][0]} is in step 1 and again in step 2 of the same epoch" in problems(again)
+    assert differences(again, one_process) == [f"step 2: other sequences than in {one_process}"]
+    short = changed(one_process, tmp_path / "short", lambda step, sequences: sequences[1:] if step == 9 else sequences)
+    assert problems(short) == ["step 9 has 47 sequences, not 48"]
+    lost = changed(one_process, tmp_path / "lost", lambda step, sequences: None if step == 6 else sequences)
     assert problems(lost) == ["steps [6] are missing"]
     other = changed(
-        one_process, tmp_path / "other", lambda step, rows: [(*row[:2], "0") for row in rows] if step == 20 else rows
+        one_process,
+        tmp_path / "other",
+        lambda step, sequences: [(*sequence[:2], "0") for sequence in sequences] if step == 20 else sequences,
     )
     assert len(problems(other)) > 40
-    assert "is not the one it was before" in problems(other)[0]
+    assert "has other tokens than before" in problems(other)[0]
 
 
 def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:
-    """A copy of a ledger in which each step has the rows that `change` makes of its own; None removes the step."""
+    """A copy of a ledger with the sequences of each step changed by `change`. None removes the step."""
     shutil.copytree(run / "ledger", copy / "ledger")
     path = copy / "ledger" / "rank-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line | {"rows": change(line["step"], line["rows"])} for line in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["rows"] is not None))
+    lines = [line | {"sequences": change(line["step"], line["sequences"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["sequences"] is not None))
     return copy

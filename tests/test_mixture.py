@@ -1,4 +1,4 @@
-"""Several sources with weights: the shares are exact, rows are used evenly, and neither ranks nor resumes matter."""
+"""Proves Mixture of data/sequences.py: exact fractions of the sources, evenly used, on any ranks and resumes."""
 
 import json
 from pathlib import Path
@@ -32,35 +32,38 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Mixture:
-    """Of the small source, 60% of the rows of an epoch."""
+    """The options of a mixture: 60% of the sequences of an epoch are from the small source."""
     weights = f"{files[0]}=0.4,{files[1]}=0.6"
     data = prepare_data(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
     assert isinstance(data.train, Mixture)
     assert isinstance(data.validation, Mixture)
-    assert (data.counts["train"].rows, data.counts["validation"].rows) == (len(data.train), len(data.validation))
+    assert (data.counts["train"].sequences, data.counts["validation"].sequences) == (
+        len(data.train),
+        len(data.validation),
+    )
     return data.train
 
 
 def test_shares_and_passes(mixture: Mixture) -> None:
-    """In every epoch the shares are those of the weights; over epochs, a row comes again after all of its source."""
+    """Each epoch has the fractions of the weights. A sequence comes again only after all others of its source."""
     epochs = [mixture.epoch_indices(epoch, 42) for epoch in range(7)]
-    large, small = (rows for rows, _ in mixture.sources)
+    large, small = (sequences for sequences, _ in mixture.sources)
     for numbers in epochs:
         assert len(numbers) == len(mixture) == large + small
         assert abs((numbers >= large).mean() - 0.6) < 1 / len(mixture)
-    for drawn, rows in (
+    for drawn, sequences in (
         (np.concatenate([numbers[numbers < large] for numbers in epochs]), range(large)),
         (np.concatenate([numbers[numbers >= large] for numbers in epochs]), range(large, large + small)),
     ):
-        passes = [drawn[start : start + len(rows)].tolist() for start in range(0, len(drawn), len(rows))]
+        passes = [drawn[start : start + len(sequences)].tolist() for start in range(0, len(drawn), len(sequences))]
         assert len(passes) > 2
-        assert all(sorted(order) == list(rows) for order in passes[:-1])
+        assert all(sorted(order) == list(sequences) for order in passes[:-1])
         assert len(set(passes[-1])) == len(passes[-1])
         assert passes[0] != passes[1]
 
 
 def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
-    """A function of (seed, epoch) alone: nothing is drawn from a state that a resume would have to restore."""
+    """An epoch is a function of (seed, epoch) alone, so a resume has no state to restore."""
     again = Mixture(mixture.parts, [4, 6])
     assert np.array_equal(again.epoch_indices(5, 42), mixture.epoch_indices(5, 42))
     assert not np.array_equal(mixture.epoch_indices(5, 43), mixture.epoch_indices(5, 42))
@@ -70,7 +73,7 @@ def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
 
 
 def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path: Path) -> None:
-    """On one rank, and on two, four and three with resumes in between, in the second epoch too."""
+    """Global batches are the same on one rank, and on two, four and three with resumes, also in the second epoch."""
     options = [*tiny, "--train_file", "", "--train_mixture", f"{files[0]}=0.4,{files[1]}=0.6", "--ledger"]
     options += ["--global_batch_size", 48, "--per_device_train_batch_size", 4]
     options += ["--lr_scheduler_type", "constant_with_warmup"]
@@ -83,7 +86,7 @@ def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path
     assert differences(tmp_path / "one", tmp_path / "many") == []
     path = tmp_path / "many" / "ledger" / "about.json"
     about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"sources": [[rows, rows] for rows, _ in about["sources"]]}))
+    path.write_text(json.dumps(about | {"sources": [[sequences, sequences] for sequences, _ in about["sources"]]}))
     assert "of the same epoch" in problems(tmp_path / "many")[0], "the small source comes more than once"
 
 

@@ -41,8 +41,8 @@ def all_masked(steps: set[int]) -> None:
     """Patch a rank: no label of its micro-batches in `steps` is a target."""
     original, calls = data.loader.collate, iter(range(10_000))
 
-    def collate(rows: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
-        batch = original(rows, padded_length)
+    def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
+        batch = original(sequences, padded_length)
         if next(calls) // 2 + 1 in steps:
             batch["labels"].fill_(IGNORE_INDEX)
             batch["targets"].zero_()

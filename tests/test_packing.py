@@ -1,4 +1,4 @@
-"""Packed documents: no slot wasted, no token lost, and no document that sees another one."""
+"""Proves data/packing.py, data/batches.py and model/attention.py: full sequences, no token lost, separate documents."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 import data.packing
 import model.attention
 from data.batches import collate
-from data.packing import pack, pack_in_parts
+from data.packing import Packing, pack, pack_in_parts
 from data.sequences import Sequence
 from loss.next_token import NextToken
 from metrics.records import read_records
@@ -24,26 +24,26 @@ from tests.proof import GATES, Case, first_gradient, relative_l2
 
 
 def ragged_lengths(number: int) -> np.ndarray:
-    """Log-normal lengths, as those of conversations are: a median of 400, a few of thousands."""
+    """Log-normal lengths, like those of conversations: a median of 400, and a few of thousands."""
     return np.minimum(np.exp(np.random.default_rng(0).normal(6, 1.2, number)), 40_960).astype(np.int64)
 
 
 @pytest.mark.parametrize("number", [1000, 20_000])
 def test_no_slot_is_wasted(number: int) -> None:
-    """At least 98% of the slots hold a token; with a thousand documents it is 99.7%, with 20,000 99.98%."""
+    """At least 98% of the positions hold a token (99.7% with 1000 documents, 99.98% with 20,000)."""
     lengths = ragged_lengths(number)
-    packed = pack("documents", lengths, 4096)
+    packed = pack(Packing("documents", 4096), lengths)
     assert lengths.sum() / ((len(packed.first_segments) - 1) * 4096) > 0.98
 
 
 @pytest.mark.parametrize("packing", ["documents", "none", "concat"])
 def test_no_token_is_lost(packing: str) -> None:
-    """Each token is in one row; documents are cut only where they are longer than a row (fault 17: 100 times)."""
+    """Each token is in one sequence. Only documents longer than a sequence are cut, even 100 times."""
     lengths = np.concatenate([ragged_lengths(300), [0, 25_600, 1, 256, 257]])
-    packed = pack(packing, lengths, 256)
+    packed = pack(Packing(packing, 256), lengths)
     sizes = packed.segments[:, 1] - packed.segments[:, 0]
-    rows = np.add.reduceat(sizes, packed.first_segments[:-1])
-    assert rows.max() <= 256
+    sequences = np.add.reduceat(sizes, packed.first_segments[:-1])
+    assert sequences.max() <= 256
     assert sizes.min() > 0
     used = np.zeros(lengths.sum(), np.int64)
     for start, end in packed.segments:
@@ -57,12 +57,12 @@ def test_no_token_is_lost(packing: str) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 7, 256 * 3, 256 * 7 + 5])
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Rows of concat that are made three at a time are those that are made at once."""
-    monkeypatch.setattr(data.packing, "ROWS_OF_A_PART", 3)
+    """concat gives the same sequences three at a time and all at once."""
+    monkeypatch.setattr(data.packing, "SEQUENCES_OF_A_PART", 3)
     lengths = np.array([tokens // 2, 0, tokens - tokens // 2])
-    parts = list(pack_in_parts("concat", lengths, 256))
-    whole = pack("concat", lengths, 256)
-    assert [piece for part in parts for piece in part.segments.tolist()] == whole.segments.tolist()
+    parts = list(pack_in_parts(Packing("concat", 256), lengths))
+    whole = pack(Packing("concat", 256), lengths)
+    assert [segment for part in parts for segment in part.segments.tolist()] == whole.segments.tolist()
     assert sum(len(part.first_segments) - 1 for part in parts) == len(whole.first_segments) - 1 == tokens // 256
     assert len(parts) == -(-tokens // (256 * 3))
 
@@ -74,9 +74,9 @@ def tokens_of_documents(lengths: list[int], vocabulary: int) -> list[Tensor]:
 
 def packed_row(documents: list[Tensor], number: int = 0) -> Sequence:
     tokens = torch.cat(documents)
-    learned = torch.ones_like(tokens, dtype=torch.bool)
-    learned[1:3] = False  # a question, say
-    return Sequence(number, tokens, learned, [len(document) for document in documents])
+    trained_on = torch.ones_like(tokens, dtype=torch.bool)
+    trained_on[1:3] = False  # a question, say
+    return Sequence(number, tokens, trained_on, [len(document) for document in documents])
 
 
 def loss_and_gradient(
@@ -101,22 +101,22 @@ def sliding_model() -> PreTrainedModel:
 
 
 def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A micro-batch of two packed rows, and each of their documents as a micro-batch of its own."""
+    """A micro-batch of two packed sequences, and each of their documents as a micro-batch of its own."""
     documents = tokens_of_documents([17, 30, 1, 9, 25, 31], 384)
-    rows = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
+    sequences = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
     alone = []
-    for row in rows:
+    for sequence in sequences:
         start = 0
-        for length in row.segment_lengths:
+        for length in sequence.segment_lengths:
             part = slice(start, start + length)
-            alone.append(collate([Sequence(0, row.tokens[part], row.trained_on[part], [length])]))
+            alone.append(collate([Sequence(0, sequence.tokens[part], sequence.trained_on[part], [length])]))
             start += length
-    return collate(rows, padded_length=64), alone
+    return collate(sequences, padded_length=64), alone
 
 
 @pytest.mark.parametrize("model_name", ["full_attention", "sliding_window"])
 def test_packed_is_one_by_one(model_dir: Path, model_name: str) -> None:
-    """Loss and gradients of packed rows are those of their documents alone; with leaks they would differ."""
+    """Loss and gradients of packed sequences equal those of their documents alone. Leaking attention changes them."""
     small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     assert int(packed["targets"]) == sum(int(batch["targets"]) for batch in alone)
@@ -141,7 +141,7 @@ def varlen_by_hand(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What torch.nn.attention.varlen.varlen_attn computes on a GPU, one document after the other, on any device."""
+    """The result of torch.nn.attention.varlen.varlen_attn, computed one document after the other on any device."""
     assert query.shape[1] == key.shape[1] or enable_gqa
     results = []
     for start, end in pairwise(cu_seq_q.tolist()):
@@ -159,7 +159,7 @@ def varlen_by_hand(
 def test_variable_length_attention(
     model_dir: Path, model_name: str, older: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU is asked for, computed here by hand: the same loss and gradients; the GPU test runs torch's kernel."""
+    """The GPU path gives the same loss and gradients. Its kernel is computed by hand here, and runs in the GPU test."""
     monkeypatch.setattr(model.attention, "varlen_attn", varlen_by_hand)
     if older:
         monkeypatch.setattr(model.attention, "CAN", {"scale", "window_size"})
@@ -174,7 +174,7 @@ def test_variable_length_attention(
 
 
 def test_collate_keeps_documents_apart() -> None:
-    """Positions start again, the first token of a document is no target, and ends are those of the line of all rows."""
+    """In each document, positions start at 0 and the first token is no target. Ends count over all sequences."""
     batch = collate(
         [packed_row(tokens_of_documents([4, 3], 9)), packed_row(tokens_of_documents([8], 9), 1)], padded_length=8
     )
@@ -189,7 +189,7 @@ DOCUMENTS, ROWS = 46, 16
 
 @pytest.fixture(scope="module")
 def all_documents(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options for a step that learns from all documents at once; none is longer than a row."""
+    """Options for a step that trains on all documents at once. None is longer than a sequence."""
     path = tmp_path_factory.mktemp("packed") / "documents.jsonl"
     draw = random.Random(3)
     texts = ["the licence of software " * draw.randint(1, 2) + "a" * draw.randint(1, 9) for _ in range(DOCUMENTS)]
@@ -207,7 +207,7 @@ def unpacked_gradient(all_documents: list[object], tmp_path_factory: pytest.Temp
 def test_packed_step_is_the_unpacked_step(
     all_documents: list[object], unpacked_gradient: dict[str, Tensor], tmp_path: Path, strategy: str
 ) -> None:
-    """Through the whole trainer, on two ranks and in micro-steps: the gradient of all documents, packed or not."""
+    """In a run on two ranks with micro-steps, the gradient of all documents is the same, packed or not."""
     options = [*all_documents, "--packing", "documents", "--global_batch_size", ROWS]
     gradient = first_gradient(Case("packed", 2, 2, ("--strategy", strategy)), options, tmp_path)
     assert read_records(tmp_path / "metrics.jsonl")[-1]["epoch"] == 1, "all documents are in the step"

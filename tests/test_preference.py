@@ -13,7 +13,7 @@ import checkpoint.ranks
 from config.errors import OptionError
 from data.batches import collate_pairs
 from data.ledger import problems, read
-from data.packing import pack
+from data.packing import Packing, pack
 from data.prepare import show_examples
 from data.sequences import Sequence
 from loss.dpo import Preference
@@ -80,14 +80,14 @@ def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     ]
     pairs = prepare_records(records, tokenizer, tmp_path, **DPO)
     counts = pairs.counts["train"]
-    assert len(pairs.train) == counts.rows == 20
+    assert len(pairs.train) == counts.sequences == 20
     assert (counts.documents, counts.cut_documents) == (40, 1)
     assert (counts.targetless_documents, counts.empty_documents) == (4, 2)
     assert all(len(pairs.train[index].segment_lengths) == 2 for index in range(20))
     assert rows_of(pairs)[0] == rows_of(pairs)[-1]
     with pytest.raises(OptionError) as error:
         prepare_records(records, tokenizer, tmp_path, max_targetless_fraction=0.08, **DPO)
-    assert "2 of 23 records have no token to learn" in str(error.value)
+    assert "2 of 23 records have no token to train on" in str(error.value)
     assert "chat.jsonl: line 20: 'word word" in str(error.value)
 
 
@@ -121,7 +121,7 @@ def test_prepared_pairs_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path
 
 
 def test_pack_pairs() -> None:
-    packed = pack("pairs", torch.tensor([3, 5, 0, 0, 2, 4]).numpy(), 5)
+    packed = pack(Packing("pairs", 5), torch.tensor([3, 5, 0, 0, 2, 4]).numpy())
     assert packed.segments.tolist() == [[0, 3], [3, 8], [8, 10], [10, 14]]
     assert packed.first_segments.tolist() == [0, 2, 4]
 

@@ -1,5 +1,6 @@
-"""Preparing data: every kind of source, from any place in it, in parallel, cut off and gone on with, never in vain."""
+"""Proves data/cache.py, data/prepare.py, data/sources.py and data/records.py: all sources, in parallel, resumed."""
 
+import copy
 import gzip
 import json
 import multiprocessing
@@ -8,21 +9,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import data.prepare
+import data.cache
 from compare.preparation import generate
 from compare.preparation import prepare as measured
 from config.errors import OptionError
 from config.options import Options
+from data.cache import cache_key
+from data.packing import Packing
 from data.prepare import main, prepare_data
-from data.records import START, Position, Raw, read
+from data.records import START, Position, RawRecord, read
 from data.sources import Source, _hash, find_sources
+from data.tokens import Rendering
 from tests.launch import ROOT
 from tests.test_data import expected_tokens, tokens_of
 
@@ -45,13 +51,13 @@ def options(tmp_path: Path) -> Options:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the text were large: a dozen chunks, and progress written after each."""
-    monkeypatch.setattr("data.prepare.CHUNK", 20_000)
-    monkeypatch.setattr("data.prepare.SYNC", 0.0)
+    """Make a small text a large one: a dozen chunks, and progress written after each."""
+    monkeypatch.setattr("data.cache.CHUNK", 20_000)
+    monkeypatch.setattr("data.cache.SYNC", 0.0)
 
 
 def write(path: Path, documents: Sequence[object]) -> Path:
-    """`documents` in the format that the name of `path` says; a .txt file holds them all as one."""
+    """Write `documents` in the format of the name of `path`. A .txt file holds them all as one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
     match path.suffix:
@@ -77,7 +83,7 @@ def test_files_directories_and_globs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One source may be many files of many kinds, in the order of their names, or in that of a list."""
+    """A source may be many files of many kinds, in the order of their names or of a list."""
     names = ("a.jsonl", "b.jsonl.gz", "c/d.jsonl.zst", "c/e.parquet", "f.json")
     files = [write(tmp_path / "text" / name, documents[i * 40 : i * 40 + 40]) for i, name in enumerate(names)]
     (tmp_path / "text" / "notes.md").write_text("not a document")
@@ -94,7 +100,7 @@ def test_files_directories_and_globs(
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
 def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_path: Path, name: str) -> None:
-    """What follows a record is the same, whether one has read up to there or starts there."""
+    """The records after a position are the same, whether reading started there or at the beginning."""
     write(tmp_path / "text" / name, [text + "\nx" * 600 for text in documents])
     write(tmp_path / "text" / f"b{name}", documents[:2])
     options.train_file = str(tmp_path / "text")
@@ -111,7 +117,7 @@ def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_pat
 def test_a_row_without_text(
     options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, value: object
 ) -> None:
-    """Fault 16: a null or wrongly typed row is an error that names file and row; and nothing of it is kept."""
+    """A null or wrongly typed text is an error that names file and record, and leaves nothing in the cache."""
     path, texts = tmp_path / name, ["a"] * 150
     write(path, [*texts, value] if value is None or path.suffix != ".parquet" else [value])
     row = 1 if value and path.suffix == ".parquet" else 151  # a column of .parquet has one type
@@ -142,25 +148,25 @@ def test_damaged_files(options: Options, tokenizer: PreTrainedTokenizerBase, tmp
 
 @pytest.mark.parametrize("packing", ["concat", "documents", "none"])
 def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, packing: str) -> None:
-    """Fault 17: a document of 100 times the block length is cut into rows, and no token of it is lost."""
+    """A document of 100 times block_size is cut into sequences, and none of its tokens is lost."""
     text = " ".join(f"{number}" for number in range(2000))
     expected = expected_tokens(tokenizer, [text])
     assert len(expected) > 100 * 32
     options.train_file, options.packing = str(write(tmp_path / "long.jsonl", [text])), packing  # type: ignore[assignment]
-    rows = prepare_data(options, tokenizer)
-    dropped = rows.counts["train"].dropped_tokens
+    prepared = prepare_data(options, tokenizer)
+    dropped = prepared.counts["train"].dropped_tokens
     assert dropped == (len(expected) % 32 if packing == "concat" else 0)
-    pieces = sorted(map(tuple, rows.train.segments.tolist()))  # type: ignore[union-attr]
-    assert pieces[0][0] == 0
-    assert [end for _, end in pieces[:-1]] == [start for start, _ in pieces[1:]]
-    assert pieces[-1][1] == len(expected) - dropped
-    assert sorted(tokens_of(rows.train)) == sorted(expected[: len(expected) - dropped])
+    segments = sorted(map(tuple, prepared.train.segments.tolist()))  # type: ignore[union-attr]
+    assert segments[0][0] == 0
+    assert [end for _, end in segments[:-1]] == [start for start, _ in segments[1:]]
+    assert segments[-1][1] == len(expected) - dropped
+    assert sorted(tokens_of(prepared.train)) == sorted(expected[: len(expected) - dropped])
 
 
 def test_workers_do_not_matter(
     options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path, small_chunks: None
 ) -> None:
-    """The same rows and the same fingerprint, however many processes tokenize."""
+    """Sequences and fingerprint do not depend on the number of processes."""
     options.train_file = str(train_file)
     prepared = []
     for workers in (1, 2, 3):
@@ -173,7 +179,7 @@ def test_workers_do_not_matter(
 def test_the_first_bad_row_is_named(
     options: Options, tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path, small_chunks: None
 ) -> None:
-    """Of several bad rows the first, whichever process meets one first."""
+    """The error names the first bad record, even if another process meets another one earlier."""
     path = write(tmp_path / "text.jsonl", documents)
     path.write_text(path.read_text() + '{"text": 1}\n' + path.read_text() + '{"text": 2}\n' * 9)
     options.train_file, options.preprocessing_num_workers = str(path), 3
@@ -182,19 +188,19 @@ def test_the_first_bad_row_is_named(
 
 
 def slowly(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Prepare in a process that a test will kill; reading takes long enough for that."""
+    """Prepare in a process that a test will kill. Reading is slow enough for that."""
 
-    def read_slowly(source: Source, start: Position = START) -> Iterator[Raw]:
+    def read_slowly(source: Source, start: Position = START) -> Iterator[RawRecord]:
         for record in read(source, start):
             time.sleep(0.05)
             yield record
 
-    data.prepare.read = read_slowly
+    data.cache.read = read_slowly
     prepare_data(options, tokenizer)
 
 
 def runs(process: str) -> bool:
-    """Whether a process still does something: one that has ended may wait for its parent as a zombie."""
+    """Whether a process still runs. An ended process may remain as a zombie until its parent waits for it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -209,12 +215,12 @@ def test_killed_and_gone_on_with(
     small_chunks: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL of a preparation: its processes end, the next one goes on where it was, and the rows are the same."""
+    """After SIGKILL, the workers end, the next preparation resumes where it stopped, and the sequences are the same."""
     options.train_file, options.preprocessing_num_workers = str(train_file), 2
     process = multiprocessing.get_context("fork").Process(target=slowly, args=(options, tokenizer))
     process.start()
     deadline = time.monotonic() + 60
-    while not (found := list((tmp_path / "cache").glob("rows-*.partial/progress.json"))):
+    while not (found := list((tmp_path / "cache").glob("data-*.partial/progress.json"))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -229,11 +235,12 @@ def test_killed_and_gone_on_with(
     assert tokens > records > 0
     starts: list[Position] = []
 
-    def read_noting(source: Source, start: Position = START) -> Iterator[Raw]:
+    def read_noting(source: Source, start: Position = START) -> Iterator[RawRecord]:
         starts.append(start)
         return read(source, start)
 
-    monkeypatch.setattr("data.prepare.read", read_noting)
+    for module in ("data.prepare", "data.cache"):
+        monkeypatch.setattr(f"{module}.read", read_noting)
     gone_on_with = prepare_data(options, tokenizer)
     assert starts == [START, after]  # the first is a look at the first record
     assert not list((tmp_path / "cache").glob("*.partial"))
@@ -244,9 +251,9 @@ def test_killed_and_gone_on_with(
 def test_abandoned_preparations_are_removed(
     options: Options, tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path
 ) -> None:
-    """What was cut off goes, a week after the last that was done there."""
+    """An interrupted preparation is removed a week after its last change."""
     options.train_file = str(train_file)
-    for name, age in (("rows-old.partial", 8), ("rows-new.partial", 6)):
+    for name, age in (("data-old.partial", 8), ("data-new.partial", 6)):
         (tmp_path / "cache" / name).mkdir(parents=True)
         path = tmp_path / "cache" / name / "tokens.bin"
         path.touch()
@@ -254,7 +261,7 @@ def test_abandoned_preparations_are_removed(
         for entry in (path, path.parent):
             os.utime(entry, (then, then))
     prepare_data(options, tokenizer)
-    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["rows-new.partial"]
+    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == ["data-new.partial"]
 
 
 def test_files_are_hashed_once(
@@ -264,7 +271,7 @@ def test_files_are_hashed_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A start does not read a file again whose status is the same; a change is seen, even with its time set back."""
+    """A file with an unchanged status is not read again. A change is seen, even if its time is set back."""
     path = tmp_path / "text.jsonl"
     path.write_bytes(train_file.read_bytes())
     options.train_file = str(path)
@@ -290,12 +297,34 @@ def test_files_are_hashed_once(
     assert keys[-1] != keys[0]
 
 
+def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The key changes with the content, each field of Rendering and of Packing, and the held-out percentage."""
+    source = Source("text", "content")
+    rendering, packing = Rendering("text", "text", 32, 0.1, tokenizer), Packing("concat", 32)
+    other_template, other_eos, other_vocabulary = (copy.deepcopy(tokenizer) for _ in range(3))
+    other_template.chat_template = "{{ messages }}"
+    other_eos.eos_token = "a"
+    other_vocabulary.add_tokens(["<new>"])
+    changes: dict[str, list[Any]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
+    changes |= {"max_targetless_fraction": [0.2], "tokenizer": [other_template, other_eos, other_vocabulary]}
+    assert changes.keys() == {field.name for field in fields(Rendering)}
+    renderings = [replace(rendering, **{name: value}) for name, values in changes.items() for value in values]
+    packings = [replace(packing, kind="none"), replace(packing, block_size=64)]
+    assert {"kind", "block_size"} == {field.name for field in fields(Packing)}
+    keys = [cache_key(source, rendering, packing, 5), cache_key(source, rendering, packing, 6)]
+    keys += [cache_key(replace(source, key="changed"), rendering, packing, 5)]
+    keys += [cache_key(source, changed, packing, 5) for changed in renderings]
+    keys += [cache_key(source, rendering, changed, 5) for changed in packings]
+    assert len(set(keys)) == len(keys) == 12
+    assert cache_key(replace(source, name="other", weight=2.0), rendering, packing, 5) == keys[0]
+
+
 def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the options of a run, it prepares what that run will use; what is wrong is said as train.py says it."""
+    """With the options of a run, the command prepares what the run will use. It reports errors as train.py does."""
     options = [*map(str, tiny), "--data_cache_dir", str(tmp_path)]
     main([*options, "--global_batch_size", "7"])
     assert "180 documents (text)" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("rows-*/about.json"))) == 1
+    assert len(list(tmp_path.glob("data-*/about.json"))) == 1
     command = [sys.executable, "-m", "data.prepare", *options, "--train_file", f"{tmp_path}/none.txt"]
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2
@@ -306,7 +335,7 @@ def test_the_command(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """Ten times the text takes no more memory: the largest process stays within 40 MiB. It shows its progress."""
+    """Ten times the text takes at most 40 MiB more memory in the largest process."""
     costs = []
     for megabytes in (8, 80):
         generate(tmp_path / f"{megabytes}.jsonl", megabytes)

@@ -1,4 +1,4 @@
-"""--streaming: nothing is lost or repeated, and neither ranks nor resumes matter."""
+"""Proves data/stream.py: no token lost or repeated, on any number of ranks and after any resume."""
 
 import json
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the text were large: tens of chunks."""
+    """Make a small text a large one: tens of chunks."""
     monkeypatch.setattr("data.stream.CHUNK", 2000)
 
 
 @pytest.fixture
 def folder(documents: list[str], tmp_path: Path) -> Path:
-    """Documents of some hundred words in files of several kinds."""
+    """Documents of a few hundred words in files of several kinds."""
     parts = {"a.jsonl": documents[:80], "b.jsonl.gz": documents[80:120], "c.parquet": documents[120:]}
     for name, texts in parts.items():
         write(tmp_path / "text" / name, texts)
@@ -58,10 +58,10 @@ def stream_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: obje
 
 def steps_of(stream: StreamingDataset, world_size: int, cursor: Cursor) -> Iterator[list[Sequence]]:
     """The global batches after a cursor, gathered from all ranks, in the order of lanes."""
-    shares = [iter(stream.shard(rank, world_size, LANES, cursor)) for rank in range(world_size)]
+    streams = [iter(stream.shard(rank, world_size, LANES, cursor)) for rank in range(world_size)]
     while True:
-        rows = [row for share in shares for row in islice(share, LANES // world_size)]
-        yield sorted(rows, key=lambda row: row.cursor[4] % LANES)
+        sequences = [sequence for stream_of_rank in streams for sequence in islice(stream_of_rank, LANES // world_size)]
+        yield sorted(sequences, key=lambda sequence: sequence.cursor[4] % LANES)
 
 
 def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
@@ -77,65 +77,70 @@ def same(ours: list[Sequence], theirs: list[Sequence]) -> bool:
 def test_nothing_is_lost_or_repeated(
     folder: Path, tokenizer: PreTrainedTokenizerBase, documents: list[str], packing: str
 ) -> None:
-    """The rows of a pass hold every token of every document once; and of the next pass again, in another order."""
+    """Each pass has every token of every document once, and the next pass has another order."""
     stream = stream_of(folder, tokenizer, packing=packing)
     passes: dict[int, list[Sequence]] = {}
     for step in steps_of(stream, 1, []):
-        for row in step:
-            passes.setdefault(row.cursor[0], []).append(row)
-        if min(row.cursor[0] for row in step) == 2:
+        for sequence in step:
+            passes.setdefault(sequence.cursor[0], []).append(sequence)
+        if min(sequence.cursor[0] for sequence in step) == 2:
             break
     expected = sorted(expected_tokens(tokenizer, documents))
-    for rows in (passes[0], passes[1]):
-        assert len({row.number for row in rows}) == len(rows)
-        assert sorted(torch.cat([row.tokens for row in rows]).tolist()) == expected
-        assert all(len(row.tokens) <= 32 for row in rows)
-    orders = [[row.cursor[1:4] for row in sorted(passes[epoch], key=lambda row: row.number)] for epoch in (0, 1)]
+    for sequences in (passes[0], passes[1]):
+        assert len({sequence.number for sequence in sequences}) == len(sequences)
+        assert sorted(torch.cat([sequence.tokens for sequence in sequences]).tolist()) == expected
+        assert all(len(sequence.tokens) <= 32 for sequence in sequences)
+    orders = [
+        [sequence.cursor[1:4] for sequence in sorted(passes[epoch], key=lambda sequence: sequence.number)]
+        for epoch in (0, 1)
+    ]
     assert orders[0] != orders[1] or packing != "concat"
 
 
 def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The pieces in which a .txt file is read are one document where they stand in one chunk."""
+    """The fragments of a .txt file are one document if they are in one chunk."""
     monkeypatch.setattr("data.stream.CHUNK", 1 << 16)
     path = tmp_path / "large.txt"
     path.write_text("one two\n" * 6000)
     stream = stream_of(path, tokenizer, packing="none")
-    rows = [row for row in islice(stream.shard(0, 1, 1, []), 10_000) if row.cursor[0] == 0]
-    assert [len(row.tokens) for row in rows[:-1]] == [32] * (len(rows) - 1)
-    assert torch.cat([row.tokens for row in rows]).tolist() == expected_tokens(tokenizer, [path.read_text()])
+    sequences = [sequence for sequence in islice(stream.shard(0, 1, 1, []), 10_000) if sequence.cursor[0] == 0]
+    assert [len(sequence.tokens) for sequence in sequences[:-1]] == [32] * (len(sequences) - 1)
+    assert torch.cat([sequence.tokens for sequence in sequences]).tolist() == expected_tokens(
+        tokenizer, [path.read_text()]
+    )
 
 
 def test_concat_keeps_the_order_of_the_text(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """Put into the order of their numbers, the rows of one file are its text."""
+    """Sorted by their numbers, the sequences of a file are its text."""
     path = write(tmp_path / "a.jsonl", documents)
-    rows: list[Sequence] = []
+    sequences: list[Sequence] = []
     for step in steps_of(stream_of(path, tokenizer), 1, []):
-        rows += [row for row in step if row.cursor[0] == 0]
-        if min(row.cursor[0] for row in step) == 1:
+        sequences += [sequence for sequence in step if sequence.cursor[0] == 0]
+        if min(sequence.cursor[0] for sequence in step) == 1:
             break
-    tokens = torch.cat([row.tokens for row in sorted(rows, key=lambda row: row.number)])
+    tokens = torch.cat([sequence.tokens for sequence in sorted(sequences, key=lambda sequence: sequence.number)])
     assert tokens.tolist() == expected_tokens(tokenizer, documents)
 
 
 @pytest.mark.parametrize("packing", ["concat", "documents"])
 def test_ranks_and_resumes_do_not_matter(folder: Path, tokenizer: PreTrainedTokenizerBase, packing: str) -> None:
-    """The same global batches on any number of ranks, from the beginning and from any step, into the next passes."""
+    """Global batches are the same on any number of ranks, from the start and from any step, also in later passes."""
     stream = stream_of(folder, tokenizer, packing=packing)
     reference = list(islice(steps_of(stream, 1, []), 330))
     assert reference[-30][0].cursor[0] > 0
     for world_size in (2, 3, 6):
         assert all(map(same, islice(steps_of(stream, world_size, []), 330), reference))
     for world_size, done in ((1, 1), (2, 17), (3, 100), (6, 101), (2, 320)):
-        cursor = [list(row.cursor) for row in reference[done - 1]]
+        cursor = [list(sequence.cursor) for sequence in reference[done - 1]]
         assert all(map(same, islice(steps_of(stream, world_size, cursor), 10), reference[done:])), done
 
 
 def test_a_resume_reads_on_from_there(
     folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies before the first chunk that a lane is in is not read again."""
+    """A resume does not read what is before the first chunk that a lane is in."""
     stream = stream_of(folder, tokenizer)
     (reached,) = islice(steps_of(stream, 1, []), 120, 121)
     starts = []
@@ -145,7 +150,7 @@ def test_a_resume_reads_on_from_there(
         return data.records.read(source, start)  # type: ignore[arg-type]
 
     monkeypatch.setattr("data.stream.read", read_noting)
-    cursor = [list(row.cursor) for row in reached]
+    cursor = [list(sequence.cursor) for sequence in reached]
     next(steps_of(stream, 1, cursor))
     first = min(cursor, key=lambda one: one[4])
     assert starts[0] == tuple(first[1:4]) != (0, 0, 0)
@@ -162,7 +167,7 @@ def test_a_resume_reads_on_from_there(
 def test_training(
     tiny: list[object], folder: Path, tmp_path: Path, turns: list[tuple[int, int, tuple[str, ...]]]
 ) -> None:
-    """One run without a break, and one on two, three and one ranks in turn: the same global batches and losses."""
+    """An uninterrupted run and a run on two, three and one ranks in turn have the same global batches and losses."""
     options = [*tiny, "--train_file", folder, "--streaming", "--validation_file", folder / "a.jsonl", "--ledger"]
     options += ["--global_batch_size", 12, "--per_device_train_batch_size", 2]
     options += ["--lr_scheduler_type", "constant_with_warmup"]
@@ -174,7 +179,7 @@ def test_training(
     assert problems(tmp_path / "one") == problems(tmp_path / "many") == []
     assert differences(tmp_path / "one", tmp_path / "many") == []
     losses = [
-        [row["loss"] for row in read_records(tmp_path / run / "metrics.jsonl") if "loss" in row]
+        [record["loss"] for record in read_records(tmp_path / run / "metrics.jsonl") if "loss" in record]
         for run in ("one", "many")
     ]
     assert len(losses[0]) == 20
@@ -184,7 +189,7 @@ def test_training(
 
 
 def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fault 21: a stream is not read before it is learned from; that it changed shows in sizes and times."""
+    """A stream is not read before training. A change shows in the sizes and times of its files."""
     options = Options(train_file=str(folder), streaming=True, max_steps=1, block_size=32)
     options.data_cache_dir = str(folder.parent / "cache")
     before = prepare_data(options, tokenizer).fingerprint
@@ -194,24 +199,24 @@ def test_changed_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def test_a_data_set(documents: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """--dataset_name streams through `datasets`, and holds its own validation split out."""
+    """--dataset_name streams through `datasets`, and resumes on another number of ranks."""
     write(tmp_path / "set" / "train.jsonl", documents[:150])
     write(tmp_path / "set" / "validation.jsonl", documents[150:])
     stream = stream_of(tmp_path / "set", tokenizer, train_file=None, dataset_name=str(tmp_path / "set"))
     reference = list(islice(steps_of(stream, 1, []), 60))
-    cursor = [list(row.cursor) for row in reference[29]]
+    cursor = [list(sequence.cursor) for sequence in reference[29]]
     assert all(map(same, islice(steps_of(stream, 2, cursor), 30), reference[30:]))
 
 
 def test_a_row_without_text(
     tiny: list[object], tokenizer: PreTrainedTokenizerBase, documents: list[str], tmp_path: Path
 ) -> None:
-    """Fault 16: also where it is met in the middle of training, and in the process of a loader."""
+    """A record without text is an error that names it, also in the middle of training and in a loader process."""
     path = write(tmp_path / "a.jsonl", [*documents, None])
     with pytest.raises(OptionError, match=f"{path}: line 201 has no text"):
         list(islice(steps_of(stream_of(path, tokenizer), 1, []), 2000))
     options = [*tiny, "--train_file", path, "--streaming", "--dataloader_num_workers", 1, "--output_dir", tmp_path]
     assert refused(*options) == f"{path}: line 201 has no text in column text: None\n"
     path = write(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(OptionError, match="no row in 1000 chunks"):
+    with pytest.raises(OptionError, match="no sequence in 1000 chunks"):
         next(steps_of(stream_of(path, tokenizer), 1, []))

@@ -1,4 +1,4 @@
-"""The small world that the tests and the proof train in: ragged documents, a tokenizer, a tiny tied Qwen3 model."""
+"""The inputs of the tests and of the proof: ragged documents, a tokenizer, a tiny tied Qwen3 model."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from tests.launch import ROOT
 
 VOCABULARY = 384
 
-# A chat template. BEGIN and END stand where markers may say what the assistant says.
+# A chat template. BEGIN and END are replaced by markers around the assistant's words, or by nothing.
 PLAIN = r"""
 {%- for message in messages %}
   {{- '<|im_start|>' + message.role + '\n' }}
@@ -26,7 +26,7 @@ PLAIN = r"""
 
 
 def make_documents() -> list[str]:
-    """200 documents of 1 to 400 words, drawn from the license, so that they are the same each time."""
+    """200 documents of 1 to 400 words, drawn from the license with a fixed seed."""
     words = (ROOT / "LICENSE").read_text().split(" ")
     draw = random.Random(0)
     lengths = [int(400 ** draw.random()) for _ in range(200)]
@@ -40,7 +40,7 @@ def make_train_file(path: Path) -> Path:
 
 
 def make_pairs(path: Path) -> Path:
-    """146 ragged pairs as .jsonl: the chosen answer repeats a word, the rejected one another."""
+    """146 ragged pairs as .jsonl. The chosen answer repeats one word, and the rejected answer another."""
     draw, words = random.Random(1), (ROOT / "LICENSE").read_text().split()
     with open(path, "w") as file:
         for _ in range(146):
@@ -51,7 +51,7 @@ def make_pairs(path: Path) -> Path:
 
 
 def make_model(path: Path) -> Path:
-    """A directory as users have it: config.json, model.safetensors and a tokenizer."""
+    """A model directory: config.json, model.safetensors and a tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -80,12 +80,12 @@ def make_model(path: Path) -> Path:
 
 
 def row(tokens: Tensor, number: int = 0) -> Sequence:
-    """A row of one document, all of it learned."""
+    """A sequence of one document, all of it trained on."""
     return Sequence(number, tokens, torch.ones_like(tokens, dtype=torch.bool), [len(tokens)])
 
 
 def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
-    """The options that most runs share: 16 ragged rows a step, so that micro-batches differ in their targets."""
+    """The options of most runs: 16 ragged sequences a step, so micro-batches differ in their number of targets."""
     values = {
         "model_name_or_path": model_dir,
         "train_file": train_file,

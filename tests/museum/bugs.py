@@ -124,7 +124,7 @@ BUGS = [
         "data",
         "Documents are concatenated without an EOS token between them, so the model never trains on the end of a text.",
         "The loss looks normal. The model never stops generating.",
-        one("data/tokens.py", "bos * raw.begins + row + eos * raw.ends", "bos * raw.begins + row"),
+        one("data/tokens.py", "bos * raw.begins + ids + eos * raw.ends", "bos * raw.begins + ids"),
         "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
     ),
     Bug(
@@ -135,8 +135,8 @@ BUGS = [
         "The loss changes a little, because one kind of token is missing. The model never learns to stop.",
         one(
             "data/batches.py",
-            "tokens.where(learned, IGNORE_INDEX)",
-            "tokens.where(learned & (tokens != 0), IGNORE_INDEX)",
+            "tokens.where(trained_on, IGNORE_INDEX)",
+            "tokens.where(trained_on & (tokens != 0), IGNORE_INDEX)",
         ),
         "tests/test_data.py::test_collate_masks_by_length",
         source="huggingface/transformers#23530",
@@ -158,7 +158,7 @@ BUGS = [
         "questions.",
         "The loss is too high, because questions are hard to predict. Generated answers continue with the next "
         "question.",
-        one("data/batches.py", "tokens.where(learned, IGNORE_INDEX)", "tokens"),
+        one("data/batches.py", "tokens.where(trained_on, IGNORE_INDEX)", "tokens"),
         "tests/test_packing.py::test_collate_keeps_documents_apart",
         source="marin-community/marin#7237",
     ),
@@ -595,7 +595,11 @@ BUGS = [
         "When the number of sequences is not a multiple of the number of ranks, a DistributedSampler repeats some "
         "sequences. They count twice.",
         "The validation loss depends on the number of ranks, in the third digit.",
-        one("data/batches.py", "np.arange(rows), batches)", "np.resize(np.arange(rows), batches * size), batches)"),
+        one(
+            "data/batches.py",
+            "np.arange(sequences), batches)",
+            "np.resize(np.arange(sequences), batches * size), batches)",
+        ),
         "tests/test_data.py::test_validation_rows_count_once[4-23-2]",
         source="pytorch/pytorch#25162",
     ),

@@ -1,0 +1,304 @@
+"""The cache of prepared data: a folder in `data_cache_dir` for each source and each way to prepare it.
+
+One process reads, and others tokenize: one for each core by default. Results are written in the order of the text, so
+they do not depend on the number of processes. Each process holds a few chunks of text, whatever the size of the files.
+An interrupted preparation resumes where it stopped.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from config.errors import OptionError
+from data.packing import Packing, pack_in_parts
+from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
+from data.sequences import Split
+from data.sources import Source
+from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
+
+FORMAT = 5  # raise it when the files of an older version can no longer be read
+
+RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
+
+SYNC = 1.0  # the seconds of work that an interrupted preparation loses at most
+
+ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation is removed
+
+Records = NDArray[np.void]  # of RECORD: the counts of each record
+
+Tokenized = tuple[NDArray[np.uint32], Records]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared source: its folder, and the content of about.json."""
+
+    folder: Path
+    fingerprint: str
+    packing: str
+    stop_tokens: list[int]
+    counts: dict[str, Split]
+
+
+class Done(NamedTuple):
+    """The progress of a preparation: what is written, the bytes that were read for it, and where to read on."""
+
+    tokens: int
+    records: int
+    bytes: int
+    after: Position
+
+
+def prepare_source(
+    source: Source, rendering: Rendering, packing: Packing, percentage: int, cache: Path, workers: int | None
+) -> Prepared:
+    """A prepared source, from the folder `cache` or made now by `workers` processes. Raises OptionError.
+
+    The last `percentage` of its records become the validation split. A file lock lets one process prepare while the
+    others wait.
+    """
+    key = cache_key(source, rendering, packing, percentage)
+    partial = cache / f"{key}.partial"
+    try:
+        with FileLock(cache / f"{key}.lock"):
+            if not (cache / key).exists():
+                _remove_abandoned(cache)
+                partial.mkdir(exist_ok=True)
+                try:
+                    _write(partial, source, rendering, packing, percentage, workers)
+                except OptionError:
+                    shutil.rmtree(partial)  # a changed file or option will have another key
+                    raise
+                partial.rename(cache / key)
+    except OSError as error:
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory with more room") from error
+    about = json.loads((cache / key / "about.json").read_text())
+    counts = {name: Split(**values) for name, values in about.pop("counts").items()}
+    return Prepared(cache / key, counts=counts, **about)
+
+
+def cache_key(source: Source, rendering: Rendering, packing: Packing, percentage: int) -> str:
+    """The name of the folder of a prepared source. It changes with everything that the sequences depend on."""
+    facts = [FORMAT, source.key, rendering.key(), packing.key(), percentage]
+    return "data-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove old interrupted preparations, which no process has resumed."""
+    for partial in cache.glob("data-*.partial"):
+        with suppress(Timeout, FileNotFoundError), FileLock(partial.with_suffix(".lock"), timeout=0):
+            if max(path.stat().st_mtime for path in [partial, *partial.iterdir()]) < time.time() - ABANDONED:
+                shutil.rmtree(partial)
+
+
+def _write(
+    folder: Path, source: Source, rendering: Rendering, packing: Packing, percentage: int, workers: int | None
+) -> None:
+    """Write tokens, sequences, counts and about.json of a source into `folder`."""
+    _write_tokens(folder, source, encoder(rendering), workers)
+    records: Records = np.fromfile(folder / "records.bin", RECORD)
+    each = 2 if rendering.shape == "preference" else 1  # entries of records.bin for each record of the source
+    outcomes = records["outcome"][::each]  # of a pair, both are left out or none
+    _check_targetless(source, outcomes, rendering)
+    first = _first_held_out(outcomes, percentage) * each
+    splits = {"train": slice(0, first), "validation": slice(first, None)} if percentage else {"train": slice(None)}
+    counts = {
+        name: _write_sequences(folder / name, source, rendering.shape, packing, records, part)
+        for name, part in splits.items()
+    }
+    digest = hashlib.sha256()
+    for path in [
+        folder / "tokens.bin",
+        *(folder / name / file for name in splits for file in ("segments.bin", "sequences.bin")),
+    ]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    stop_tokens = Counter(records["last_trained"][records["outcome"] == Outcome.DOCUMENT].tolist()).most_common(2)
+    about = {
+        "fingerprint": digest.hexdigest(),
+        "packing": packing.kind,
+        "stop_tokens": [token for token, _ in stop_tokens if token in rendering.tokenizer.added_tokens_decoder],
+        "counts": {name: asdict(split) for name, split in counts.items()},
+    }
+    (folder / "about.json").write_text(json.dumps(about, indent=2))
+    (folder / "progress.json").unlink(missing_ok=True)
+
+
+def _write_tokens(
+    folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
+) -> None:
+    """Write tokens.bin and records.bin. If progress.json exists, resume where it says."""
+    done = Done(0, 0, 0, START)
+    with suppress(FileNotFoundError):
+        done = Done(*json.loads((folder / "progress.json").read_text()))
+    plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
+    size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
+    bar = tqdm(
+        desc=f"Tokenizing {source.name}",
+        total=size or None,
+        initial=done.bytes,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=None,
+    )
+    saved = time.monotonic()
+    with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:
+        tokens_file.truncate(done.tokens * 4)
+        records_file.truncate(done.records * RECORD.itemsize)
+        for (tokens, records), size, after in _tokenized(chunks(read(source, done.after), CHUNK), encode, workers):
+            tokens_file.write(tokens.tobytes())
+            records_file.write(records.tobytes())
+            done = Done(done.tokens + len(tokens), done.records + len(records), done.bytes + size, after)
+            bar.update(size)
+            if time.monotonic() - saved >= SYNC:
+                for file in (tokens_file, records_file):
+                    file.flush()
+                    os.fsync(file.fileno())
+                (folder / "progress.tmp").write_text(json.dumps(done))
+                os.replace(folder / "progress.tmp", folder / "progress.json")
+                saved = time.monotonic()
+
+
+def _tokenized(
+    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], Encoded], workers: int | None
+) -> Iterator[tuple[Tokenized, int, Position]]:
+    """The tokens and counts of each chunk, in order, its size in bytes, and where the next chunk begins.
+
+    At most two chunks per process are in work, so memory does not grow when reading is faster than tokenizing.
+    """
+    workers = workers or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    first = list(islice(chunks, workers))
+    chunks = chain(first, chunks)
+    if len(first) < 2:
+        for chunk in chunks:
+            yield _count(encode(chunk)), sum(map(size_of, chunk)), chunk[-1].after
+        return
+    # Forked processes have the tokenizer and all modules at once. A fork is safe: no threads and no GPU are in use yet.
+    pool = ProcessPoolExecutor(
+        len(first), multiprocessing.get_context("fork"), initializer=_become_worker, initargs=(encode,)
+    )
+    try:
+        running: deque[tuple[Future[Tokenized], int, Position]] = deque()
+        for chunk in chunks:
+            running.append((pool.submit(_encode_chunk, chunk), sum(map(size_of, chunk)), chunk[-1].after))
+            if len(running) == 2 * len(first):
+                future, size, after = running.popleft()
+                yield future.result(), size, after
+        for future, size, after in running:
+            yield future.result(), size, after
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
+    """Set up a worker: it uses one core, and it ends whenever and however its parent ends."""
+    global _encode
+    _encode = encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+_encode: Callable[[list[RawRecord]], Encoded]
+
+
+def _encode_chunk(chunk: list[RawRecord]) -> Tokenized:
+    return _count(_encode(chunk))
+
+
+def _count(encoded: Encoded) -> Tokenized:
+    """The tokens of all records in one array, and the counts of each record."""
+    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, int(lengths.sum()))
+    records = np.zeros(len(encoded), RECORD)
+    records["tokens"], records["outcome"] = lengths, [outcome for _, outcome in encoded]
+    starts, trained = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
+    records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
+    last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
+    records["last_trained"][lengths > 0] = tokens[last]
+    return tokens, records
+
+
+def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Rendering) -> None:
+    """Refuse a source, with an example, if too many records have no token to train on."""
+    found = np.flatnonzero(outcomes == Outcome.NO_TARGETS)
+    allowed = rendering.max_targetless_fraction
+    if len(found) > allowed * len(outcomes):
+        raw = next(islice(read(source), int(found[0]), None))
+        raise OptionError(
+            f"max_targetless_fraction {allowed}: {len(found):,} of {len(outcomes):,} records have no "
+            f"token to train on within block_size {rendering.block_size}; pass more of it, or records with answers\n"
+            f"{raw.place}: {readable(raw.place, parsed(raw), rendering.shape, rendering.tokenizer)[:500]!r}"
+        )
+
+
+def _first_held_out(outcomes: NDArray[np.uint8], percentage: int) -> int:
+    """The first record of the last `percentage`, moved to the next start of a document if there is one."""
+    first = math.floor(len(outcomes) * (1 - percentage / 100))
+    begins = np.flatnonzero(outcomes[max(0, first - 1) : -1] != Outcome.FRAGMENT)
+    return first + int(begins[0]) if first and len(begins) else first
+
+
+def _write_sequences(
+    folder: Path, source: Source, shape: str, packing: Packing, all_records: Records, part: slice
+) -> Split:
+    """Write segments.bin and sequences.bin of the split that has the records of `part`. Returns its counts."""
+    records = all_records[part]
+    lengths, outcomes = records["tokens"], records["outcome"]
+    folder.mkdir(exist_ok=True)
+    first_token = all_records["tokens"][: part.start or 0].sum()
+    sequences, segments, used = 0, 0, 0
+    with open(folder / "segments.bin", "wb") as segments_file, open(folder / "sequences.bin", "wb") as sequences_file:
+        np.zeros(1, np.int64).tofile(sequences_file)
+        for packed in pack_in_parts(packing, document_lengths(lengths, outcomes)):
+            (packed.segments + first_token).tofile(segments_file)
+            (packed.first_segments[1:] + segments).tofile(sequences_file)
+            sequences, segments = sequences + len(packed.first_segments) - 1, segments + len(packed.segments)
+            used += int((packed.segments[:, 1] - packed.segments[:, 0]).sum())
+    number = np.bincount(outcomes, minlength=len(Outcome)).tolist()
+    split = Split(
+        shape=shape,
+        sequences=sequences,
+        tokens=int(lengths.sum()),
+        trained_tokens=int(records["trained_on"].sum()),
+        dropped_tokens=int(lengths.sum()) - used,
+        documents=number[Outcome.DOCUMENT] + number[Outcome.TRUNCATED],
+        cut_documents=number[Outcome.TRUNCATED],
+        empty_documents=number[Outcome.EMPTY],
+        targetless_documents=number[Outcome.NO_TARGETS],
+    )
+    if split.sequences == 0:
+        raise OptionError(
+            f"{source.name}: the {folder.name} split has {split.tokens} tokens, less than one sequence of block_size "
+            f"{packing.block_size}\npass more text, a smaller --block_size or another --validation_split_percentage"
+        )
+    return split
