@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
-from model.attention import unusual
+from model.attention import attention_obstacle
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, random_noise
 from parallel.checks import (
@@ -143,7 +143,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.tensor_parallel > 1:
         check_plan_is_complete(model, options.tensor_parallel)
-    if options.context_parallel > 1 and (reason := unusual(model)):
+    if options.context_parallel > 1 and (reason := attention_obstacle(model)):
         raise OptionError(
             f"context_parallel {options.context_parallel}: {model.config.model_type} cannot be divided so: {reason}\n"
             "leave it out; --gradient_checkpointing is for long rows, too"

@@ -162,7 +162,7 @@ def test_variable_length_attention(
     """What a GPU is asked for, computed here by hand: the same loss and gradients; the GPU test runs torch's kernel."""
     monkeypatch.setattr(model.attention, "varlen_attn", varlen_by_hand)
     if older:
-        monkeypatch.setattr(model.attention, "CAN", {"scale", "window_size"})
+        monkeypatch.setattr(model.attention, "VARLEN_HAS_GQA", False)
     small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     expected_loss, expected = loss_and_gradient(small, alone)
