@@ -44,8 +44,8 @@ def check_context_parallel(config: PretrainedConfig, ranks: int) -> None:
     """Refuse a model whose rows `ranks` ranks cannot divide as model/context_parallel.py does. Raises OptionError.
 
     Its layers must look at other positions in their attention alone: a plan of how they are divided is taken for a sign
-    of that, and `attention_obstacle` in model/attention.py looks at what they do. Each rank must get as many heads, together
-    with those of keys that these share.
+    of that, and `attention_obstacle` in model/attention.py looks at what they do. Each rank must get as
+    many heads, together with those of keys that these share.
     """
     name, remedy = config.model_type, "leave it out; --gradient_checkpointing is for long rows, too"
     if not config.base_model_tp_plan:

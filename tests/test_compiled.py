@@ -33,7 +33,7 @@ from config.options import Options
 from loss.next_token import NextToken
 from metrics.records import read_records
 from model.build import build_model
-from model.compile import Shape, _operations_of_attention, compile_layers, set_recomputation
+from model.compile import Shape, _attention_flops, compile_layers, set_recomputation
 from model.layers import random_noise
 from tests.families import FAMILIES
 from tests.launch import train, train_ok
@@ -217,8 +217,8 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
-    original = _operations_of_attention
-    monkeypatch.setattr(model.compile, "_operations_of_attention", count)
+    original = _attention_flops
+    monkeypatch.setattr(model.compile, "_attention_flops", count)
     set_recomputation(0.5)
     query_BHTE, key_BKTE = (2, 4, 8, 16), (2, 2, 8, 16)
     two_products = 2 * (2 * 4 * 8 * 8 * 16) * 2

@@ -128,5 +128,5 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
-    with pytest.raises(OptionError, match=r"float8 true: A100 has no such matrix products\nleave it out"):
+    with pytest.raises(OptionError, match=r"float8 true: A100 has no float8 matrix products\nremove --float8"):
         build_model(options, narrow)

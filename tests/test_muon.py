@@ -143,4 +143,4 @@ def test_another_optimizer_is_refused(one_process: Path, tiny: list[object], tmp
     """It has other moments."""
     resume = ["--resume_from_checkpoint", one_process / "checkpoint-10", "--output_dir", tmp_path]
     message = refused(*tiny, *ON, *resume, "--optim", "adamw_torch_fused")
-    assert message.endswith("optim was muon and is adamw_torch_fused now\ngive --optim muon\n")
+    assert message.endswith("optim was muon and is adamw_torch_fused now\npass --optim muon\n")
