@@ -77,7 +77,7 @@ def write_model(
 
 
 def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
-    """The full tensor on the CPU if `keep`, otherwise an empty one. Every rank must call, because shards are gathered."""
+    """The full tensor on the CPU if `keep`, otherwise an empty one. Every rank must call: shards are gathered."""
     if isinstance(tensor, DTensor):
         shard: Any = tensor.to(dtype).cpu()
         tensor = shard.full_tensor()  # all-gather

@@ -45,7 +45,7 @@ def compute_in_float8(model: PreTrainedModel) -> None:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that multiplies in float8. It is not constructed: compute_in_float8 changes the class of a module."""
+    """A linear layer that multiplies in float8. compute_in_float8 makes it from a torch.nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns [..., O] for `input` [..., I], in the dtype of torch.autocast if it is on, otherwise of the input."""

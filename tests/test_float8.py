@@ -121,7 +121,9 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Qwen3Config(**shape, num_key_value_heads=2, intermediate_size=40)
     gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
     options = Options(bf16=True, float8=True)
-    with pytest.raises(OptionError, match=r"float8 true: mlp.gate_proj is 32 x 40, not multiples of 16\nleave it out"):
+    with pytest.raises(
+        OptionError, match=r"float8 true: mlp.gate_proj is 32 x 40, not multiples of 16\nremove --float8"
+    ):
         build_model(options, narrow)
     with pytest.raises(OptionError, match=r"float8 true: the layers of GPT2LMHeadModel have no torch.nn.Linear"):
         build_model(options, gpt2)

@@ -321,7 +321,7 @@ def test_an_expert_is_missing(families: dict[str, Path], tmp_path: Path) -> None
     rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.experts.2.down_proj.weight", None))
     assert "model.layers.1.mlp.experts.down_proj is [2, 32, 16], and [3, 32, 16] in the model\n" in refused(copied)
     rewrite(copied, lambda tensors: tensors.pop("model.layers.0.mlp.experts.1.up_proj.weight", None))
-    assert "model.layers.0.mlp.experts.gate_up_proj cannot be made of its parts: " in refused(copied)
+    assert "model.layers.0.mlp.experts.gate_up_proj cannot be joined: " in refused(copied)
 
 
 def test_truncated(copied: Path) -> None:
@@ -349,13 +349,13 @@ def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
         return refused(copied)
 
     for outside in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", 3):
-        assert f"{path.name} names {outside}, which is not a file beside it\n" in with_norm_in(outside)
+        assert f"{path.name} names {outside}, which is not a file in its directory\n" in with_norm_in(outside)
     for nothing in ("model-00009-of-00009.safetensors", "..", ""):
         assert nothing in with_norm_in(nothing)
     assert "and the index do not agree about model.norm.weight\n" in with_norm_in(index["weight_map"]["lm_head.weight"])
     for text in ("[]", "{}", "{", '{"weight_map": 3}'):
         path.write_text(text)
-        assert f"{path.name} is no index: " in refused(copied)
+        assert f"{path.name} is not an index: " in refused(copied)
 
 
 def test_tied_tensors_that_differ(families: dict[str, Path], tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp
     (copied / "model.safetensors").write_bytes(pickle.dumps(Payload(trace)))
     assert "model.safetensors is damaged: " in refused(copied)
     (copied / "model.safetensors").unlink()
-    assert "no model.safetensors, whole or with an index; pickled weights (.bin) are never read\n" in refused(copied)
+    assert "no model.safetensors and no index; pickled weights (.bin) are never read\n" in refused(copied)
 
     saved = tmp_path / "run" / "checkpoint-1"
     for name in ("model/.metadata", "optimizer/.metadata", "optimizer.pt", "rng_state_0.pth"):
