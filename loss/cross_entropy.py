@@ -1,6 +1,6 @@
-"""The loss of next-token prediction, from logits or from what the vocabulary head is given; log-probabilities.
+"""The loss of next-token prediction, from logits or from hidden states in chunks, and log-probabilities.
 
-Shapes: B rows, T tokens of a row, N = B x T, C tokens of a chunk, D width of the model, V vocabulary.
+Shapes: B sequences, T tokens of a sequence, N = B x T, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
 import math
@@ -14,36 +14,48 @@ from torch.nn import functional
 from data.batches import IGNORE_INDEX, next_tokens
 from model.layers import compute_dtype
 
-# The most logits in memory at a time. A GPU wants large matrix products; a CPU wants to find them in its cache.
+# The most logits in memory at a time. A GPU needs large matrix products; on a CPU, a chunk should fit in the cache.
 CHUNK_LOGITS = {"cuda": 640 * 2**20, "cpu": 2**21}
 
 InPlace = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The sum, not the mean, of the cross entropies of all targets, in nats: a scalar in fp32.
+    """The sum of the cross entropies of all targets, in nats: a scalar in fp32.
 
-    A sum can be added over micro-steps and ranks and divided once by the number of targets of the whole global batch;
-    a mean cannot, where micro-batches hold different numbers of targets. `labels_BT` may go on for a position: a piece
-    of a row has to predict how the next one begins.
+    Sums of micro-steps and ranks are added, and divided once by the number of targets of the global batch. Means could
+    not be added, because micro-batches have different numbers of targets. `labels_BT` may have one more position than
+    the logits: the last token of a local sequence (context parallel) predicts the first token of the next one.
     """
     targets_BT = next_tokens(labels_BT)[:, : logits_BTV.shape[1]]
     return _cross_entropy_sum(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
+def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The log-probability of all targets of each sequence together, in nats: fp32 [B]."""
+    logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
+    targets_BT = next_tokens(labels_BT)
+    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORE_INDEX, reduction="none")
+    return -losses_N.view(targets_BT.shape).sum(dim=1)
+
+
 def head_and_loss_sum(
     hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_BT: Tensor, cross_entropy_: InPlace
 ) -> Tensor:
-    """The same sum, from what a linear vocabulary head is given, and never with all logits in memory.
+    """The sum of the cross entropies of all targets, from the inputs of a linear vocabulary head: a scalar in fp32.
 
-    They would be the largest tensor of a step by far. A chunk of tokens at a time goes through the head, and its
-    gradients are formed while its logits are there; they are all that is kept, for one backward. Matrix products are in
-    the dtype of torch.autocast where that is on, all else is in fp32. `cross_entropy_` is the function of that name
-    below; or, where each rank has other rows of the weight, one that also knows of the others.
+    All logits together would be by far the largest tensor of a step, so the head is applied to one chunk of tokens at a
+    time. Gradients are computed in the forward pass while the logits of a chunk exist, and only they are saved, for a
+    single backward pass. Matrix products use the dtype of torch.autocast if it is on; the rest is fp32.
+    `cross_entropy_` is the function of that name below, or one that communicates when the vocabulary is split.
     """
     device, dtype = hidden_BTD.device.type, compute_dtype(weight_VD)
     targets_BT = next_tokens(labels_BT)[:, : hidden_BTD.shape[1]]
-    # Positions that are no target must not reach the weight: there, the head is given zeros.
+    # Masked positions must not contribute to the gradient of the weight, so their inputs are zero.
     hidden_BTD = hidden_BTD.masked_fill((targets_BT == IGNORE_INDEX).unsqueeze(-1), 0)
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     chunks = math.ceil(targets_N.numel() * len(weight_VD) / CHUNK_LOGITS[device])
@@ -61,7 +73,7 @@ def head_and_loss_sum(
 
 
 class _HeadAndLoss(torch.autograd.Function):
-    """Forms the gradients in the forward; the backward multiplies them with the scalar that comes from above."""
+    """Computes the gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
 
     @staticmethod
     def forward(
@@ -87,12 +99,12 @@ class _HeadAndLoss(torch.autograd.Function):
             loss = _target_sum(cross_entropy_, d_logits_CV, targets_C)
             d_hidden_CD.copy_(d_logits_CV @ weight_VD)
             if d_weight_VD is not None:
-                there = 1 if losses else 0  # at first, it has memory and no values
-                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=there)
+                beta = 1 if losses else 0  # the first chunk overwrites uninitialized memory
+                _add_product_(d_weight_VD, d_logits_CV.T, hidden_CD, beta=beta)
             if d_bias_V is not None:
                 d_bias_V += (targets_C != IGNORE_INDEX).to(dtype) @ d_logits_CV
             losses.append(loss)
-            del d_logits_CV  # or the next chunk's would be there beside it
+            del d_logits_CV  # so that only one chunk of logits is in memory
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
         return torch.stack(losses).sum()
 
@@ -101,12 +113,12 @@ class _HeadAndLoss(torch.autograd.Function):
         d_hidden_ND, d_weight_VD, d_bias_V = (
             None if gradient is None else gradient.mul_(d_loss) for gradient in ctx.gradients
         )
-        del ctx.gradients  # in place: a second backward over them would be wrong, and so fails
+        del ctx.gradients  # changed in place, so a second backward pass must fail
         return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
 
 
 def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
-    """Puts probabilities in place of logits, and gives the logarithms of those of `targets_C1`: fp32 [C, 1]."""
+    """Overwrite logits with probabilities; return the log-probabilities of `targets_C1`: fp32 [C, 1]."""
     log_p_CV = functional.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
     log_p_C1 = log_p_CV.gather(1, targets_C1)
     logits_CV.copy_(log_p_CV.exp_())
@@ -114,22 +126,18 @@ def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
 
 
 def cross_entropy_(logits_CV: Tensor, targets_C1: Tensor, softmax_: InPlace = softmax_) -> Tensor:
-    """The cross entropies of `targets_C1`, in nats: fp32 [C, 1]. Puts their gradient by the logits in place of these.
+    """Overwrite logits with the gradients of the cross entropies; return these, in nats: fp32 [C, 1].
 
-    `softmax_` is the function of that name, or one that does the same.
+    `softmax_` is the function of that name above, or another implementation of it.
     """
     log_p_C1 = softmax_(logits_CV, targets_C1)
-    logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CV.dtype))  # probabilities, and at the target one less
+    logits_CV.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CV.dtype))  # at the target: p - 1
     return -log_p_C1
 
 
 def _target_sum(cross_entropy_: InPlace, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """The sum of the cross entropies of what is a target."""
+    """The sum of the cross entropies of the positions that have a target."""
     return (cross_entropy_(logits_CV, targets_C.clamp(0)[:, None])[:, 0] * (targets_C != IGNORE_INDEX)).sum()
-
-
-def _cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -137,16 +145,8 @@ def _cast(weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
-    """total = beta x total + left @ right, with sums in fp32 however the factors are kept."""
+    """total = beta x total + left @ right, summed in fp32 whatever the dtype of the factors."""
     if total.is_cuda and left.dtype != total.dtype:
         torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
-
-
-def log_probabilities(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Of each row, the log-probability of all its targets together, in nats: fp32 [B]."""
-    logits_NV = logits_BTV.float().view(-1, logits_BTV.shape[-1])
-    targets_BT = next_tokens(labels_BT)
-    losses_N = functional.cross_entropy(logits_NV, targets_BT.view(-1), ignore_index=IGNORE_INDEX, reduction="none")
-    return -losses_N.view(targets_BT.shape).sum(dim=1)

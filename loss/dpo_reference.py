@@ -18,30 +18,30 @@ from loss.evaluation import forward_no_grad
 
 
 def add_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Options, device: torch.device) -> Data:
-    """Pairs with the log-probabilities that the model gives them as it is now. Every rank must call.
+    """The data with the log-probabilities of each pair by the current model. Every rank must call.
 
-    They cost a forward pass over all pairs, once for the same pairs and weights: they are kept in `data_cache_dir`. The
-    data are then other data if the weights are others, so that no run goes on with another reference.
+    Costs a forward pass over all pairs. The result is cached in `data_cache_dir` for the same pairs and weights. The
+    returned fingerprint depends on the weights, so a run cannot resume with another reference.
     """
     fingerprint = hashlib.sha256(f"{data.fingerprint} {fingerprint_weights(model)}".encode()).hexdigest()
     splits = {
-        name: rows
-        for name, rows in (("train", data.train), ("validation", data.validation))
-        if isinstance(rows, PreparedDataset | Mixture)
+        name: dataset
+        for name, dataset in (("train", data.train), ("validation", data.validation))
+        if isinstance(dataset, PreparedDataset | Mixture)
     }
 
     def compute() -> dict[str, Tensor]:
-        reference = {name: torch.zeros(2, len(rows)) for name, rows in splits.items()}
+        reference = {name: torch.zeros(2, len(dataset)) for name, dataset in splits.items()}
         for name, table in reference.items():
             results = forward_no_grad(wrapped, splits[name], options, device)
             for batch, log_probabilities in tqdm(results, f"Reference for {name}", disable=dist.get_rank() > 0 or None):
                 pairs = len(batch["indices"])
                 table[:, batch["indices"]] = log_probabilities[: 2 * pairs].view(2, pairs).cpu()
-            dist.all_reduce(table)  # each column was filled by one rank, or alike by those of a tensor-parallel group
+            dist.all_reduce(table)  # all ranks of a tensor-parallel group filled the same columns
             table /= options.tensor_parallel
         return reference
 
-    # In bf16, how the model computes shows in the fourth digit.
+    # In bf16, these options change the fourth digit.
     bf16 = ["bf16", options.strategy, "float8" * options.float8, "residual" * options.bf16_residual]
     computed = "-".join(filter(None, bf16)) if options.bf16 else "fp32"
     path = Path(options.data_cache_dir).expanduser() / f"reference-{fingerprint[:32]}-{computed}.safetensors"

@@ -8,23 +8,19 @@ from torch import Tensor, nn
 
 from config.options import Options
 from config.plan import data_parallel_rank_and_size
-from data.batches import (
-    Batch,
-    to_device,
-    validation_batches,
-)
+from data.batches import Batch, to_device, validation_batches
 from data.loader import make_loader
 from data.sequences import Mixture, PreparedDataset
 
 
 def forward_no_grad(
-    wrapped: nn.Module, rows: PreparedDataset | Mixture, options: Options, device: torch.device
+    wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """This rank's share of `rows` in batches, each with what the model gives for it. Every rank must call."""
+    """Yields this rank's batches of `dataset`, each with the result of `wrapped`. Every rank must call."""
     wrapped.eval()
     rank, size = data_parallel_rank_and_size(options, dist.get_rank(), dist.get_world_size())
-    indices = validation_batches(len(rows), rank, size, options.per_device_eval_batch_size)
-    for batch in make_loader(rows, indices, options, workers=0):
+    indices = validation_batches(len(dataset), rank, size, options.per_device_eval_batch_size)
+    for batch in make_loader(dataset, indices, options, workers=0):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             result = wrapped(**to_device(batch, device))
         yield batch, result

@@ -1,8 +1,8 @@
-"""What a step minimizes: a module that holds the model, and whose forward gives the sum of the losses of a micro-batch.
+"""Next-token prediction: a module that holds the model, and whose forward returns the summed loss of a micro-batch.
 
-Model and loss are one module because they are wrapped as one: the vocabulary head belongs to both, and its parameters
-are there, whole, only inside of the wrapped forward.
-Shapes: B rows of a micro-batch, T tokens of a row, D width of the model.
+Model and loss are wrapped as one module because the loss uses the parameters of the vocabulary head, and FSDP gathers
+them only inside the wrapped forward pass.
+Shapes: B sequences of a micro-batch, T tokens of a sequence, D hidden size.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softm
 
 
 class NextToken(nn.Module):
-    """Next-token prediction. Head and loss are computed as one, unless the model does more than its head at the end."""
+    """Next-token prediction. The loss applies the head in chunks if the model computes nothing after its head."""
 
     needs_initial_model = False
 
@@ -39,8 +39,8 @@ class NextToken(nn.Module):
     ) -> Tensor:
         """The sum of the cross entropies of all targets: a scalar in fp32. `input_ids` and `labels` are int64 [B, T].
 
-        Labels are the input ids, or IGNORE_INDEX: the loss shifts them by one. data/batches.py says what keeps the documents
-        of a row apart; without it, a row is one document.
+        Labels are the input ids, or IGNORE_INDEX where masked; the loss shifts them by one. `position_ids`, [B, T], and
+        `document_ends`, int32, separate documents in a sequence (data/batches.py). Without them, it is one document.
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "document_ends": document_ends}
         if not self.ends_with_head:
@@ -52,43 +52,43 @@ class NextToken(nn.Module):
 
 
 def fastest_softmax() -> InPlace:
-    """The kernel for a GPU, where there is one; what torch.compile makes of the plain softmax elsewhere."""
+    """The Triton kernel on a GPU, and the compiled softmax on a CPU."""
     if not torch.cuda.is_available():
         return torch.compile(softmax_)
-    from loss.softmax import softmax_ as kernel  # it needs Triton, as compiled layers do
+    from loss.softmax import softmax_ as kernel  # needs Triton, which compiled layers need too
 
     return kernel
 
 
 @contextlib.contextmanager
 def bypass_head(head: nn.Module) -> Iterator[list[Tensor]]:
-    """In here, the model gives as its logits what its head was given, which is also put into the list."""
-    given: list[Tensor] = []
+    """Within this context, the model returns the inputs of its head as logits. They are also appended to the list."""
+    inputs: list[Tensor] = []
 
     def forward(hidden_BTD: Tensor) -> Tensor:
-        given.append(hidden_BTD)
+        inputs.append(hidden_BTD)
         return hidden_BTD
 
     head.forward = forward
     try:
-        yield given
+        yield inputs
     finally:
-        del head.forward  # what is left is the method of its class
+        del head.forward  # the method of its class remains
 
 
 def ends_with_head(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are what a linear head makes, and nothing else: no cap (Gemma 2), no scale (Granite).
+    """Whether the logits are the output of a linear head, without a cap (Gemma 2) or a scale (Granite) after it.
 
-    Found by trying, on tensors that have shapes and no values: it costs a tenth of a second and no memory. A model that
-    cannot be run so (routed experts, so far) counts as one that does more, which is always right.
+    Runs the model on fake tensors, which costs a tenth of a second and no memory. Returns False for a model that cannot
+    run on them (routed experts), which is always correct: its loss is then computed from all logits.
     """
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     if type(head) is not nn.Linear:
         return False
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print why
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print the error
     try:
-        with bypass_head(head) as given, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with bypass_head(head) as inputs, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     except Exception:
         return False
-    return len(given) == 1 and logits is given[0]
+    return len(inputs) == 1 and logits is inputs[0]

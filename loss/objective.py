@@ -1,4 +1,4 @@
-"""The objective of a run: which one, and what it needs of the initial model."""
+"""The objective of a run: build it, and prepare what it needs from the initial model."""
 
 import torch
 from torch import nn
@@ -21,10 +21,10 @@ def build_objective(model: PreTrainedModel, options: Options) -> NextToken | Pre
 def prepare_objective(
     objective: NextToken | Preference, data: Data, wrapped: nn.Module, options: Options, device: torch.device
 ) -> Data:
-    """The data with what the objective needs of the initial model. Every rank must call, before a checkpoint is loaded.
+    """The data with what the objective needs from the initial model. Every rank must call, before loading a checkpoint.
 
-    For dpo: the log-probability of each answer by the initial model, and a fingerprint that depends on it. For next
-    tokens, the data as they are.
+    DPO needs the log-probability of each answer by the initial model, and a fingerprint that depends on that model.
+    Next-token prediction needs nothing: the data are returned unchanged.
     """
     if isinstance(objective, Preference):
         return add_reference(data, wrapped, objective.model, options, device)

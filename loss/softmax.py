@@ -1,7 +1,7 @@
-"""The softmax of the vocabulary head as one GPU kernel: a third faster than what torch.compile makes of the plain one.
+"""The softmax of the vocabulary head as one GPU kernel, a third faster than the compiled softmax of torch.
 
-A row of logits fits into the cache of its GPU, but not into the registers of one multiprocessor: it is read twice, the
-second time from that cache, and written once. Needs Triton, and is imported where that is known to be there.
+A row of logits fits into the cache of the GPU, but not into the registers of one multiprocessor. So it is read twice,
+the second time from that cache, and written once. This file needs Triton, so it is imported only where a GPU exists.
 Shapes: C tokens of a chunk, V vocabulary.
 """
 
@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192  # logits that the threads of a row hold at a time
+BLOCK = 8192  # logits in registers at a time
 
 
 def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
-    """The same as `model.loss.softmax_`, for contiguous logits: works in fp32, whatever their dtype."""
+    """Overwrite contiguous logits with probabilities; return the log-probabilities of `targets_C1`: fp32 [C, 1].
+
+    Computes in fp32 whatever the dtype of the logits.
+    """
     log_p_C1 = torch.empty(targets_C1.shape, dtype=torch.float32, device=logits_CV.device)
     assert logits_CV.is_contiguous()
     assert targets_C1.is_contiguous()
@@ -24,11 +27,11 @@ def softmax_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _softmax_of_row(logits, targets, log_p, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program per row. Powers of two instead of e: the hardware knows no others."""
+    """One program per row. Uses powers of 2, because the hardware has no others."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)  # a chunk has more logits than an int32 can count
     logits += row * V
-    target = tl.load(logits + tl.load(targets + row)).to(tl.float32) * LOG2_E  # before it is written over
+    target = tl.load(logits + tl.load(targets + row)).to(tl.float32) * LOG2_E  # read before it is overwritten
     largest, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
         place = start + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""What is trained: building the model, its weights in and out, attention, compilation, float8, and its decoder layers.
+"""The model: building it, loading and exporting weights, attention, compilation, float8, and its decoder layers.
 
-Nothing here knows how many processes there are, except that loading and exporting respect sharded parameters.
+Nothing here depends on the number of processes, except that loading and exporting respect sharded parameters.
 """

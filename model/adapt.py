@@ -1,4 +1,4 @@
-"""The wiring of a model before it is wrapped: attention within documents, tensor and context parallelism, compilation."""
+"""Changes to a model before it is wrapped: packed attention, tensor and context parallelism, compilation."""
 
 from datetime import timedelta
 
@@ -24,8 +24,8 @@ from parallel.tensor import apply_tensor_parallel
 def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: DeviceMesh) -> None:
     """Change `objective` (loss/objective.py) and its model in place, as `options` ask, before it is wrapped.
 
-    `packing` is that of the data: with "documents", attention stays within each document. `mesh` has the dimensions
-    replicate, shard and tensor. Every rank must call: context parallelism creates process groups.
+    `packing` is the packing of the data: with "documents", attention stays within each document. `mesh` has the
+    dimensions replicate, shard and tensor. Every rank must call, because context parallelism creates process groups.
     """
     model: PreTrainedModel = objective.model
     device = torch.device(mesh.device_type)

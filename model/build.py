@@ -1,6 +1,6 @@
 """The model, its configuration and its tokenizer: from a directory, a hub id, or random weights.
 
-Shapes: B rows, T tokens of a row, V vocabulary.
+Shapes: B sequences, T tokens of a sequence, D hidden size.
 """
 
 import contextlib
@@ -25,22 +25,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
-from model.attention import unusual
+from model.attention import attention_obstacle
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, random_noise
-from parallel.checks import (
-    check_context_parallel,
-    check_plan_is_complete,
-    check_tensor_parallel,
-)
+from parallel.checks import check_context_parallel, check_plan_is_complete, check_tensor_parallel
 from parallel.group import map_hidden_states
 
 
 def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The configuration of the model that `options` name, and its tokenizer, which fit each other and the rows.
+    """The configuration of the model in `options`, and its tokenizer.
 
-    A configuration without a tokenizer, or no model at all, gets the embedded tokenizer. Sets `options.block_size`
-    where the user gave none. Raises OptionError.
+    Without a model, or for a configuration without a tokenizer, the tokenizer is that of the demo. Sets
+    `options.block_size` if it is None. Raises OptionError if model, tokenizer and `block_size` do not fit.
     """
     option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
@@ -67,8 +63,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
         options.block_size = min(1024, positions)
     if options.block_size > positions:
         raise OptionError(
-            f"block_size {options.block_size}: the model has {positions} positions\npass at most that, or a model "
-            "whose max_position_embeddings allow more"
+            f"block_size {options.block_size}: the model has {positions} positions\npass --block_size {positions} "
+            "or less, or a model with larger max_position_embeddings"
         )
     highest = max(tokenizer.get_vocab().values())
     if highest >= text_config.vocab_size:
@@ -93,18 +89,18 @@ def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedC
 
 def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     name = options.tokenizer_name or options.model_name_or_path or options.config_name
-    alone = name == options.config_name and not list(Path(str(name)).glob("tokenizer*"))  # a configuration, no more
-    if name is None or (alone and Path(str(name)).exists()):
+    config_only = name == options.config_name and not list(Path(str(name)).glob("tokenizer*"))
+    if name is None or (config_only and Path(str(name)).exists()):
         return demo_tokenizer(Path(options.data_cache_dir).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-        if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without tokenizer files
-            raise ValueError("it knows no tokens")
+        if not tokenizer("a")["input_ids"]:  # as transformers builds it without tokenizer files
+            raise ValueError("it has no tokens")
     except Exception as error:
         cause = first_line(error)
         raise OptionError(f"{name}: no tokenizer could be loaded: {cause}\npass --tokenizer_name") from error
     if not tokenizer.is_fast:
-        raise OptionError(f"{name}: its tokenizer is not a fast one\npass --tokenizer_name, one with a tokenizer.json")
+        raise OptionError(f"{name}: its tokenizer is not fast\npass a --tokenizer_name with a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise OptionError(f"{name}: its tokenizer has no EOS token, which separates documents\npass --tokenizer_name")
     return tokenizer
@@ -113,8 +109,8 @@ def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     """The model in training mode, on the meta device: fp32 parameters with a shape and no memory.
 
-    Values come when each rank has its part (model/weights.py). Master weights are fp32 whatever dtype the files hold;
-    bf16 is for compute. Raises OptionError.
+    load_weights (model/weights.py) fills each rank's shards. Parameters are fp32 whatever the dtype of the files; bf16
+    is for compute only. Raises OptionError.
     """
     try:
         with torch.device("meta"):
@@ -128,24 +124,24 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
             "pass a model that AutoModelForCausalLM of transformers knows"
         ) from error
     if options.model_name_or_path and model.can_generate():
-        with contextlib.suppress(OSError):  # without such a file, it stays what follows from the configuration
+        with contextlib.suppress(OSError):  # without such a file, it follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     _check_layers(options, model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):
         raise OptionError(
-            f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and what is "
-            "computed again would be drawn again\npass --gradient_checkpointing, or leave it out"
+            f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and "
+            "recomputation would draw other random numbers\nuse --gradient_checkpointing instead"
         )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            offload=options.offload_activations and torch.cuda.is_available(),  # those of a CPU are in its memory
+            offload=options.offload_activations and torch.cuda.is_available(),  # on a CPU, they are there already
         )
     if options.tensor_parallel > 1:
         check_plan_is_complete(model, options.tensor_parallel)
-    if options.context_parallel > 1 and (reason := unusual(model)):
+    if options.context_parallel > 1 and (reason := attention_obstacle(model)):
         raise OptionError(
-            f"context_parallel {options.context_parallel}: {model.config.model_type} cannot be divided so: {reason}\n"
+            f"context_parallel {options.context_parallel}: {model.config.model_type} is not supported: {reason}\n"
             "leave it out; --gradient_checkpointing is for long rows, too"
         )
     if options.float8:
@@ -156,20 +152,20 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _check_layers(options: Options, model: PreTrainedModel) -> None:
-    """Refuse options that act on decoder layers, where the model has none; turn compilation off there."""
+    """Refuse options that need decoder layers if the model has none; turn compilation off then."""
     layers, name = decoder_layers(model), type(model).__name__
-    asked_for = {
+    requested = {
         "optim": options.optim == "muon",
         "float8": options.float8,
         "bf16_residual": options.bf16_residual,
         "gradient_checkpointing": options.gradient_checkpointing,
         "activation_memory_budget": options.activation_memory_budget is not None,
     }
-    for option in asked_for if not layers else ():
-        if asked_for[option]:
+    for option in requested if not layers else ():
+        if requested[option]:
             value = str(getattr(options, option)).lower()
             raise OptionError(f"{option} {value}: no decoder layers are found in {name}\nremove --{option}")
-    # Code that comes with a model may have checkpointing of its own.
+    # Remote code of a model may have its own checkpointing.
     checkpointed = any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) or model.is_remote_code()
     if options.gradient_checkpointing and not (checkpointed and model.supports_gradient_checkpointing):
         raise OptionError(f"gradient_checkpointing true: {name} does not support it\nremove --gradient_checkpointing")
@@ -180,14 +176,14 @@ def _check_layers(options: Options, model: PreTrainedModel) -> None:
 
 
 def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """What a layer is given, it adds to, in its dtype: with this, that of torch.autocast where it is on."""
+    """Cast the input of a layer, and so its residual stream, to the dtype of torch.autocast if it is on."""
     return map_hidden_states(lambda hidden_BTD: hidden_BTD.to(compute_dtype(hidden_BTD)), inputs, named)
 
 
 def generate_completion(options: Options, new_tokens: int = 48) -> str:
-    """The completion of `options.prompt` by the exported model, loaded as any user of transformers would load it.
+    """The completion of `options.prompt` by the exported model, which is loaded with transformers.
 
-    It is sampled with a fixed seed, on the CPU: beside the training state, the GPU may have no room for a second model.
+    Sampled with a fixed seed, on the CPU, because the GPU may have no memory for a second model.
     """
     tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)

@@ -1,4 +1,4 @@
-"""A model in the files that `from_pretrained` reads: its own, of transformers and of other tools."""
+"""Export of a model to files that `from_pretrained` of transformers reads."""
 
 import copy
 import json
@@ -19,11 +19,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 LARGEST_FILE = "5GB"
 
-Together = Callable[[Callable[[], Any]], list[Any]]
+RunOnAllRanks = Callable[[Callable[[], Any]], list[Any]]
 
 
 def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters and saved buffers by name; of tied ones only the first name, as safetensors demands."""
+    """The parameters and saved buffers by name. Tied tensors have only their first name, as safetensors requires."""
     unique = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
     return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
 
@@ -35,13 +35,13 @@ def write_model(
     dtype: torch.dtype,
     rank: int = 0,
     world_size: int = 1,
-    together: Together = lambda work: [work()],
+    together: RunOnAllRanks = lambda work: [work()],
 ) -> None:
-    """Write what `from_pretrained` reads, its floats in `dtype`, in files of at most 5 GB, several with an index.
+    """Write the files that `from_pretrained` reads, with floats in `dtype`, in weight files of at most 5 GB.
 
-    Every rank must call: sharded parameters are gathered, over gloo, one after the other, and file n is written by rank
-    n modulo world size. Costs a rank the host memory of one file and one tensor. `together` does its work on every
-    rank, and gives the results of all by rank, or raises on all what one has raised.
+    Every rank must call: an all-gather over gloo collects one sharded parameter at a time, and rank n modulo world size
+    writes file n. Needs host memory for one file and one tensor. `together(work)` runs `work` on every rank and returns
+    all results by rank; if it raises on one rank, `together` raises on all.
     """
     tensors = unique_tensors(model)
     cast = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
@@ -52,9 +52,9 @@ def write_model(
     for first in range(0, len(files), world_size):
         mine: dict[str, dict[str, Tensor]] = {}
         for writer, (file, names) in enumerate(files[first : first + world_size]):
-            whole = {name: _whole(tensors[name], cast[name], keep=writer == rank) for name in names}
+            full = {name: _full_tensor(tensors[name], cast[name], keep=writer == rank) for name in names}
             if writer == rank:
-                mine[file] = revert_weight_conversion(model, whole)  # the names and layout that are published
+                mine[file] = revert_weight_conversion(model, full)  # names and layout of published checkpoints
         for written in together(partial(_write_files, directory, mine)):
             weight_map |= written
 
@@ -70,22 +70,22 @@ def write_model(
             custom_object_save(model, directory, config=config)
         config.save_pretrained(directory)
         if model.can_generate():
-            model.generation_config.to_json_file(directory / "generation_config.json")  # as it was: it is not checked
+            model.generation_config.to_json_file(directory / "generation_config.json")  # unchecked, as it was loaded
         tokenizer.save_pretrained(directory)
 
     together(write_rest)
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
-    """All of a tensor on the CPU, for the rank that keeps it. Every rank must call: a sharded one is gathered."""
+def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    """The full tensor on the CPU if `keep`, otherwise an empty one. Every rank must call: shards are gathered."""
     if isinstance(tensor, DTensor):
-        part: Any = tensor.to(dtype).cpu()
-        tensor = part.full_tensor()  # the collective
+        shard: Any = tensor.to(dtype).cpu()
+        tensor = shard.full_tensor()  # all-gather
     return tensor.to(dtype).cpu().contiguous() if keep else torch.empty(0)
 
 
 def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-    """Write files; gives the one that each tensor is in."""
+    """Write files; return the file of each tensor."""
     for name, tensors in files.items():
         save_file(tensors, directory / name, metadata={"format": "pt"})
     return {tensor: name for name, tensors in files.items() for tensor in tensors}

@@ -1,13 +1,12 @@
-"""Matrix products in float8: what goes into the linear modules of the decoder layers is rounded to one byte.
+"""Matrix products in float8 for the linear modules of the decoder layers.
 
-A product of two matrices of bytes takes half the time of bf16's on a GPU that has it, and gives bf16 or fp32. Each
-factor is scaled first, by the largest of its absolute values, so that it fills the range of its format, and the product
-is scaled back: per tensor, anew each time. Inputs and weights are e4m3 (4 bits of exponent, 3 of mantissa), gradients
-e5m2 (Micikevicius et al. 2022, arXiv 2209.05433, section 3). What is summed, normed or kept is as it was: parameters
-have their names and fp32, embedding and head are not touched.
+A float8 product takes half the time of a bf16 product on a GPU that supports it, and returns bf16 or fp32. Scaling is
+per tensor and dynamic: each factor is scaled by its largest absolute value to fill the range of its format. Inputs and
+weights are e4m3 (4 bits of exponent, 3 of mantissa), gradients are e5m2 (Micikevicius et al. 2022, arXiv 2209.05433,
+section 3). Parameters keep their names and fp32. Embedding and head do not change.
 
-A scale depends on all that is in its tensor. So other micro-batches round otherwise, and what is the same for any
-number of ranks to 1e-5 elsewhere is the same here to a few percent of the gradient.
+A scale depends on its full tensor, so rounding depends on the micro-batch. Gradients of different numbers of ranks
+differ by a few percent, instead of 1e-5 without float8.
 Shapes: N tokens, I inputs and O outputs of a linear module.
 """
 
@@ -22,17 +21,15 @@ from config.errors import OptionError
 from model.layers import compute_dtype, decoder_layers
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-MULTIPLE = 16  # what torch._scaled_mm wants of each side of a factor that it sums along, or lays out in columns
-
-CAPABILITY = (8, 9)  # the first GPUs with such products: Ada and Hopper
+MULTIPLE = 16  # torch._scaled_mm requires dimensions that are multiples of it
+CAPABILITY = (8, 9)  # Ada, the first GPUs with float8 products
 
 
 def compute_in_float8(model: PreTrainedModel) -> None:
     """Let the linear modules of `model`'s decoder layers multiply in float8, in place. Raises OptionError."""
-    remedy = "leave it out; bf16 computes any model"
+    remedy = "remove --float8; bf16 works for any model"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
-        raise OptionError(f"float8 true: {torch.cuda.get_device_name()} has no such matrix products\n{remedy}")
+        raise OptionError(f"float8 true: {torch.cuda.get_device_name()} has no float8 matrix products\n{remedy}")
     found = 0
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
@@ -48,13 +45,13 @@ def compute_in_float8(model: PreTrainedModel) -> None:
 
 
 class Float8Linear(nn.Linear):
-    """The same module, with another forward: it is never made, but what a torch.nn.Linear becomes."""
+    """A linear layer that multiplies in float8. compute_in_float8 makes it from a torch.nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., O] of `input` [..., I], in the dtype of torch.autocast where that is on, or of the input."""
+        """Returns [..., O] for `input` [..., I], in the dtype of torch.autocast if it is on, otherwise of the input."""
         input_NI = input.flatten(0, -2)
         tokens = input_NI.shape[0]
-        if tokens % MULTIPLE:  # the gradient of the weight is a sum along them
+        if tokens % MULTIPLE:  # the gradient of the weight sums over tokens
             input_NI = functional.pad(input_NI, (0, 0, 0, -tokens % MULTIPLE))
         output_NO = _Linear.apply(input_NI, self.weight, compute_dtype(input))[:tokens]  # type: ignore[no-untyped-call]
         output: Tensor = output_NO.view(*input.shape[:-1], self.out_features)
@@ -62,12 +59,12 @@ class Float8Linear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """input @ weight.T, and both products of its backward."""
+    """input @ weight.T, and the two products of its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, input_NI: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
         input8_NI, input_scale = to_float8(input_NI, E4M3)
-        # Of the input, what is kept is one byte. Of the weight, nothing: FSDP frees it, and gathers it again.
+        # The input is saved in float8. The weight is saved as it is, because FSDP frees it and gathers it again.
         ctx.save_for_backward(input8_NI, input_scale, weight_OI)
         ctx.dtype = input_NI.dtype
         weight8_OI, weight_scale = to_float8(weight_OI, E4M3)
@@ -84,9 +81,9 @@ class _Linear(torch.autograd.Function):
 
 
 def to_float8(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The tensor in `dtype`, scaled to its range, and what gives it back when multiplied: a scalar in fp32.
+    """The tensor scaled to the range of `dtype`, and the factor that undoes the scaling: a scalar in fp32.
 
-    What is not finite makes all of it NaN, so that the step is skipped.
+    If a value is not finite, the result has NaN, so the step is skipped.
     """
     scale = torch.finfo(dtype).max / tensor.abs().amax().float().clamp(min=1e-30)
     return (tensor.float() * scale).to(dtype), scale.reciprocal()
@@ -95,9 +92,9 @@ def to_float8(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def product(
     left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """left @ right in `dtype`. The GPU wants rows of the one and columns of the other next to each other.
+    """left @ right in `dtype`. The kernel needs `left` in row-major and `right` in column-major order.
 
-    `fast` sums in less than fp32, which is enough for the forward, but not for gradients.
+    `fast` accumulates in less than fp32, which is accurate enough for the forward pass, but not for gradients.
     """
     rows, columns = left.contiguous(), right.T.contiguous().T
     return torch._scaled_mm(

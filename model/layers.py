@@ -1,4 +1,4 @@
-"""The decoder layers of a model, and what of them is treated apart from the rest."""
+"""The decoder layers of a model, their matrices and their dropout."""
 
 import torch
 from torch import Tensor, nn
@@ -6,40 +6,40 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, in order: one unit each for FSDP, compilation, checkpointing, memory, Muon and float8.
+    """The decoder layers, in order. FSDP, compilation, checkpointing, memory, Muon and float8 use this definition.
 
-    A layer is a GradientCheckpointingLayer of transformers; in the few models without any, a module whose class stands
-    in `_no_split_modules`. No layer is within another. Returns an empty list for a model that marks neither.
+    A layer is a GradientCheckpointingLayer of transformers. In the few models without any, it is a module whose class
+    is named in `_no_split_modules`. Layers are not nested. Returns an empty list if the model has neither.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         names = set(getattr(model, "_no_split_modules", None) or ())
-        # Also by the names of base classes, because fully_shard replaces the class of a module by a derived one.
+        # Compare base classes too, because fully_shard replaces the class of a module by a subclass.
         layers = [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]
     inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
     return [layer for layer in layers if id(layer) not in inner]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a matrix product of `tensor` is in: the dtype of torch.autocast where that is on, or its own."""
+    """The dtype of a matrix product with `tensor`: that of torch.autocast if it is on, otherwise of the tensor."""
     device = tensor.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else tensor.dtype
 
 
 def random_noise(model: nn.Module) -> str:
-    """What the decoder layers draw while they learn, in words: shares of dropout, noise of a router; "" for nothing."""
+    """The dropout or router noise of the decoder layers in training, as text; "" if there is none."""
     for layer in decoder_layers(model):
         for module in layer.modules():
             for name, value in vars(module).items():
-                named_so = "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
-                if named_so and isinstance(value, float) and value > 0:
+                is_noise = "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
+                if is_noise and isinstance(value, float) and value > 0:
                     return f"{name} {value} in its {type(module).__name__}"
     return ""
 
 
 def decoder_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices of the decoder layers that learn, by name: what `--optim muon` updates. Not embedding and head."""
+    """The trainable matrices of the decoder layers by name, without embedding and head. `--optim muon` updates them."""
     within = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
     return {
         name: parameter

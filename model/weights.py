@@ -1,8 +1,8 @@
-"""Weights for a model without values: found on the disk and checked by their headers, read in slices; or drawn.
+"""Weights of a model: find them in files, check the headers, and load or initialize the parameters.
 
-Only safetensors and JSON are read; nothing is ever unpickled. A parameter may be sharded (a DTensor): a rank then reads
-and keeps its own part alone. Which names on the disk are which parameters, transformers knows: names are changed, and
-in some models several stored tensors are joined, such as the experts of a layer.
+Only safetensors and JSON are read; nothing is unpickled. If a parameter is sharded (a DTensor), a rank reads its own
+shard only. transformers defines how names in files map to parameters. In some models, several stored tensors are
+joined to one parameter, such as the experts of a layer.
 """
 
 import copy
@@ -33,13 +33,10 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from config.errors import OptionError, first_line
 from config.options import Options
 
-ROWS = 4096  # of a tensor, that are read at once to compare two
-
+COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-Place = tuple[slice, ...]
-
-"""Where a part lies in a whole tensor: a slice of each dimension; () is the whole."""
+Slices = tuple[slice, ...]  # which shard of a full tensor: a slice of each dimension; () is the full tensor
 
 
 @dataclass(frozen=True)
@@ -49,33 +46,33 @@ class Stored:
     file: str
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: one that torch has not
+    dtype: torch.dtype | None  # None: unknown to torch
 
-    def read(self, place: Place = ()) -> Tensor:
-        """A part of it. The file is mapped for this one read, so that its pages do not stay in this rank's memory."""
+    def read(self, slices: Slices = ()) -> Tensor:
+        """A slice of the tensor. The file is mapped for one read only, so its pages do not stay in memory."""
         with safe_open(self.file, framework="pt") as file:
-            part: Tensor = file.get_slice(self.name)[place]
-            return part
+            tensor: Tensor = file.get_slice(self.name)[slices]
+            return tensor
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a parameter is made of: one stored tensor, or several and the converter of transformers that joins them."""
+    """The source of a parameter: one stored tensor, or several and the converter of transformers that joins them."""
 
     converter: WeightConverter | None
-    stored: dict[str, list[Stored]]  # by the converter's patterns for their names
+    stored: dict[str, list[Stored]]  # by name pattern of the converter
 
     def join(
         self, target: str, model: PreTrainedModel, read: Callable[[Stored], Tensor], rows: slice = slice(None)
     ) -> dict[str, Tensor]:
-        """What becomes of the stored tensors, by the names of parameters: `target`, or the first one of several.
+        """The converted tensors by parameter name. `target` is the first of these names.
 
-        `rows` selects among the stored tensors of each pattern.
+        `rows` selects from the stored tensors of each pattern.
         """
         if self.converter is None:
             ((stored,),) = self.stored.values()
             return {target: read(stored)}
-        converter = copy.deepcopy(self.converter)  # it collects what it is given
+        converter = copy.deepcopy(self.converter)  # it collects the added tensors
         for pattern, tensors in self.stored.items():
             for stored in tensors[rows]:
                 converter.add_tensor(target, stored.name, pattern, read(stored))
@@ -83,22 +80,20 @@ class Source:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in joined.items()}
 
     def is_stack(self) -> bool:
-        """Whether each row of the parameter is made of one stored tensor a pattern: of one expert, in a mixture."""
+        """Whether index i of the first dimension needs only the i-th stored tensor of each pattern: one expert."""
         operations = self.converter.operations if self.converter else []
         stacks = [isinstance(operation, MergeModulelist) and operation.dim == 0 for operation in operations]
         return stacks == [True] or (stacks == [True, False] and getattr(operations[1], "dim", 0) > 0)
 
 
-Weights = dict[str, Source]
-
-"""The source of each parameter and saved buffer; none of random weights."""
+Weights = dict[str, Source]  # by the name of the parameter or saved buffer; empty for random weights
 
 
 def find_weights(options: Options, model: PreTrainedModel) -> Weights:
-    """Where the files of `model_name_or_path` have the tensors of `model`; an empty dictionary for random weights.
+    """The source of each tensor of `model` in the files of `model_name_or_path`; empty for random weights.
 
-    Reads headers, and no tensor. Raises OptionError unless the files are whole and hold every tensor of the model once,
-    in its shape, and no other.
+    Reads only headers. Raises OptionError unless the files are complete and contain each tensor of the model once, with
+    the right shape, and no other tensor.
     """
     if not options.model_name_or_path:
         return {}
@@ -112,7 +107,7 @@ def find_weights(options: Options, model: PreTrainedModel) -> Weights:
 
 
 def _read_headers(name: str) -> Iterator[Stored]:
-    """All tensors of a directory or hub repository. Raises ValueError or OSError for files that are not as they say."""
+    """All tensors of a directory or hub repository. Raises ValueError or OSError for damaged or inconsistent files."""
     for path, listed in _find_files(name).items():
         try:
             with safe_open(path, framework="pt") as file:
@@ -122,33 +117,31 @@ def _read_headers(name: str) -> Iterator[Stored]:
                 for key in names:
                     view = file.get_slice(key)
                     yield Stored(str(path), key, tuple(view.get_shape()), str_to_torch_dtype.get(view.get_dtype()))
-        except SafetensorError as error:  # a header that is none, or more or less data than it tells of
+        except SafetensorError as error:  # an invalid header, or one that disagrees with the file's size
             raise ValueError(f"{path.name} is damaged: {error}") from error
 
 
 def _find_files(name: str) -> dict[Path, set[str] | None]:
-    """The safetensors files of a directory or hub repository; where there is an index, with the names it lists."""
-    if whole := cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
-        return {Path(whole): None}
+    """The safetensors files of a directory or hub repository, with the names that an index lists for them, if any."""
+    if single := cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        return {Path(single): None}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if not index:
-        raise ValueError(
-            f"it has no {SAFE_WEIGHTS_NAME}, whole or with an index; pickled weights (.bin) are never read"
-        )
+        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME} and no index; pickled weights (.bin) are never read")
     try:
         listed: dict[str, set[str]] = {}
         for tensor, file in json.loads(Path(index).read_text())["weight_map"].items():
             listed.setdefault(file, set()).add(tensor)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is no index: {first_line(error)}") from error
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is not an index: {first_line(error)}") from error
     for file in listed:
         if Path(str(file)).name != file:
-            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names {file}, which is not a file beside it")
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names {file}, which is not a file in its directory")
     return {Path(cached_file(name, file)): tensors for file, tensors in listed.items()}
 
 
 def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
-    """The source of each tensor of the model. Raises ValueError for what is missing, unexpected or misshapen."""
+    """The source of each tensor of the model. Raises ValueError for missing, unexpected or misshapen tensors."""
     expected = model.state_dict(keep_vars=True)
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -158,7 +151,7 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
     unexpected = set()
     for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.name)):  # expert 10 after expert 9
         target, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
-        if target not in expected and tensor.name in expected:  # it has that name already
+        if target not in expected and tensor.name in expected:  # it needs no renaming
             target, pattern = tensor.name, None
         if target not in expected:
             unexpected.add(tensor.name)
@@ -167,7 +160,7 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
             raise ValueError(f"{tensor.name} is quantized, in {tensor.dtype}")
         source = weights.setdefault(target, Source(by_pattern[pattern] if pattern else None, {}))
         if source.stored and source.converter is None:
-            raise ValueError(f"{target} is there twice")
+            raise ValueError(f"{target} is stored twice")
         source.stored.setdefault(pattern or tensor.name, []).append(tensor)
 
     shapes: dict[str, list[int]] = {}
@@ -175,41 +168,41 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
         try:
             joined = source.join(target, model, lambda stored: torch.empty(stored.shape, device="meta"))
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{target} cannot be made of its parts: {first_line(error)}") from error
+            raise ValueError(f"{target} cannot be joined: {first_line(error)}") from error
         shapes |= {name: list(tensor.shape) for name, tensor in joined.items()}
 
-    # Tied tensors are one tensor: any of its names will do.
-    given = {id(expected[name]) for name in shapes if name in expected}
-    missing = {name for name, tensor in expected.items() if id(tensor) not in given}
+    # Tied tensors are one tensor, so one of its names is enough.
+    found = {id(expected[name]) for name in shapes if name in expected}
+    missing = {name for name, tensor in expected.items() if id(tensor) not in found}
     info = LoadStateDictInfo(missing, unexpected | (shapes.keys() - expected.keys()), set(), [], {}, set())
-    model._adjust_missing_and_unexpected_keys(info)  # some need not be there, or may be: the model's class says which
+    model._adjust_missing_and_unexpected_keys(info)  # the model's class excuses some
     for kind, names in (("missing", info.missing_keys), ("unexpected", info.unexpected_keys)):
         if names:
             raise ValueError(f"{len(names)} {kind} tensors, for instance {min(names)}")
     for name, shape in shapes.items():
         if shape != list(expected[name].shape):
             raise ValueError(f"mismatched shapes: {name} is {shape}, and {list(expected[name].shape)} in the model")
-    return _once(weights, expected)
+    return _merge_tied(weights, expected)
 
 
-def _once(weights: Weights, expected: dict[str, Tensor]) -> Weights:
-    """Without the second source of a tied tensor. Raises ValueError if it is another one than the first."""
+def _merge_tied(weights: Weights, expected: dict[str, Tensor]) -> Weights:
+    """Remove the second source of each tied tensor. Raises ValueError if its values differ from the first."""
     names: dict[int, str] = {}
     for name in weights:
         first = names.setdefault(id(expected[name]), name)
         if first != name:
             ((one,),), ((other,),) = weights[first].stored.values(), weights[name].stored.values()
-            for row in range(0, one.shape[0], ROWS):
-                rows = (slice(row, row + ROWS),)
+            for row in range(0, one.shape[0], COMPARED_ROWS):
+                rows = (slice(row, row + COMPARED_ROWS),)
                 if not one.read(rows).equal(other.read(rows)):
-                    raise ValueError(f"{one.name} and {other.name} differ, and tie_word_embeddings says they do not")
+                    raise ValueError(f"{one.name} and {other.name} differ, but tie_word_embeddings is true")
     return {name: weights[name] for name in names.values()}
 
 
 def fingerprint_files(weights: Weights) -> str:
-    """SHA-256 over the beginning of each file: its header, and values enough to tell one training from another."""
+    """SHA-256 over the first MiB of each file: its header, and values that differ between trained models."""
     digest = hashlib.sha256()
-    stored = (tensor for source in weights.values() for part in source.stored.values() for tensor in part)
+    stored = (tensor for source in weights.values() for tensors in source.stored.values() for tensor in tensors)
     for path in sorted({tensor.file for tensor in stored}):
         with open(path, "rb") as file:
             digest.update(file.read(2**20))
@@ -218,74 +211,71 @@ def fingerprint_files(weights: Weights) -> str:
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, weights: Weights | None) -> None:
-    """Give each parameter and buffer of a model its values, in place: those of the files, or initial ones.
+    """Set each parameter and buffer of a model in place: from the files of `weights`, or to initial values.
 
-    Without `weights`, only what no checkpoint holds, buffers that are not saved: the rest is to come from one.
+    If `weights` is None, sets only the buffers that are not saved, because a checkpoint will hold the other tensors.
 
-    Each rank reads its part of a sharded parameter alone. What the files do not have is drawn on the CPU from torch's
-    RNG, as transformers draws it, and whole: with one seed, it is the same on all ranks and under either strategy.
-    Costs host memory for one tensor, or for a layer's experts on this rank.
+    A rank reads only its shard of a parameter. Tensors that are not in the files are initialized in full on the CPU,
+    from torch's RNG, as transformers does. So with one seed, they are equal on all ranks and under both strategies.
+    Needs host memory for one tensor, or for this rank's experts of a layer.
     """
     tensors = model.state_dict(keep_vars=True)
     filled = set() if weights is not None else {id(tensor) for tensor in tensors.values()}
     for first, source in (weights or {}).items():
         joined = {first: tensors[first]}
-        local, place = _of_rank(tensors[first])
+        local, slices = _local_shard(tensors[first])
         if source.converter is None:
             ((stored,),) = source.stored.values()
-            local.copy_(stored.read(place))  # and cast
+            local.copy_(stored.read(slices))  # also casts
         elif source.is_stack():
             if local.numel():
-                local.copy_(source.join(first, model, Stored.read, rows=place[0])[first][:, *place[1:]])
-        else:  # the conversion may do anything with the whole
+                local.copy_(source.join(first, model, Stored.read, rows=slices[0])[first][:, *slices[1:]])
+        else:  # the conversion may need the full tensors
             joined = source.join(first, model, Stored.read)
-            for name, whole in joined.items():
-                local, place = _of_rank(tensors[name])
-                local.copy_(whole[place])
+            for name, full in joined.items():
+                local, slices = _local_shard(tensors[name])
+                local.copy_(full[slices])
         filled |= {id(tensors[name]) for name in joined}
-    _draw(model, filled)
+    _initialize(model, filled)
 
 
-def _draw(model: PreTrainedModel, filled: set[int]) -> None:
-    """Initialize, as transformers does, the tensors that are not `filled`: drawn weights, and buffers nobody saves.
-
-    Raises OptionError for one that the model's class does not initialize.
-    """
+def _initialize(model: PreTrainedModel, filled: set[int]) -> None:
+    """Initialize, as transformers does, the tensors that are not `filled`. Raises OptionError if its class cannot."""
     for module, owner in _bottom_up(model, model):
         own = {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
-        wanting = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
-        if not wanting:
+        missing = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
+        if not missing:
             continue
-        # Instead of the module, one with whole tensors on the CPU; what is filled has no values there.
-        whole = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
-        for name, tensor in wanting.items():
-            whole[name] = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+        # A copy of the module with full tensors on the CPU. Filled tensors have no values there.
+        full = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+        for name, tensor in missing.items():
+            full[name] = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
         stand_in = copy.copy(module)
         stand_in._parameters = module._parameters | {
-            name: nn.Parameter(whole[name]) for name, parameter in module._parameters.items() if parameter is not None
+            name: nn.Parameter(full[name]) for name, parameter in module._parameters.items() if parameter is not None
         }
-        stand_in._buffers = module._buffers | {name: whole[name] for name in whole.keys() & module._buffers.keys()}
+        stand_in._buffers = module._buffers | {name: full[name] for name in full.keys() & module._buffers.keys()}
         owner._init_weights(stand_in)
-        for name, tensor in wanting.items():
-            if whole[name].isnan().any():
+        for name, tensor in missing.items():
+            if full[name].isnan().any():
                 raise OptionError(
                     f"{type(owner).__name__}: {name} of its {type(module).__name__} is in no file, and _init_weights "
-                    "of its class does not initialize it\npass a model whose code is that of transformers"
+                    "of its class does not initialize it\npass a model whose code is in transformers"
                 )
-            local, place = _of_rank(tensor)
-            local.copy_(whole[name][place])
-        filled |= {id(tensor) for tensor in wanting.values()}
+            local, slices = _local_shard(tensor)
+            local.copy_(full[name][slices])
+        filled |= {id(tensor) for tensor in missing.values()}
 
 
 def _bottom_up(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """Each module after its children, beside the model that knows how to initialize it: the innermost it is part of."""
+    """Each module after its children, with the innermost model that contains it, which can initialize it."""
     for child in module.children():
         yield from _bottom_up(child, child if isinstance(child, PreTrainedModel) else owner)
     yield module, owner
 
 
-def _of_rank(tensor: Tensor) -> tuple[Tensor, Place]:
-    """What this rank keeps of a parameter or buffer, and where that lies in the whole: a slice of each dimension."""
+def _local_shard(tensor: Tensor) -> tuple[Tensor, Slices]:
+    """This rank's shard of a parameter or buffer, and its position in the full tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

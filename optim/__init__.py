@@ -1,6 +1,6 @@
-"""What updates the parameters: AdamW, Muon, and the learning rate of each step.
+"""Optimizers: AdamW, Muon, and the learning rate of each step.
 
-Nothing here depends on how the model is replicated or sharded, except that Muon gathers a matrix that is sharded.
+Nothing here depends on how the model is replicated or sharded, except that Muon gathers the shards of a matrix.
 """
 
 from optim.adamw import build_optimizer

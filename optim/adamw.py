@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate of each step."""
+"""The optimizer of a run: AdamW, or Muon with AdamW."""
 
 from typing import Any
 
@@ -10,22 +10,20 @@ from optim.muon import Muon
 
 
 def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) as one fused kernel; only matrices decay, norms and biases do not.
+    """Fused AdamW (Loshchilov and Hutter 2019). Weight decay applies to matrices only, not to norms and biases.
 
-    With `optim` muon, that is for the matrices of the decoder layers, the longest first, so that those which ranks
-    work on at the same time are alike; all else stays AdamW's.
-
-    Must be called after wrapping: sharding replaces the parameters. Its state follows their dtype, fp32. Its groups
-    hold the parameters' names beside them, as `param_names`.
+    With `optim` muon, Muon updates the matrices of the decoder layers, and AdamW the other parameters. Call it after
+    wrapping, because sharding replaces the parameters. The state is fp32, as the parameters are. Each parameter group
+    also holds the names of its parameters, as `param_names`.
     """
     orthogonal = decoder_matrices(model) if options.optim == "muon" else {}
-    learned = [
+    trainable = [
         (name, parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in orthogonal
     ]
-    matrices = [(name, parameter) for name, parameter in learned if parameter.dim() >= 2]
-    vectors = [(name, parameter) for name, parameter in learned if parameter.dim() < 2]
+    matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
+    vectors = [(name, parameter) for name, parameter in trainable if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
@@ -35,6 +33,7 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     }
     if not orthogonal:
         return torch.optim.AdamW(groups, **settings)
-    longest_first = sorted(orthogonal.items(), key=lambda item: -item[1].numel())
-    of_muon = {"params": longest_first, "weight_decay": options.weight_decay}
-    return Muon(of_muon, groups, torch.bfloat16 if options.bf16 else torch.float32, **settings)
+    # Ranks work on consecutive matrices at the same time, so these should have equal sizes.
+    largest_first = sorted(orthogonal.items(), key=lambda item: -item[1].numel())
+    muon_group = {"params": largest_first, "weight_decay": options.weight_decay}
+    return Muon(muon_group, groups, torch.bfloat16 if options.bf16 else torch.float32, **settings)

@@ -1,9 +1,9 @@
 """Muon: the update of a matrix is its momentum with all singular values near 1 (Jordan et al. 2024).
 
-https://kellerjordan.github.io/posts/muon/ has the iteration and its coefficients, Liu et al. 2025 (arXiv 2502.16982),
-section 2.2, the scale. `torch.optim.Muon` is the same arithmetic; it takes whole matrices alone, always rounds to bf16,
-and knows nothing of steps that are to be skipped.
-Shapes: R rows and C columns of a matrix; W ranks that have its rows divided among them.
+The iteration and its coefficients are from https://kellerjordan.github.io/posts/muon/, and the scale of the update is
+from Liu et al. 2025 (arXiv 2502.16982), section 2.2. `torch.optim.Muon` has the same arithmetic, but it needs full
+matrices, always rounds to bf16, and cannot skip a step.
+Shapes: R rows and C columns of a matrix; W ranks that its rows are sharded over.
 """
 
 from typing import Any
@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 MOMENTUM = 0.95
-
 ITERATIONS = 5
-
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for `matrices`, one moment each; AdamW, with `settings`, for the parameter groups `others`.
+    """Muon for the parameter group `matrices`; AdamW, with `settings`, for the parameter groups `others`.
 
-    `dtype` is that of the iteration, and of what is exchanged for it; momentum and parameters stay as they are. One
-    learning rate and one weight decay fit both: an update of Muon is scaled to the mean square of AdamW's.
+    The iteration and its communication use `dtype`; momentum has the dtype of the parameters. Muon and AdamW share the
+    learning rate and the weight decay, because the update of Muon is scaled to the root mean square of AdamW's update.
     """
 
     def __init__(
@@ -35,12 +33,11 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Where `found_inf` is 1, nothing changes. Every rank must call.
+        """Update every parameter that has a gradient. Every rank must call.
 
-        Gradients are divided by `grad_scale` first, where that is set. Both are AdamW's, and torch's.
-        Whole matrices alone can be orthogonalized. Of those that are sharded by rows, each of W ranks gets another one
-        whole: two exchanges for every W matrices, together twice their elements. Of those that each rank has whole,
-        all ranks orthogonalize all.
+        If `found_inf` is 1, nothing changes. If `grad_scale` is set, gradients are divided by it first. Both attributes
+        follow the convention of torch.amp.GradScaler. If matrices are sharded, each of W ranks orthogonalizes one of W
+        matrices, which costs two all-to-alls for W matrices. Otherwise, every rank orthogonalizes every matrix.
         """
         groups = self.param_groups
         self.param_groups = [group for group in groups if "momentum" not in group]
@@ -53,15 +50,15 @@ class Muon(torch.optim.AdamW):
     def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         skip = getattr(self, "found_inf", torch.zeros((), device=parameters[0].device))
         scale = getattr(self, "grad_scale", 1.0)
-        rate = group["lr"] * (1 - skip)  # a tensor, for which the GPU need not be waited for
-        ranks = _sharing_ranks(parameters[0])
-        at_a_time = ranks.size() if ranks else 1
-        for first in range(0, len(parameters), at_a_time):
-            members = parameters[first : first + at_a_time]
+        rate = group["lr"] * (1 - skip)  # a tensor, because a number would synchronize with the GPU
+        shard_group = _shard_group(parameters[0])
+        count = shard_group.size() if shard_group else 1
+        for first in range(0, len(parameters), count):
+            members = parameters[first : first + count]
             directions = [self._direction(parameter, group["momentum"], skip, scale) for parameter in members]
-            if ranks:
+            if shard_group:
                 shapes = [parameter.shape for parameter in members]
-                directions = orthogonalize_shards(directions, shapes, ranks)
+                directions = orthogonalize_shards(directions, shapes, shard_group)
             else:
                 directions = [orthogonalize(direction_RC) for direction_RC in directions]
             for parameter, direction_RC in zip(members, directions, strict=True):
@@ -70,59 +67,59 @@ class Muon(torch.optim.AdamW):
                 values_RC.sub_(direction_RC.to(values_RC.dtype) * (rate * 0.2 * max(parameter.shape) ** 0.5))
 
     def _direction(self, parameter: Tensor, decay: float, skip: Tensor, scale: Tensor | float) -> Tensor:
-        """Takes the gradient into the momentum; gives Nesterov's mean of both, of this rank's rows, in `dtype`."""
+        """Updates the momentum; returns the Nesterov average of it and the gradient: this rank's shard, in `dtype`."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum_RC = _local(state["momentum_buffer"])
         assert parameter.grad is not None
-        gradient_RC = (_local(parameter.grad) / scale).masked_fill_(skip > 0, 0)  # a NaN, times nothing, would be one
+        gradient_RC = (_local(parameter.grad) / scale).masked_fill_(skip > 0, 0)  # NaN x 0 would be NaN
         momentum_RC.lerp_(gradient_RC, (1 - decay) * (1 - skip))
         return gradient_RC.lerp_(momentum_RC, decay).to(self.dtype)
 
 
 def orthogonalize(matrix_RC: Tensor) -> Tensor:
-    """U V^T where the matrix is U S V^T, nearly: singular values become 0.7 to 1.2, by five steps of Newton and Schulz.
+    """Approximately U V^T for a matrix U S V^T: five Newton-Schulz steps bring singular values to between 0.7 and 1.2.
 
-    A step is a X + (b A + c A^2) X with A = X X^T. Costs about 20 floating-point operations for each element times the
-    shorter side, and more where the matrix is square: 30.
+    A step is X -> a X + (b A + c A^2) X with A = X X^T. In total, they cost about 20 floating-point operations x
+    elements x shorter side, or 30 for a square matrix.
     """
     a, b, c = COEFFICIENTS
     wide = matrix_RC if len(matrix_RC) <= matrix_RC.shape[1] else matrix_RC.T
-    wide = wide / wide.norm().clamp(min=1e-7)  # now no singular value is above 1
+    wide = wide / wide.norm().clamp(min=1e-7)  # so that no singular value is above 1
     for _ in range(ITERATIONS):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if len(matrix_RC) <= matrix_RC.shape[1] else wide.T
 
 
-def orthogonalize_shards(shards: list[Tensor], shapes: list[torch.Size], ranks: dist.ProcessGroup) -> list[Tensor]:
-    """The same for at most W matrices of `shapes`, of which each rank gives and gets its rows. Every rank must call.
+def orthogonalize_shards(shards: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup) -> list[Tensor]:
+    """This rank's shards of at most W orthogonalized matrices of `shapes`. Every rank of `group` must call.
 
-    Rank r gets matrix r whole, and sends back what others have of it.
+    An all-to-all gathers the shards of matrix r on rank r. A second one scatters the result.
     """
-    rank = ranks.rank()
-    mine = [shard.numel() for shard in shards] + [0] * (ranks.size() - len(shards))
-    whole = [0] * ranks.size()
+    rank = group.rank()
+    shard_sizes = [shard.numel() for shard in shards] + [0] * (group.size() - len(shards))
+    gathered_sizes = [0] * group.size()
     if rank < len(shapes):
-        whole = [rows * shapes[rank][1] for rows in rows_of_ranks(shapes[rank][0], ranks.size())]
-    flat, gathered = torch.cat([shard.flatten() for shard in shards]), shards[0].new_empty(sum(whole))
-    dist.all_to_all_single(gathered, flat, whole, mine, group=ranks)
+        gathered_sizes = [rows * shapes[rank][1] for rows in shard_rows(shapes[rank][0], group.size())]
+    flat, gathered = torch.cat([shard.flatten() for shard in shards]), shards[0].new_empty(sum(gathered_sizes))
+    dist.all_to_all_single(gathered, flat, gathered_sizes, shard_sizes, group=group)
     if rank < len(shapes):
         gathered = orthogonalize(gathered.view(shapes[rank])).flatten()
-    dist.all_to_all_single(flat, gathered, mine, whole, group=ranks)
-    parts = torch.split(flat, mine[: len(shards)])
-    return [part.view_as(shard) for part, shard in zip(parts, shards, strict=True)]
+    dist.all_to_all_single(flat, gathered, shard_sizes, gathered_sizes, group=group)
+    results = torch.split(flat, shard_sizes[: len(shards)])
+    return [result.view_as(shard) for result, shard in zip(results, shards, strict=True)]
 
 
-def rows_of_ranks(rows: int, ranks: int) -> list[int]:
-    """How many of `rows` each rank has of a sharded tensor; the last ranks may have fewer, or none."""
+def shard_rows(rows: int, ranks: int) -> list[int]:
+    """The number of rows in the shard of each rank. The last ranks may have fewer rows, or none."""
     most = -(-rows // ranks)
     return [max(0, min(most, rows - rank * most)) for rank in range(ranks)]
 
 
-def _sharing_ranks(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that have the rows of a parameter divided among them, if there are several."""
+def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The process group that the rows of a parameter are sharded over; None if this rank holds the full parameter."""
     if not isinstance(parameter, DTensor):
         return None
     axis = next(axis for axis, placement in enumerate(parameter.placements) if placement.is_shard(0))
@@ -130,5 +127,5 @@ def _sharing_ranks(parameter: Tensor) -> dist.ProcessGroup | None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor, or all of another one."""
+    """This rank's shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

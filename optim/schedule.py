@@ -7,10 +7,11 @@ from config.options import SCHEDULE_PARAMETERS, Options
 
 
 def learning_rate(step: int, total_steps: int, options: Options) -> float:
-    """The learning rate of `step`, counted from 1, of `total_steps`: the same as transformers' `get_scheduler` gives.
+    """The learning rate of `step`, counted from 1, of `total_steps`. It equals that of transformers' `get_scheduler`.
 
-    It depends on the step alone, so a resumed run has nothing to restore. Linear warmup from 0; then the highest rate
-    stays (constant), or falls towards 0 along a line or half a cosine (Loshchilov and Hutter 2017).
+    It depends on the step only, so a resumed run restores nothing. After a linear warmup from 0, the rate is constant,
+    or decays to 0 linearly or along half a cosine (Loshchilov and Hutter 2017). The schedules of DeepSpeed have other
+    shapes, which _deepspeed_rate describes.
     """
     warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * total_steps
     warmup = math.ceil(warmup)
@@ -32,11 +33,11 @@ def learning_rate(step: int, total_steps: int, options: Options) -> float:
 
 
 def _deepspeed_rate(step: int, warmup: int, total_steps: int, options: Options) -> float:
-    """The rate that DeepSpeed's class of that name gives in its 0.19: to the digit, with its own counting.
+    """The rate of the schedule of this name in DeepSpeed 0.19, exactly.
 
-    There, a schedule is asked after each step, and only then begins at 0: it is a step late, and the first two steps
-    have the lowest rate. Its warmup rises along a logarithm unless it is told to be linear. WarmupLR then stays,
-    WarmupDecayLR falls along a line to the lowest rate, WarmupCosineLR along half a cosine to a ratio of the highest.
+    DeepSpeed updates a schedule after each step and starts it at 0, so the first two steps have the lowest rate. Warmup
+    is logarithmic unless `warmup_type` is linear. WarmupLR is constant after it, WarmupDecayLR decays linearly to the
+    lowest rate, and WarmupCosineLR along half a cosine to `cos_min_ratio` x the highest rate.
     """
     parameters = json.loads(options.lr_scheduler_kwargs or "{}")
     total = parameters.get("total_num_steps", total_steps)

@@ -1,4 +1,4 @@
-"""Tiny models of each family that transformers knows by another class, with values that no initialization gives."""
+"""Tiny models of each model class of transformers, with values that differ from any initialization."""
 
 import copy
 import shutil
@@ -67,13 +67,13 @@ FAMILIES: dict[str, tuple[PretrainedConfig, torch.dtype, str]] = {
 
 
 def asked_for(request: pytest.FixtureRequest, test: Callable[..., None]) -> list[str]:
-    """The names for which `test`, which takes a `name`, is to run in this session."""
+    """The names of families that `test` runs in this session."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     return [str(item.callspec.params["name"]) for item in items if item.function is test]
 
 
 def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Path:
-    """Its checkpoint as `save_pretrained` writes it, with the files of `tokenizer`, at `directory`/NAME.
+    """Writes its checkpoint with `save_pretrained`, and the files of `tokenizer`, to `directory`/NAME.
 
     `sizes` are instead of those above.
     """
@@ -93,7 +93,7 @@ def make_family(name: str, directory: Path, tokenizer: Path, **sizes: int) -> Pa
 
 
 def drawn(options: Options, config: PretrainedConfig) -> PreTrainedModel:
-    """The model that train.py builds for `options`, on the CPU: with the same values each time."""
+    """The model that train.py builds for `options`, on the CPU, with fixed values."""
     model = build_model(options, copy.deepcopy(config))
     model.to_empty(device="cpu")
     model.tie_weights()

@@ -1,4 +1,4 @@
-"""--bf16_residual: the sum that layers add to is bf16."""
+"""Proves --bf16_residual (model/build.py): the residual stream is bf16."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCH = {name: torch.arange(96).view(3, 32) * 3 % 380 for name in ("input_ids", 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_residual(name: str) -> None:
-    """Every layer is given bf16, and the gradient is one in bf16; without the option, fp32 goes through."""
+    """The input of each layer and its gradient are bf16; without the option, they are fp32."""
     exact = drawn(Options(bf16=False), FAMILIES[name][0])
     _, expected = loss_and_gradient(exact, [BATCH])
     for bf16_residual, dtype in ((False, torch.float32), (True, torch.bfloat16)):
@@ -36,7 +36,7 @@ def test_bf16_residual(name: str) -> None:
 
 
 def test_layers_that_are_called_by_name() -> None:
-    """Code that comes with a model may pass hidden states by keyword."""
+    """Remote code may pass hidden states by keyword."""
     layer = decoder_layers(drawn(Options(bf16=True, bf16_residual=True), FAMILIES["qwen3"][0]))[0]
     hidden_BTD, rotation = torch.randn(1, 2, 32), (torch.ones(1, 2, 8), torch.zeros(1, 2, 8))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Compiled layers: the same curve, and not compiled again and again. On the CPU, where it takes a minute or two."""
+"""Proves model/compile.py on the CPU: compiled layers have the eager curve, and few graphs are compiled."""
 
 import copy
 import os
@@ -33,7 +33,7 @@ from config.options import Options
 from loss.next_token import NextToken
 from metrics.records import read_records
 from model.build import build_model
-from model.compile import Shape, _operations_of_attention, compile_layers, set_recomputation
+from model.compile import Shape, _attention_flops, compile_layers, set_recomputation
 from model.layers import random_noise
 from tests.families import FAMILIES
 from tests.launch import train, train_ok
@@ -68,7 +68,7 @@ def test_same_curve(tiny: list[object], tmp_path: Path, extra: list[str], of_the
 
 @pytest.mark.slow
 def test_lengths_are_compiled_twice(model_dir: Path) -> None:
-    """Once for the first length and once for any; all layers share both, and so do evaluations of their own."""
+    """One graph for the first length and one for any, shared by all layers; likewise in evaluation."""
     torch.compiler.reset()
     counters.clear()
     objective = NextToken(AutoModelForCausalLM.from_pretrained(model_dir).train(), compiled=True)
@@ -80,7 +80,7 @@ def test_lengths_are_compiled_twice(model_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
-    """Two kinds of layers, rows beyond and within a window, evaluation: more graphs than torch makes by default."""
+    """Two kinds of layers, sequences within and beyond a window, and evaluation exceed torch's default limit."""
     torch.compiler.reset()
     gemma = copy.deepcopy(FAMILIES["gemma3"][0])
     gemma.layer_types = ["sliding_attention", "full_attention"]
@@ -99,7 +99,7 @@ def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
 
 
 def many_small_buckets() -> None:
-    """Let DDP's buckets end within each layer, and say in the end how many graphs were compiled."""
+    """Make DDP's buckets end within each layer, and print how many graphs were compiled."""
     wrap, leave = ddp.wrap, os._exit
 
     def wrap_with_small_buckets(*args: Any) -> Any:
@@ -118,8 +118,8 @@ def many_small_buckets() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("extra", "of_the_loss"), [([], 1), (TENSOR, 2)], ids=str)
 def test_a_layer_is_one_graph(tiny: list[object], tmp_path: Path, extra: list[str], of_the_loss: int) -> None:
-    """Under DDP, too: what passes between pieces of it would be kept for the backward. All layers share it, divided or
-    not."""
+    """One graph per layer under DDP too, shared by all layers, with and without tensor parallelism. Tensors between
+    subgraphs would be saved for the backward pass."""
     options = [*tiny, *extra, "--torch_compile", "true", "--max_steps", 1, "--validation_split_percentage", 0]
     options += ["--packing", "concat"]  # one length
     outcome = train(2, [*options, "--output_dir", tmp_path], before=many_small_buckets)
@@ -129,7 +129,7 @@ def test_a_layer_is_one_graph(tiny: list[object], tmp_path: Path, extra: list[st
 
 @pytest.fixture
 def budget_as_it_was() -> Iterator[None]:
-    """After the test, in which it is set for all of the process."""
+    """Restores the compiler's settings of the process after the test."""
     with torch._functorch.config.patch(activation_memory_budget=1.0):
         yield
 
@@ -137,7 +137,7 @@ def budget_as_it_was() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("budget_as_it_was")
 def test_memory_budget(model_dir: Path) -> None:
-    """Less is kept for the backward, and the gradient is the same."""
+    """Fewer activations are saved for the backward pass, and the gradient does not change."""
     tokens_BT = torch.randint(0, 384, (4, 64))
     kept: dict[float | None, int] = {}
     gradients = {}
@@ -182,7 +182,7 @@ def test_second_forward_drops_the_same_places(model_with_dropout: Path) -> None:
 
 
 def test_no_memory_budget_with_dropout(model_with_dropout: Path) -> None:
-    """What torch computes again within a budget drops other places (2.11 and 2.13): the gradient would be wrong."""
+    """Recomputation with a budget draws another dropout mask in torch 2.11 and 2.13, so the gradient would be wrong."""
     expected = r"activation_memory_budget 0\.5: the model has attention_dropout 0\.2 in its Qwen3Attention, and what is"
     with pytest.raises(OptionError, match=expected):
         build_model(Options(activation_memory_budget=0.5), AutoConfig.from_pretrained(model_with_dropout))
@@ -211,14 +211,14 @@ def test_what_is_drawn_at_random(config: PretrainedConfig, expected: str) -> Non
 
 @pytest.mark.usefixtures("budget_as_it_was")
 def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By torch 2.11, too, which refuses where heads of keys are fewer; and a budget asks for operations."""
+    """Grouped queries are counted, which torch 2.11 refuses; the budget needs the count."""
 
     def count(query: Shape, key: Shape, value: Shape) -> int:
         assert query[1] == key[1] == value[1]
         return original(query, key, value)
 
-    original = _operations_of_attention
-    monkeypatch.setattr(model.compile, "_operations_of_attention", count)
+    original = _attention_flops
+    monkeypatch.setattr(model.compile, "_attention_flops", count)
     set_recomputation(0.5)
     query_BHTE, key_BKTE = (2, 4, 8, 16), (2, 2, 8, 16)
     two_products = 2 * (2 * 4 * 8 * 8 * 16) * 2
@@ -227,7 +227,7 @@ def test_attention_of_grouped_queries_is_counted(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It trains nevertheless, and says so once."""
+    """The run trains without compilation and prints that once."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     options = Options(torch_compile=True)
     check(options, world_size=1)

@@ -32,7 +32,7 @@ from config.options import Options
 from data.batches import collate
 from data.sequences import Sequence
 from loss.next_token import NextToken
-from model.attention import unusual
+from model.attention import attention_obstacle
 from model.build import build_model
 from model.compile import compile_layers
 from parallel.checks import check_context_parallel
@@ -202,23 +202,23 @@ OTHERS = {
         "llama rotates long sequences in another way than short ones (longrope)",
     ),
     "heads that differ": (Gemma4TextConfig(), "the layers of gemma4_text have different numbers of heads"),
-    "capped": (FAMILIES["gemma2"][0], "gemma2 cannot be divided so: its attention is given softcap"),
-    "dropout": (Qwen3Config(**SIZES, attention_dropout=0.1), "its attention is given dropout"),
-    "sinks": (GraniteSWAConfig(**SIZES), "its attention is given s_aux"),
-    "a mask of its own": (DogeConfig(**SIZES), "its attention is given a mask of its own"),
+    "capped": (FAMILIES["gemma2"][0], "gemma2 is not supported: its attention function has the argument softcap"),
+    "dropout": (Qwen3Config(**SIZES, attention_dropout=0.1), "its attention function has the argument dropout"),
+    "sinks": (GraniteSWAConfig(**SIZES), "its attention function has the argument s_aux"),
+    "a mask of its own": (DogeConfig(**SIZES), "its attention function has its own mask"),
     "windows in masks alone": (
         Qwen2MoeConfig(
             **SIZES, **EXPERTS, use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2
         ),
-        "qwen2_moe cannot be divided so: 0 of its layers pass on their window",
+        "qwen2_moe is not supported: 0 of its layers pass a sliding window to the attention function",
     ),
     "linear attention": (
         Qwen3NextConfig(**SIZES, layer_types=["linear_attention", "full_attention"]),
-        "layers of linear",
+        "layers of type linear",
     ),
     "narrow values": (
         DeepseekV3Config(**SMALL, n_routed_experts=4, num_experts_per_tok=1, qk_rope_head_dim=8, v_head_dim=4),
-        "deepseek_v3 cannot be divided so: its attention is given values of another width",
+        "deepseek_v3 is not supported: its attention function has another head_dim for values",
     ),
 }
 
@@ -246,7 +246,7 @@ def test_models_that_can_be_split(name: str) -> None:
     """No family that can be split is refused, and the check does not change the model."""
     model = build_model(Options(context_parallel=2), copy.deepcopy(FAMILIES[name][0]))
     assert model.config._attn_implementation == "sdpa"
-    assert unusual(model) == ""
+    assert attention_obstacle(model) == ""
 
 
 def test_attention_that_cannot_be_replaced() -> None:
@@ -254,4 +254,4 @@ def test_attention_that_cannot_be_replaced() -> None:
     model = build_model(Options(), copy.deepcopy(FAMILIES["qwen3"][0]))
     attention = model.get_submodule("model.layers.1.self_attn")
     attention.forward = lambda hidden_states, **others: (hidden_states, None)
-    assert unusual(model) == "its 2 layers call an attention function that can be exchanged 1 times"
+    assert attention_obstacle(model) == "its 2 layers call a replaceable attention function 1 times"

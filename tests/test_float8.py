@@ -1,4 +1,4 @@
-"""Matrix products in float8: which are, how far their gradient is from bf16's, and what is refused."""
+"""Proves model/float8.py: which products are in float8, their error relative to bf16, and what is refused."""
 
 import collections
 import contextlib
@@ -43,7 +43,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def gradient(
     model_dir: Path, length: int, float8: bool, compiled: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Of the layers' parameters, computed in bf16 or float8 from 4 rows of `length` tokens; and the products for it."""
+    """The gradient of the layers in bf16 or float8, from 4 sequences of `length` tokens, and the products it used."""
     torch.manual_seed(0)
     torch.compiler.reset()
     model = AutoModelForCausalLM.from_pretrained(model_dir).train()
@@ -68,7 +68,7 @@ def gradient(
 
 @pytest.mark.parametrize("length", [64, 50])  # 200 tokens are not a multiple of 16
 def test_gradient(model_dir: Path, length: int) -> None:
-    """All products of the layers, and no others: seven modules each of two layers have one, and two in the backward."""
+    """All products of the layers are in float8: two layers x seven modules, one forward and two backward."""
     expected, all_in_bf16 = gradient(model_dir, length, float8=False)
     ours, counts = gradient(model_dir, length, float8=True)
     assert 2e-2 < relative_l2(ours, expected) < GRADIENT_BAND
@@ -77,7 +77,7 @@ def test_gradient(model_dir: Path, length: int) -> None:
 
 @pytest.mark.slow
 def test_compiled(model_dir: Path) -> None:
-    """One graph a layer, near what is not compiled: between products, that rounds to bf16 more often."""
+    """One graph per layer, near the eager result, which rounds to bf16 more often between products."""
     counters.clear()
     ours, _ = gradient(model_dir, 50, float8=True, compiled=True)
     assert not counters["graph_break"]
@@ -88,7 +88,7 @@ def test_compiled(model_dir: Path) -> None:
 
 @pytest.mark.parametrize("extra", [(), (*FSDP, "--gradient_checkpointing")], ids=str)
 def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> None:
-    """20 steps stay near those in bf16; what is saved is fp32, under the same names."""
+    """The losses of 20 steps stay near bf16. Saved parameters are fp32 with unchanged names."""
     options = [*tiny, *extra, "--bf16", "true", "--per_device_train_batch_size", 8]
     train_ok(2, *options, "--output_dir", tmp_path / "bf16")
     output = train_ok(2, *options, "--float8", "--output_dir", tmp_path / "float8")
@@ -106,7 +106,7 @@ def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> No
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_what_is_not_finite_is_seen(dtype: torch.dtype, value: float) -> None:
-    """All of the product is NaN, so that the step is skipped; zeros alone stay zeros."""
+    """A product with a non-finite factor is NaN, so the step is skipped. A product with zeros is zero."""
     left, right = torch.ones(16, 32), torch.ones(32, 16)
     zeros, zeros_scale = to_float8(left * 0, dtype)
     left[3, 7] = value
@@ -116,17 +116,19 @@ def test_what_is_not_finite_is_seen(dtype: torch.dtype, value: float) -> None:
 
 
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what cannot be multiplied so, and where it cannot."""
+    """Refuses shapes, models and GPUs that do not support float8."""
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
     narrow = Qwen3Config(**shape, num_key_value_heads=2, intermediate_size=40)
     gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
     options = Options(bf16=True, float8=True)
-    with pytest.raises(OptionError, match=r"float8 true: mlp.gate_proj is 32 x 40, not multiples of 16\nleave it out"):
+    with pytest.raises(
+        OptionError, match=r"float8 true: mlp.gate_proj is 32 x 40, not multiples of 16\nremove --float8"
+    ):
         build_model(options, narrow)
     with pytest.raises(OptionError, match=r"float8 true: the layers of GPT2LMHeadModel have no torch.nn.Linear"):
         build_model(options, gpt2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
-    with pytest.raises(OptionError, match=r"float8 true: A100 has no such matrix products\nleave it out"):
+    with pytest.raises(OptionError, match=r"float8 true: A100 has no float8 matrix products\nremove --float8"):
         build_model(options, narrow)

@@ -44,7 +44,7 @@ MARKS: dict[str, tuple[PretrainedConfig, str, int]] = {
 
 @pytest.fixture
 def fake_ranks() -> Iterator[None]:
-    """This process is rank 0 of RANKS; collectives return at once."""
+    """This process is rank 0 of RANKS; collectives return immediately."""
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     yield
     dist.destroy_process_group()

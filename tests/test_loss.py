@@ -1,4 +1,4 @@
-"""Head and loss as one: the same numbers as through all logits, in less memory, for whichever model it holds."""
+"""Proves loss/cross_entropy.py and loss/next_token.py: the chunked loss equals the loss of all logits."""
 
 import copy
 from typing import Any
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, and a last one that is shorter."""
+    """Several chunks, of which the last one is shorter."""
     monkeypatch.setattr(loss.cross_entropy, "CHUNK_LOGITS", {"cpu": 96 * 7})
 
 
@@ -42,7 +42,7 @@ def labels_BT() -> Tensor:
 
 
 def losses_and_gradients(objective: NextToken, labels_BT: Tensor, bf16: bool) -> tuple[float, float, dict[str, Tensor]]:
-    """The loss of training, that of evaluation, and the gradient of half the loss."""
+    """The loss in training and in evaluation, and the gradient of half the loss."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = objective(labels_BT.clamp(0), labels_BT)
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_same_as_through_all_logits(labels_BT: Tensor, head: str, bf16: bool) ->
 
 
 def test_without_a_target(labels_BT: Tensor) -> None:
-    """Positions that are no target give no loss and no gradient, whatever is there."""
+    """Masked positions contribute no loss and no gradient, whatever their values."""
     hidden_BTD, weight_VD = torch.randn(3, 11, 8, requires_grad=True), torch.randn(96, 8, requires_grad=True)
     loss = head_and_loss_sum(hidden_BTD, weight_VD, None, torch.full_like(labels_BT, IGNORE_INDEX), cross_entropy_)
     assert loss.item() == 0
@@ -101,7 +101,7 @@ def test_gradients_serve_once(labels_BT: Tensor) -> None:
     ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
 )
 def test_what_comes_after_the_head(labels_BT: Tensor, config: Any, alone: bool) -> None:
-    """A model that caps or scales its logits is seen by what it does; its loss is that of the logits it gives."""
+    """A model that caps or scales its logits is detected, and its loss uses these logits."""
     model = AutoModelForCausalLM.from_config(config).eval()
     objective = NextToken(model)
     assert objective.ends_with_head == alone

@@ -1,4 +1,4 @@
-"""Loading and exporting: every family of models, complete or refused, without the memory of a whole model."""
+"""Proves model/build.py, model/weights.py and model/export.py: every family loads and exports, or is refused."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """What differs between two sets of tensors in name, dtype or any bit."""
+    """The names of tensors that differ in name, dtype or any bit."""
     different = {
         n for n in ours.keys() & theirs.keys() if ours[n].dtype != theirs[n].dtype or not ours[n].equal(theirs[n])
     }
@@ -68,13 +68,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def everything(loaded: PreTrainedModel) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that are never saved; tied ones under each of their names."""
+    """All parameters and buffers, including buffers that are not saved; tied tensors under each name."""
     names = [*loaded.named_parameters(remove_duplicate=False), *loaded.named_buffers(remove_duplicate=False)]
     return {name: whole(tensor.detach()) for name, tensor in names}
 
 
 def loaded_whole(directory: Path, **options: Any) -> PreTrainedModel:
-    """A model as one process has it that neither replicates nor shards."""
+    """The model in one process, without replicas or shards."""
     options_ = Options(model_name_or_path=str(directory), **options)
     loaded = build_model(options_, load_config_and_tokenizer(options_)[0])
     weights = find_weights(options_, loaded)
@@ -93,7 +93,7 @@ def families(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 class NothingIsRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """In here, no value of a tensor may be asked for: on a GPU, each answer has to be waited for."""
+    """Within this context, reading the value of a tensor fails, because it would synchronize with a GPU."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         assert operator is not torch.ops.aten._local_scalar_dense.default
@@ -121,7 +121,7 @@ def test_a_step_does_not_wait_for_the_gpu(
 
 @pytest.fixture(scope="module")
 def findings(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What four ranks found when they loaded, evaluated and exported each of them under both strategies."""
+    """The results of four ranks that loaded, evaluated and exported each family under both strategies."""
     directory = tmp_path_factory.mktemp("exported")
     outcome = train(RANKS, [], before=partial(try_all, families, directory))
     assert outcome.exit_codes == [0] * RANKS, outcome.output
@@ -130,7 +130,7 @@ def findings(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def try_all(families: dict[str, Path], directory: Path) -> None:
-    """Instead of train.py."""
+    """Replaces train.py in the subprocess."""
     dist.init_process_group("gloo")
     found: dict[str, Any] = {
         f"{name} {twin.__name__}": try_one(path, directory, twin)
@@ -176,7 +176,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
 
 
 def export_again(path: Path, directory: Path) -> list[list[str]]:
-    """The files that are there after each of three exports to one directory: one file, then several, then one."""
+    """The files after each of three exports to one directory: one file, then several, then one."""
     loaded, tokenizer = loaded_whole(path), AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ 1 }}"}
     there = []
@@ -191,9 +191,9 @@ def export_again(path: Path, directory: Path) -> list[list[str]]:
 @pytest.mark.parametrize("twin", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(findings: dict[str, Any], name: str, twin: str) -> None:
-    """Loaded from files in bf16 or fp32, one or several; zero steps; exported: the same tensors, to the bit.
+    """Loading bf16 or fp32 files, one or several, and exporting without a step preserves each bit.
 
-    What is never saved is there too: rotary frequencies, scales, and the one tensor of a tied head.
+    Tensors that are not saved are compared too: rotary frequencies, scales, and the one tensor of a tied head.
     """
     found = findings[f"{name} {twin}"]
     assert found["meta"] == ["meta"]
@@ -206,7 +206,7 @@ def test_family(findings: dict[str, Any], name: str, twin: str) -> None:
 
 
 def test_an_export_replaces_another(findings: dict[str, Any]) -> None:
-    """No file of the model before is left, which `from_pretrained` might take for the new one."""
+    """No file of the previous model remains, because `from_pretrained` might load it."""
     one, several, one_again = ([name for name in names if "qwen" not in name] for names in findings["again"])
     assert one == one_again
     assert "additional_chat_templates/other.jinja" in one
@@ -219,7 +219,7 @@ SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
 def test_through_the_trainer(tiny: list[object], families: dict[str, Path], tmp_path: Path) -> None:
-    """A run that learns nothing gives back the files' own bits, and says in which dtypes it held them."""
+    """A run with learning rate 0 exports the bits of its files, and prints the dtypes."""
     path = families["gemma3"]
     options = [*tiny, "--model_name_or_path", path, "--output_dir", tmp_path, "--save_dtype", "bfloat16"]
     said = train_ok(2, *options, "--strategy", "fsdp", "--learning_rate", 0, "--max_steps", 1)
@@ -229,7 +229,7 @@ def test_through_the_trainer(tiny: list[object], families: dict[str, Path], tmp_
 
 
 def test_a_mixture_trains(tiny: list[object], families: dict[str, Path], tmp_path: Path) -> None:
-    """Parameters that no file holds as they are: the same curve where a rank joined the experts of its shard alone."""
+    """Parameters that are joined from several stored tensors: a rank that joins only its experts has an equal curve."""
     options = [*tiny, "--model_name_or_path", families["qwen3 moe"], "--max_steps", 6]
     train_ok(1, *options, "--output_dir", tmp_path / "one")
     train_ok(2, *options, "--output_dir", tmp_path / "two", "--strategy", "fsdp")
@@ -242,7 +242,7 @@ def test_a_mixture_trains(tiny: list[object], families: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_weights_are_those_of_transformers(name: str, families: dict[str, Path]) -> None:
-    """The same distribution for each tensor, the same constants; one seed, one model."""
+    """Initial tensors have the distribution and constants of transformers, and depend only on the seed."""
     torch.manual_seed(1)
     theirs = everything(AutoModelForCausalLM.from_config(FAMILIES[name][0], dtype=torch.float32))
     drawn = []
@@ -265,12 +265,12 @@ def test_random_weights_are_those_of_transformers(name: str, families: dict[str,
 
 @pytest.fixture(params=["qwen3", "qwen3 moe"])
 def copied(request: pytest.FixtureRequest, families: dict[str, Path], tmp_path: Path) -> Path:
-    """A checkpoint to damage: one file with a tied head, or several with an index and an expert a tensor."""
+    """A checkpoint to damage: one file with a tied head, or several with an index and a tensor per expert."""
     return Path(shutil.copytree(families[request.param], tmp_path / "DIR"))
 
 
 def refused(directory: Path) -> str:
-    """The message with which a checkpoint is refused before anything is trained."""
+    """The message that refuses a checkpoint before training."""
     with pytest.raises(OptionError) as error:
         loaded_whole(directory)
     message = str(error.value)
@@ -280,7 +280,7 @@ def refused(directory: Path) -> str:
 
 
 def rewrite(directory: Path, change: Any) -> None:
-    """Change the tensors of a checkpoint; `change` gets those of one file, and the index follows."""
+    """Change the tensors of a checkpoint: `change` gets the tensors of one file. The index is updated."""
     index = directory / "model.safetensors.index.json"
     listed: dict[str, str] = {}
     for path in sorted(directory.glob("*.safetensors")):
@@ -321,7 +321,7 @@ def test_an_expert_is_missing(families: dict[str, Path], tmp_path: Path) -> None
     rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.experts.2.down_proj.weight", None))
     assert "model.layers.1.mlp.experts.down_proj is [2, 32, 16], and [3, 32, 16] in the model\n" in refused(copied)
     rewrite(copied, lambda tensors: tensors.pop("model.layers.0.mlp.experts.1.up_proj.weight", None))
-    assert "model.layers.0.mlp.experts.gate_up_proj cannot be made of its parts: " in refused(copied)
+    assert "model.layers.0.mlp.experts.gate_up_proj cannot be joined: " in refused(copied)
 
 
 def test_truncated(copied: Path) -> None:
@@ -349,17 +349,17 @@ def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
         return refused(copied)
 
     for outside in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", 3):
-        assert f"{path.name} names {outside}, which is not a file beside it\n" in with_norm_in(outside)
+        assert f"{path.name} names {outside}, which is not a file in its directory\n" in with_norm_in(outside)
     for nothing in ("model-00009-of-00009.safetensors", "..", ""):
         assert nothing in with_norm_in(nothing)
     assert "and the index do not agree about model.norm.weight\n" in with_norm_in(index["weight_map"]["lm_head.weight"])
     for text in ("[]", "{}", "{", '{"weight_map": 3}'):
         path.write_text(text)
-        assert f"{path.name} is no index: " in refused(copied)
+        assert f"{path.name} is not an index: " in refused(copied)
 
 
 def test_tied_tensors_that_differ(families: dict[str, Path], tmp_path: Path) -> None:
-    """A file may hold both names of a tied tensor, or the other one; not two tensors that training would make one."""
+    """A file may hold a tied tensor under either name or both, but not with two different values."""
     copied = Path(shutil.copytree(families["qwen3"], tmp_path / "DIR"))
     name, head = "model.embed_tokens.weight", "lm_head.weight"
     expected = everything(loaded_whole(copied))
@@ -368,11 +368,11 @@ def test_tied_tensors_that_differ(families: dict[str, Path], tmp_path: Path) -> 
     rewrite(copied, lambda tensors: tensors.pop(name))
     assert same(everything(loaded_whole(copied)), expected) == []
     rewrite(copied, lambda tensors: tensors.update({name: tensors[head] + 1}))
-    assert f"{head} and {name} differ, and tie_word_embeddings says" in refused(copied)
+    assert f"{head} and {name} differ, but tie_word_embeddings is true" in refused(copied)
 
 
 def test_names_of_other_checkpoints(families: dict[str, Path], tmp_path: Path) -> None:
-    """Of the model without its head, with buffers that older versions saved, and experts already joined."""
+    """A base model without head, buffers of older versions, and experts that are joined already can be loaded."""
     base = Path(shutil.copytree(families["qwen3"], tmp_path / "base"))
     rewrite(base, lambda tensors: rename(tensors, "model.", ""))
     assert same(everything(loaded_whole(base)), everything(loaded_whole(families["qwen3"]))) == []
@@ -394,7 +394,7 @@ def test_no_causal_language_model(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_what_nobody_initializes(families: dict[str, Path]) -> None:
-    """A buffer in no file that only the constructor computes would be what was in its memory."""
+    """A buffer that is in no file and that only the constructor computes would be uninitialized memory."""
     loaded = build_model(Options(), FAMILIES["qwen3"][0])
     loaded.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
     weights = find_weights(Options(model_name_or_path=str(families["qwen3"])), loaded)
@@ -408,7 +408,7 @@ def test_what_nobody_initializes(families: dict[str, Path]) -> None:
 
 
 class Payload:
-    """Unpickled, it leaves a trace."""
+    """An object that leaves a trace when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -418,7 +418,7 @@ class Payload:
 
 
 def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp_path: Path) -> None:
-    """Pickles under every name that some trainer would load; a checkpoint with no other weights is refused."""
+    """No pickle is loaded under any name that trainers use. A checkpoint with only pickled weights is refused."""
     trace = tmp_path / "trace"
     pickle.loads(pickle.dumps(Payload(trace)))
     assert trace.exists(), "the payload must work"
@@ -430,7 +430,7 @@ def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp
     (copied / "model.safetensors").write_bytes(pickle.dumps(Payload(trace)))
     assert "model.safetensors is damaged: " in refused(copied)
     (copied / "model.safetensors").unlink()
-    assert "no model.safetensors, whole or with an index; pickled weights (.bin) are never read\n" in refused(copied)
+    assert "no model.safetensors and no index; pickled weights (.bin) are never read\n" in refused(copied)
 
     saved = tmp_path / "run" / "checkpoint-1"
     for name in ("model/.metadata", "optimizer/.metadata", "optimizer.pt", "rng_state_0.pth"):
@@ -441,7 +441,7 @@ def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp
 
 
 def test_remote_code_is_asked_for(families: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not run unless trust_remote_code says so, which the message names; then trained and exported with its code."""
+    """Remote code runs only with trust_remote_code, which the message names. It is exported with the model."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     copied, trace = Path(shutil.copytree(families["llama"], tmp_path / "DIR")), tmp_path / "trace"
@@ -481,7 +481,7 @@ class OtherForCausalLM(LlamaForCausalLM):
 
 
 def test_export(families: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 by default; above the largest file several and an index; tied once; configurations, tokenizer, templates."""
+    """An export is bf16 by default, has an index if there are several files, and stores tied tensors once."""
     loaded = loaded_whole(families["qwen3"])
     tokenizer = AutoTokenizer.from_pretrained(families["qwen3"])
     tokenizer.chat_template = "{{ messages }}"
@@ -517,7 +517,7 @@ def status(name: str) -> int:
 
 
 def measure(report: Path) -> None:
-    """Patch a rank: note its peak resident memory, above what it had before build_model, and end when it is filled."""
+    """Patch a rank: record its peak resident memory above that before build_model, and exit after loading."""
     build, original = build_model, load_weights
     before = 0
 
@@ -539,7 +539,7 @@ def measure(report: Path) -> None:
 
 
 def make_big(name: str, model_dir: Path, path: Path) -> int:
-    """Write a model of zeros; gives the bytes of its fp32 masters."""
+    """Write a model of zeros; returns the bytes of its fp32 parameters."""
     shutil.copytree(model_dir, path, ignore=shutil.ignore_patterns("model.safetensors"))
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(BIG[name], dtype=torch.bfloat16)
@@ -552,7 +552,7 @@ def make_big(name: str, model_dir: Path, path: Path) -> int:
     ("name", "strategy"), [("dense", FSDP), ("mixture", FSDP), pytest.param("dense", TENSOR, marks=pytest.mark.slow)]
 )
 def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str, strategy: tuple[str, ...]) -> None:
-    """A rank of four needs host memory for its shard of the fp32 masters and a small constant, and not for the model.
+    """A rank of four needs host memory for its shard of the fp32 parameters and a small constant only.
 
     Resident memory counts the mapped pages of files beside what the process allocates. Measured above a shard of 94 MiB
     (of 374): 32 MiB, most of them for importing the model's class and for the process group; above one of 105 MiB
@@ -573,7 +573,7 @@ def test_memory(tiny: list[object], model_dir: Path, tmp_path: Path, name: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, RANKS])
 def test_more_than_a_rank_may_hold(model_dir: Path, tmp_path: Path, ranks: int) -> None:
-    """Four ranks that may allocate 60% of the fp32 model each load and export it; one rank that may not cannot."""
+    """Four ranks load and export a model of which each may allocate only 60% in fp32; one rank fails."""
     path = tmp_path / "DIR"
     size = make_big("dense", model_dir, path)
     outcome = train(ranks, [], before=partial(export_within, int(0.6 * size), path, tmp_path / "out"))
@@ -587,7 +587,7 @@ def test_more_than_a_rank_may_hold(model_dir: Path, tmp_path: Path, ranks: int) 
 
 
 def export_within(limit: int, path: Path, output_dir: Path) -> None:
-    """Instead of train.py: load and export, with `limit` bytes of private memory above what is there before."""
+    """Replaces train.py: load and export, with `limit` bytes of additional private memory."""
     dist.init_process_group("gloo")
     options = Options(model_name_or_path=str(path), output_dir=str(output_dir))
     config, tokenizer = load_config_and_tokenizer(options)

@@ -1,4 +1,4 @@
-"""Muon: torch's own arithmetic, the same curve on any topology, and checkpoints that any topology resumes.
+"""Proves optim/muon.py and optim/adamw.py: torch's arithmetic, equal curves and checkpoints on any topology.
 
 A resume on the same ranks, to the bit, is in test_resume.py, a skipped step in test_numerics.py, bytes in
 test_memory.py.
@@ -62,7 +62,7 @@ def test_same_curve(one_process: Path, tiny: list[object], tmp_path: Path, ranks
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_singular_values(dtype: torch.dtype) -> None:
-    """Wide, tall and square: between 0.6 and 1.3, with the same singular vectors."""
+    """Singular values end between 0.6 and 1.3 for wide, tall and square matrices; singular vectors do not change."""
     torch.manual_seed(0)
     for rows, columns in ((24, 80), (80, 24), (32, 32)):
         matrix_RC = torch.randn(rows, columns) @ torch.diag(torch.linspace(0.1, 1, columns))
@@ -74,7 +74,7 @@ def test_singular_values(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_divided() -> None:
-    """By `grad_scale`, as AdamW does it, and before they go into the momentum: a power of two, so to the bit."""
+    """Gradients are divided by `grad_scale` before the momentum. The scale is a power of 2, so equal to the bit."""
     torch.manual_seed(0)
     plain, scaled = (Qwen3ForCausalLM(Qwen3Config(**DEMO_MODEL, vocab_size=64)) for _ in range(2))
     scaled.load_state_dict(plain.state_dict())
@@ -91,7 +91,7 @@ def test_gradients_are_divided() -> None:
 
 
 def test_as_torch_does() -> None:
-    """Five steps of all matrices against torch.optim.Muon, in bf16; of all others against AdamW, to the bit."""
+    """Five steps of all matrices against torch.optim.Muon, in bf16, and of the rest against AdamW, to the bit."""
     torch.manual_seed(0)
     ours, theirs = (Qwen3ForCausalLM(Qwen3Config(**DEMO_MODEL, vocab_size=64)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -117,7 +117,7 @@ def test_as_torch_does() -> None:
 
 @pytest.mark.parametrize(("ranks", "extra"), [(3, ["--strategy", "fsdp"]), (2, ["--shard_optimizer"])], ids=str)
 def test_resumed_elsewhere(one_process: Path, tiny: list[object], tmp_path: Path, ranks: int, extra: list[str]) -> None:
-    """What is loaded is what was saved, to the bit; what follows differs by rounding."""
+    """Loaded state equals saved state to the bit; later steps differ by rounding."""
     shutil.copytree(one_process / "checkpoint-10", tmp_path / "checkpoint-10")
     options = [*tiny, *ON, "--per_device_train_batch_size", 1, "--resume_from_checkpoint", "auto", *extra]
     outcome = train(ranks, [*options, "--output_dir", tmp_path], before=partial(save_again, tmp_path / "again"))
@@ -128,7 +128,7 @@ def test_resumed_elsewhere(one_process: Path, tiny: list[object], tmp_path: Path
 
 
 def test_time_to_a_loss() -> None:
-    """Two steps of 100 tokens at 50 and at 25 a second; the loss is half way down after one and a half."""
+    """Two steps of 100 tokens at 50 and at 25 tokens/s; the target loss is reached after 1.5 steps."""
     rows = [{"step": 0, "eval_loss": 8.0}]
     for step, speed in ((1, 50.0), (2, 25.0)):
         rows.append({"step": step, "loss": 9.0, "tokens_seen": 100 * step, "tokens_per_second": speed})
@@ -140,7 +140,7 @@ def test_time_to_a_loss() -> None:
 
 
 def test_another_optimizer_is_refused(one_process: Path, tiny: list[object], tmp_path: Path) -> None:
-    """It has other moments."""
+    """Another optimizer cannot resume, because its moments differ."""
     resume = ["--resume_from_checkpoint", one_process / "checkpoint-10", "--output_dir", tmp_path]
     message = refused(*tiny, *ON, *resume, "--optim", "adamw_torch_fused")
     assert message.endswith("optim was muon and is adamw_torch_fused now\npass --optim muon\n")

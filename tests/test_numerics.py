@@ -1,4 +1,4 @@
-"""Gradients that must not be used: not finite on one rank, or of a global batch without a target."""
+"""Proves the skipped steps of train.py: gradients that are not finite, or a global batch without a target."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHAPE = ["--lr_scheduler_type", "constant", "--warmup_steps", 0, "--validation_s
 
 
 def nan_on_rank_1(steps: set[int]) -> None:
-    """Patch a rank: the losses of one of its micro-batches in each of `steps` are not numbers, if it is rank 1."""
+    """Patch rank 1: the losses of one micro-batch in each of `steps` are NaN."""
     original, calls = loss.next_token.head_and_loss_sum, iter(range(10_000))
 
     def poisoned_loss(
@@ -38,7 +38,7 @@ def nan_on_rank_1(steps: set[int]) -> None:
 
 
 def all_masked(steps: set[int]) -> None:
-    """Patch a rank: no label of its micro-batches in `steps` is a target."""
+    """Patch a rank: its micro-batches in `steps` have no target."""
     original, calls = data.loader.collate, iter(range(10_000))
 
     def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def all_masked(steps: set[int]) -> None:
 )
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:
-    """Faults 18 and 23: one verdict on all ranks; parameters, moments and step count stay; it is counted."""
+    """All ranks skip the step. Parameters, moments and step count do not change. The skip is counted."""
     options = [*tiny, *SHAPE, "--strategy", *strategy.split(), "--save_steps", 1]
     outcome = train(2, [*options, "--output_dir", tmp_path, "--max_steps", 4], before=partial(fault, {3}))
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -76,7 +76,7 @@ def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, faul
 
 
 def test_too_many_in_a_row(tiny: list[object], tmp_path: Path) -> None:
-    """Fault 23: the count starts again with each good step; beyond the limit both ranks end, with a diagnosis."""
+    """A good step resets the count of skips. Beyond the limit, both ranks exit with a diagnosis."""
     options = [*tiny, *SHAPE, "--output_dir", tmp_path, "--max_skipped_steps", 2]
     fault = partial(nan_on_rank_1, {2, 3, 5, 6, 8, 9, 10})
     outcome = train(2, options, before=fault)

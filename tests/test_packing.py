@@ -162,7 +162,7 @@ def test_variable_length_attention(
     """The GPU path gives the same loss and gradients. Its kernel is computed by hand here, and runs in the GPU test."""
     monkeypatch.setattr(model.attention, "varlen_attn", varlen_by_hand)
     if older:
-        monkeypatch.setattr(model.attention, "CAN", {"scale", "window_size"})
+        monkeypatch.setattr(model.attention, "VARLEN_HAS_GQA", False)
     small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     expected_loss, expected = loss_and_gradient(small, alone)

@@ -1,4 +1,4 @@
-"""Preference tuning: pairs, the loss of DPO, its reference, and the same loop and checkpoints as for any other loss."""
+"""Proves loss/dpo.py, loss/dpo_reference.py and the pairs of data/: loss, reference, topologies and checkpoints."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("markers", [with_markers, without_markers])
 @pytest.mark.parametrize("name", PAIRS)
 def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, markers: Any) -> None:
-    """A row is both sequences of a pair, the chosen one first; what they share is given, their answers are learned."""
+    """A record has both sequences of a pair, the chosen one first. The prompt is masked, the answers are trained on."""
     tokenizer.chat_template = markers(PLAIN)
     pairs = prepare_records([PAIRS[name]], tokenizer, tmp_path, **DPO)
     assert (pairs.packing, pairs.counts["train"].shape) == ("pairs", "preference")
@@ -68,7 +68,7 @@ def test_shapes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, m
 
 
 def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """If one answer has nothing to learn within a row, both are left out and counted; if one is cut, both are kept."""
+    """A pair is skipped and counted if one answer has no target in its sequence. A truncated answer is allowed."""
     fine, long = PAIRS["text"], "word " * 99
     records = [
         *[fine] * 18,
@@ -112,7 +112,7 @@ def test_records_that_will_not_do(
 
 
 def test_prepared_pairs_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """The error does not depend on what an earlier run has left in the cache; and a shape can be named."""
+    """The error does not depend on the cache of an earlier run, and a record shape can be named."""
     record = {"messages": [user("a"), assistant("good")], **PAIRS["implicit prompt"]}
     prepare_records([record], tokenizer, tmp_path, **DPO)
     with pytest.raises(OptionError, match="preference"):
@@ -166,7 +166,7 @@ def some_pairs(number: int) -> list[Sequence]:
 
 
 def learned_log_probability(model: PreTrainedModel, row: Sequence, side: int) -> Any:
-    """By hand, in the dtype of the model: one sequence, without padding, token by token."""
+    """The expected value of one sequence without padding, token by token, in the dtype of the model."""
     tokens, learned = (torch.split(part, row.segment_lengths)[side] for part in (row.tokens, row.trained_on))
     log_p_TV = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
     return torch.stack([log_p_TV[t - 1, tokens[t]] for t in range(1, len(tokens)) if learned[t]]).sum()
@@ -182,7 +182,7 @@ def forward(objective: Preference, batch: dict[str, Tensor]) -> Any:
 
 
 def test_against_the_formula_in_double(model_dir: Path) -> None:
-    """Loss and gradient of equation 7, written out in fp64, for a model that has moved away from its reference."""
+    """Loss and gradient of equation 7 in fp64, for a model that differs from its reference."""
     rows, beta = some_pairs(3), 0.3
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     reference = forward(Preference(model, beta), collate_pairs(rows)).detach().view(2, 3)
@@ -211,7 +211,7 @@ def test_against_the_formula_in_double(model_dir: Path) -> None:
 
 
 def test_before_the_first_step(model_dir: Path) -> None:
-    """With the model as its own reference: ln 2 a pair, and the gradient beta / 2 of that of rejected - chosen."""
+    """With the model as its reference: ln 2 per pair, and beta / 2 x the gradient of (rejected - chosen)."""
     rows, beta = some_pairs(4), 0.3
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     objective = Preference(model, beta)
@@ -233,7 +233,7 @@ def test_before_the_first_step(model_dir: Path) -> None:
 
 
 def referenced(dpo: list[object]) -> set[Path]:
-    """The references that are kept; the cache is the last of the options."""
+    """The cached references; the cache directory is the last option."""
     return set(Path(str(dpo[-1])).glob("reference-*"))
 
 
@@ -249,7 +249,7 @@ def unbroken(dpo: list[object], model_with_dropout: Path, tmp_path_factory: pyte
 
 
 def test_it_learns_to_prefer(unbroken: Path) -> None:
-    """The loss of held-out pairs begins at ln 2 and falls."""
+    """The validation loss begins at ln 2 and falls."""
     rows = read_records(unbroken / "metrics.jsonl")
     evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert evaluations[0] == pytest.approx(LN_2, abs=1e-6)
@@ -275,7 +275,7 @@ def not_again() -> None:
 
 
 def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path) -> None:
-    """In bf16, one made in another way would be another model's: the loss would not begin at ln 2."""
+    """In bf16, a reference that is computed with other options differs, so the loss would not begin at ln 2."""
     options = [*dpo, "--data_cache_dir", tmp_path, "--bf16", "true", "--max_steps", 1]
     for name, more in {"one": [], "other": ["--bf16_residual"]}.items():
         train_ok(1, *options, *more, "--output_dir", tmp_path / name)
@@ -286,7 +286,7 @@ def test_a_reference_for_each_way_of_computing(dpo: list[object], tmp_path: Path
 def test_resumed_to_the_bit(
     dpo: list[object], model_with_dropout: Path, unbroken: Path, tmp_path: Path, kept: bool
 ) -> None:
-    """The reference stays the model as it began: it is read, or, where it is gone, computed with those weights."""
+    """After a resume, the reference is still that of the initial model: read from the cache or computed again."""
     (path,) = referenced(dpo)
     reference = path.read_bytes()
     if not kept:
@@ -301,7 +301,7 @@ def test_resumed_to_the_bit(
 
 
 def test_another_reference_is_refused(dpo: list[object], unbroken: Path, tmp_path: Path) -> None:
-    """A run that is resumed with its own trained weights as the model would be held to them, and is another run."""
+    """A resume with trained weights as the initial model is refused, because the reference would differ."""
     cut_off_at(10, unbroken, tmp_path)
     options = [*dpo, *STEADY, "--model_name_or_path", unbroken, "--output_dir", tmp_path]
     outcome = train(1, [*options, "--per_device_train_batch_size", 16, "--resume_from_checkpoint", "auto"])
@@ -319,19 +319,19 @@ def one_process(dpo: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
     marked([Case("DDP", 2, 2), Case("FSDP", 2, 4, FSDP), Case("tensor parallel", 2, 4, TENSOR, slow=True)]),
 )
 def test_same_gradient(dpo: list[object], one_process: dict[str, Tensor], tmp_path: Path, case: Case) -> None:
-    """Any ranks, strategy and accumulation: the gradient of a step is that of one process."""
+    """With any ranks, strategy and accumulation, the gradient of a step equals that of one process."""
     assert relative_l2(first_gradient(case, dpo, tmp_path), one_process) < GATES.gradient
 
 
 def test_bf16(dpo: list[object], tmp_path: Path) -> None:
-    """The reference is not rounded to bf16 on its way, as FSDP does with what a module is given: the loss is ln 2."""
+    """FSDP casts module inputs to bf16, but not the reference: the loss is ln 2."""
     options = [*dpo, "--bf16", "true", "--strategy", "fsdp", "--max_steps", 1, "--validation_split_percentage", 0]
     train_ok(2, *options, "--dpo_beta", 1, "--output_dir", tmp_path)
     assert read_records(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(LN_2, abs=1e-3)
 
 
 def test_more_ranks_than_pairs(dpo: list[object], tmp_path: Path) -> None:
-    """A rank without pairs enters the collectives of an evaluation, and adds nothing; the weights key the reference."""
+    """A rank without pairs joins the collectives of an evaluation and adds 0. The cache key depends on the weights."""
     options = [*dpo, "--validation_split_percentage", 1, "--global_batch_size", 12, "--max_steps", 2]
     options += ["--warmup_steps", 0]
     before = referenced(dpo)
