@@ -127,11 +127,11 @@ def tensor_parallel_collectives(
     else:
         loss = Collectives(1, compute_bytes * tokens * model.config.vocab_size)
     both = zip(model.parameters(), part.parameters(), strict=True)
-    alike = compute_bytes * sum(whole.numel() for whole, of_rank in both if whole.numel() == of_rank.numel())
+    replicated = compute_bytes * sum(whole.numel() for whole, of_rank in both if whole.numel() == of_rank.numel())
     of_micro_step = {
         "all_gather": Collectives(gathers + loss.calls, gathers * hidden + loss.size),
         "reduce_scatter": Collectives(scatters, scatters * hidden),
-        "all_reduce": Collectives(layers + 1, alike),
+        "all_reduce": Collectives(layers + 1, replicated),
     }
     return _sum(*[of_micro_step] * options.gradient_accumulation_steps)
 

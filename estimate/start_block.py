@@ -72,7 +72,7 @@ def strategy_line(model: PreTrainedModel, options: Options, ranks: int) -> str:
 
 
 def sharded(options: Options, ranks: int) -> str:
-    """What is sharded over how many ranks, and what each rank holds in full."""
+    """The state that is sharded, over how many ranks, and the state that each rank holds in full."""
     facts = []
     if options.strategy == "ddp":
         held = "parameters and gradients" if options.shard_optimizer else "parameters, moments and gradients"

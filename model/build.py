@@ -142,7 +142,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.context_parallel > 1 and (reason := attention_obstacle(model)):
         raise OptionError(
             f"context_parallel {options.context_parallel}: {model.config.model_type} is not supported: {reason}\n"
-            "leave it out; --gradient_checkpointing is for long rows, too"
+            "remove --context_parallel; --gradient_checkpointing also saves memory with long sequences"
         )
     if options.float8:
         compute_in_float8(model)

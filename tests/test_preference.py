@@ -243,7 +243,7 @@ def unbroken(dpo: list[object], model_with_dropout: Path, tmp_path_factory: pyte
     run = tmp_path_factory.mktemp("unbroken")
     options = ["--model_name_or_path", model_with_dropout, "--save_steps", 10, "--per_device_train_batch_size", 4]
     output = train_ok(2, *dpo, *STEADY, *options, "--ledger", "--output_dir", run)
-    assert "dpo, held to the model as it begins with beta 0.1" in output
+    assert "objective     dpo, beta 0.1" in output
     assert "131 of 128 tokens, packing pairs" in output
     return run
 

@@ -73,7 +73,7 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     options += ["--global_batch_size", 80, "--per_device_train_batch_size", 20, "--dataloader_num_workers", 1]
     options += ["--max_steps", 16, "--save_steps", 8, "--scale_learning_rate", "sqrt", "--reference_batch_size", 20]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    assert "learning rate 0.006 = 0.003 x sqrt(80 / 20 rows)" in train_ok(2, *options, "--output_dir", unbroken)
+    assert "learning rate 0.006 = 0.003 x sqrt(80 / 20 sequences)" in train_ok(2, *options, "--output_dir", unbroken)
     assert read_records(unbroken / "metrics.jsonl")[-1]["epoch"] > 1, "it must cross the end of an epoch"
     cut_off_at(8, unbroken, resumed)
     outcome = train(2, [*options, "--output_dir", resumed, "--resume_from_checkpoint", "auto"], before=nothing_read)
