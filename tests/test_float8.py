@@ -92,7 +92,7 @@ def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> No
     options = [*tiny, *extra, "--bf16", "true", "--per_device_train_batch_size", 8]
     train_ok(2, *options, "--output_dir", tmp_path / "bf16")
     output = train_ok(2, *options, "--float8", "--output_dir", tmp_path / "float8")
-    assert "compute bfloat16, matrix products of layers float8" in output
+    assert "compute bfloat16, matrix products of the layers float8" in output
     rows, references = (read_records(tmp_path / name / "metrics.jsonl") for name in ("float8", "bf16"))
     for row, reference in zip(rows, references, strict=True):
         for key in {"loss", "eval_loss"} & reference.keys():
