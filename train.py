@@ -1,6 +1,6 @@
 """Train a causal language model, on one process or on many. Read this file first, from top to bottom.
 
-    python train.py                                                              one process
+    python train.py                                                              one process, the demo
     torchrun --nproc_per_node=8 train.py                                         one process per GPU
     torchrun --nproc_per_node=8 train.py --strategy fsdp --model_name_or_path DIR --train_file text.jsonl
 
@@ -67,8 +67,8 @@ def main(argv: list[str]) -> None:
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
     checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
-    # The ranks as a grid. Along each dimension, a rank belongs to one process group: of the ranks that hold the same
-    # parameters, that shard them, or that split each layer.
+    # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
+    # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
     mesh_names = ("replicate", "shard", "tensor")
     mesh = init_device_mesh(device.type, config.mesh_shape(options, world_size), mesh_dim_names=mesh_names)
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     description = ""
     if rank == 0:
         description = estimate.describe_run(options, plan, data, tokenizer, model, weights, device, resumed_from)
-    adapt_model(objective, options, data.packing, mesh)
+    adapt_model(objective, options, data.packing, mesh)  # attention, tensor and context parallelism, compilation
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     layers, reduce_dtype = decoder_layers(model), getattr(torch, options.reduce_dtype)
     # `wrapped` is the module to call. `model` stays a view of the same parameters, by their own names.
@@ -85,13 +85,15 @@ def main(argv: list[str]) -> None:
         objective, layers, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random initial weights
-    load_weights(model, weights if not resumed_from or objective.needs_initial_model else None)
+    needs_weights = not resumed_from or objective.needs_initial_model  # dpo compares with them, also after a resume
+    load_weights(model, weights if needs_weights else None)
     optimizer = optim.build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     data = prepare_objective(objective, data, wrapped, options, device)
     checkpoint.seed_rank(options.seed, 0, rank)  # from here on different on each rank: dropout must not be the same
-    identity, progress = checkpoint.identify_run(options, plan, data.fingerprint, model), checkpoint.Progress()
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)  # again: dpo has added to the data
+    progress = checkpoint.Progress()
     if resumed_from:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
@@ -115,8 +117,8 @@ def main(argv: list[str]) -> None:
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
-        # not a mean of means. A signal or a full disk may have met one rank only: through the sum, all ranks leave at
-        # the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
+        # not a mean of means. Perhaps only one rank got a signal or a full disk: the sum tells all ranks, so all stop
+        # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
         happened = torch.tensor([stop_requested.is_set(), saver.failed()])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), happened])
         dist.all_reduce(counts)
@@ -127,36 +129,39 @@ def main(argv: list[str]) -> None:
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
-            # Gradients accumulate on each rank. Only the last backward communicates them, while it still computes.
+            # Gradients accumulate on each rank. Only the last backward communicates them, while it computes the others.
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**to_device(batch, device))  # a sum over targets, in fp32
             # DDP and FSDP average gradients over ranks. We want their sum over ranks, divided by the targets of all
-            # ranks: hence world_size / targets. (Ranks that split a sequence count its targets twice, on both sides.)
+            # ranks: hence world_size / targets. (N ranks that split a layer or a sequence all count its targets. Their
+            # gradients count N times as much, too: parallel/. So N cancels out.)
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.grad_norm(wrapped)
 
+        # torch's fused optimizer reads two attributes on the GPU, as torch's GradScaler sets them, so the CPU does not
+        # synchronize: found_inf (1: change nothing) and grad_scale (divide each gradient by it).
         # Skip the update if the gradient is not finite, or comes from no target at all. Every rank has the same norm,
-        # so all ranks decide the same. Where found_inf is 1, the fused optimizer changes nothing: it reads this flag on
-        # the GPU, by the convention of torch's GradScaler, so the CPU does not synchronize.
+        # so all ranks decide the same.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
-        skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip
+        skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip  # in a row: 0 after a good step
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        # Clip as torch.nn.utils.clip_grad_norm_ does: divide gradients by norm / max_grad_norm where that is above 1.
-        # The fused optimizer divides by grad_scale as it reads each gradient, which saves a pass over all of them.
+        # Clip as torch.nn.utils.clip_grad_norm_ does, without its pass over all gradients: divide them by
+        # norm / max_grad_norm where that is above 1.
         if options.max_grad_norm:
             optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
+        rate = optim.learning_rate(step, plan.total_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = optim.learning_rate(step, plan.total_steps, options)
+            group["lr"] = rate
         optimizer.step()
         strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks have updated
         wrapped.zero_grad()
-        recorder.step(tokens // options.model_parallel_size)  # so many ranks have counted the same sequence
+        recorder.step(tokens // options.model_parallel_size)  # as many ranks have counted the same sequence
 
         if step % options.logging_steps == 0 or step == plan.total_steps:
             dist.all_reduce(loss_sum)
-            mean_loss, rate = loss_sum.item() / max(1, targets), group["lr"]  # item() waits for the GPU
+            mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
@@ -213,8 +218,8 @@ def training_batches(
             yield from micro_batches(numbers, options.per_device_train_batch_size, first, end)
             epoch, steps_into_epoch = epoch + 1, 0
 
-    # One loader for all epochs. Its workers are forked once, before the thread that saves exists: a fork would inherit
-    # the locks of that thread.
+    # One loader for all epochs. Its workers are forked once, at the first batch. Later there is a thread that saves,
+    # and a fork would inherit its locks.
     yield from make_loader(dataset, indices(), options, options.dataloader_num_workers)
 
 
@@ -229,7 +234,7 @@ def evaluate(
             totals[1] += batch["targets"]
     dist.all_reduce(totals)
     loss, targets = totals.tolist()
-    return loss / max(1, targets), int(targets) // options.model_parallel_size  # so many ranks counted each target
+    return loss / max(1, targets), int(targets) // options.model_parallel_size  # as many ranks counted each target
 
 
 def gather_cursor(batches: list[Batch], options: Options) -> Cursor:
