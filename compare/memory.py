@@ -1,10 +1,10 @@
-"""What estimate/memory.py foresees, beside what a GPU then allocates: Qwen3 shapes, rows of 4096 tokens or more, bf16.
+"""The memory that estimate/memory.py predicts and that a GPU then allocates: Qwen3 shapes, 4096 tokens or more, bf16.
 
     python -m compare.memory [--cases 0,3,8]
 
-Each case trains four steps in a process of its own: alone, or as one rank of a fake group, whose collectives move
-nothing. Prints the predicted peak, that of the last two steps (`torch.cuda.max_memory_allocated`), and their ratio;
-without a GPU, the prediction alone.
+Each case trains four steps in its own process: alone, or as one rank of a fake process group, whose collectives do
+nothing. Prints the predicted peak, the peak of the last two steps (`torch.cuda.max_memory_allocated`), and their ratio;
+without a GPU, only the prediction.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def main() -> None:
     print("| model | ranks | micro-batch | | predicted GiB | measured | ratio | highest |\n" + "|---" * 8 + "|")
     for case in cases:
         with measuring(case) as result:
-            predicted = foresee(case)  # meanwhile
+            predicted = predict_case(case)  # meanwhile
             try:
                 measured = result.result() if ON_GPU else 0.0
                 there = [f"{measured:.1f}", f"{predicted.total / GIB / measured:.3f}"] if ON_GPU else ["", ""]
@@ -134,7 +134,7 @@ def measuring(case: Case) -> Iterator[Future[float]]:
         yield process.submit(measure, case) if ON_GPU else Future()
 
 
-def foresee(case: Case) -> Memory:
+def predict_case(case: Case) -> Memory:
     """The prediction, from the configuration alone."""
     model = build_model(case.options, Qwen3Config(**MODELS[case.model]))
     return predict(model, case.options, case.ranks)

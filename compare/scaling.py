@@ -1,25 +1,25 @@
-"""What a step costs on 1 to 1,024 ranks: memory, bytes and predicted seconds, for Qwen3 shapes. Needs no GPU.
+"""Predict the memory, the bytes and the seconds of a step on 1 to 1,024 ranks, for Qwen3 shapes. Needs no GPU.
 
     python -m compare.scaling [--models 0.6B,8B,32B] [--ranks 1,8,64,256,1024] [--flops 5.5e14]
-                              [--within_host 3e11] [--between_hosts 2e11] [--latency 5e-6] [--overlap 0.9]
+                              [--within_node 3e11] [--between_nodes 2e11] [--latency 5e-6] [--overlap 0.9]
 
-Memory is that of estimate/memory.py, which compare/memory.py measures; bytes are those of estimate/communication.py, which a test
-counts. Seconds are a model, and not measured:
+Memory comes from estimate/memory.py, which compare/memory.py measures. Bytes come from estimate/communication.py, which
+a test counts. Seconds come from a model, and are not measured:
 
-    matrix      FLOPs of a rank's tokens (loss/cross_entropy.py; with gradient checkpointing those of a second forward, too,
-                which leaves out the head and each layer's last product) / `flops`, which is what a GPU reaches in a
-                whole step and not its peak; the default is what Qwen3-8B reached on one H200
-    exchange    bytes on a rank's link / its bytes per second. Of a tensor of S bytes in a group of g ranks, each sends
-                S (g - 1) / g to gather or reduce-scatter it, twice that to all-reduce it, and S to broadcast it (ring
-                algorithms: Patarasuk and Yuan 2009). A group inside a host of 8 has `within_host` for each rank. A
-                ring through several hosts has the slower of that and `between_hosts`, for a whole host; groups of
-                one rank per host, which average the shards of replicas, have an eighth of it each. To this comes
-                `latency` for each hop of each collective: g - 1 of a ring, and along a tree, as an all-reduce and a
-                broadcast may be sent, 2 log2 g and log2 g (Thakur et al. 2005)
-    step        matrix + exchange - what overlaps: `overlap` of the exchange, and no more than the matrix time
+    matrix         FLOPs of a rank's tokens (estimate/flops.py) / `flops`. Gradient checkpointing adds those of a second
+                   forward without the head and without the last product of each layer. `flops` is the rate of a GPU in
+                   a whole step, not its peak; the default is the rate of Qwen3-8B on one H200.
+    communication  bytes on a rank's link / its bytes per second. In a group of g ranks, each rank sends S (g - 1) / g
+                   of a tensor of S bytes to all-gather or reduce-scatter it, twice that to all-reduce it, and S to
+                   broadcast it (ring algorithms: Patarasuk and Yuan 2009). A group within a node of 8 has `within_node`
+                   for each rank. A ring through several nodes has the slower of that and `between_nodes`, for a whole
+                   node. Groups of one rank per node, which average the shards of replicas, have an eighth of it each.
+                   Each hop of a collective adds `latency`: g - 1 hops on a ring; on a tree, as an all-reduce and a
+                   broadcast may use, 2 log2 g and log2 g (Thakur et al. 2005).
+    step           matrix + communication - overlap, the fraction `overlap` of the communication, at most matrix
 
-Other times are not in it: kernels that are no matrix product beyond what `flops` has of them, hosts that wait for the
-slowest, and evaluations and checkpoints.
+The model leaves out other times: slower kernels than `flops` includes, nodes that wait for the slowest, evaluations and
+checkpoints.
 """
 
 import argparse
@@ -37,20 +37,20 @@ from estimate.memory import GIB, numel, predict
 from estimate.stages import stage_name
 from model.build import build_model
 
-HOST = 8  # ranks
-ROWS = {"0.6B": 8, "1.7B": 4, "8B": 2, "32B": 1}  # of a micro-batch
+NODE = 8  # ranks
+MICRO_BATCH = {"0.6B": 8, "1.7B": 4, "8B": 2, "32B": 1}  # of a micro-batch
 CHECKPOINTED = ("8B", "32B")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """FLOP/s of a GPU, bytes per second of a rank's link within a host and of a host's to others, seconds of a hop."""
+    """FLOP/s of a GPU, bytes per second of a rank's link in its node and of a node's link, seconds of a hop."""
 
     flops: float
-    within_host: float
-    between_hosts: float
+    within_node: float
+    between_nodes: float
     latency: float
-    overlap: float  # the share of the exchange that computing can hide
+    overlap: float  # the fraction of the communication that computation can hide
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="0.6B,8B,32B")
     parser.add_argument("--ranks", default="1,8,64,256,1024")
-    rates = {"flops": 5.5e14, "within_host": 3e11, "between_hosts": 2e11, "latency": 5e-6, "overlap": 0.9}
+    rates = {"flops": 5.5e14, "within_node": 3e11, "between_nodes": 2e11, "latency": 5e-6, "overlap": 0.9}
     for name, default in rates.items():
         parser.add_argument(f"--{name}", type=float, default=default)
     arguments = vars(parser.parse_args())
@@ -67,11 +67,13 @@ def main() -> None:
     if not all(ranks.isdecimal() and int(ranks) for ranks in arguments["ranks"].split(",")):
         parser.error(f"--ranks {arguments['ranks']}: pass numbers of at least 1, as in 8,64")
     machine = Machine(**{name: arguments[name] for name in rates})
-    print(", ".join(f"{name} {arguments[name]:g}" for name in rates) + f"; rows of {LENGTH} tokens, bf16, compiled")
+    print(
+        ", ".join(f"{name} {arguments[name]:g}" for name in rates) + f"; sequences of {LENGTH} tokens, bf16, compiled"
+    )
     for name in arguments["models"].split(","):
         checkpointing = name in CHECKPOINTED
         options = Options(
-            per_device_train_batch_size=ROWS[name],
+            per_device_train_batch_size=MICRO_BATCH[name],
             block_size=LENGTH,
             bf16=True,
             torch_compile=True,
@@ -82,9 +84,10 @@ def main() -> None:
         if checkpointing:
             left_out = [module for name, module in model.named_modules() if name.endswith(("lm_head", "down_proj"))]
             of_token += of_token / 3 - 2 * sum(numel(module.parameters()) for module in left_out)
-        flops = of_token * ROWS[name] * LENGTH
-        print(f"\n{name}, micro-batch {ROWS[name]}{', gradient checkpointing' if checkpointing else ''}\n")
-        print("| | ranks | GiB a rank | GB exchanged | on a rank's link | matrix s | exchange s | step s | tokens/s |")
+        flops = of_token * MICRO_BATCH[name] * LENGTH
+        print(f"\n{name}, micro-batch {MICRO_BATCH[name]}{', gradient checkpointing' if checkpointing else ''}\n")
+        sizes = "| | ranks | GiB a rank | GB communicated | on a rank's link"
+        print(f"{sizes} | matrix s | communication s | step s | tokens/s |")
         print("|---" * 9 + "|")
         for ranks in map(int, arguments["ranks"].split(",")):
             for stage in compared(options, ranks):
@@ -95,8 +98,8 @@ def compared(options: Options, ranks: int) -> Iterator[Options]:
     """DDP, FSDP over all ranks, and FSDP within each host."""
     yield dataclasses.replace(options, strategy="ddp")
     yield dataclasses.replace(options, strategy="fsdp")
-    if ranks > HOST and ranks % HOST == 0:
-        yield dataclasses.replace(options, strategy="fsdp", replicas=ranks // HOST)
+    if ranks > NODE and ranks % NODE == 0:
+        yield dataclasses.replace(options, strategy="fsdp", replicas=ranks // NODE)
 
 
 def row(model: PreTrainedModel, options: Options, ranks: int, flops: float, machine: Machine) -> str:
@@ -145,10 +148,10 @@ def hops(kind: str, options: Options, ranks: int) -> float:
 def link(kind: str, options: Options, ranks: int, machine: Machine) -> float:
     """Bytes per second that a rank sends with."""
     if kind == "all_reduce" and options.strategy == "fsdp" and options.replicas > 1:
-        return min(machine.within_host, machine.between_hosts / min(HOST, ranks // options.replicas))
-    if group_size(kind, options, ranks) <= HOST:
-        return machine.within_host
-    return min(machine.within_host, machine.between_hosts)
+        return min(machine.within_node, machine.between_nodes / min(NODE, ranks // options.replicas))
+    if group_size(kind, options, ranks) <= NODE:
+        return machine.within_node
+    return min(machine.within_node, machine.between_nodes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ways to kill a rank: at a line of our code, counted, or from outside at a random moment of training."""
+"""Ways to kill a rank: at a counted line of our code, or from outside at a random moment of training."""
 
 import os
 import random
@@ -24,18 +24,25 @@ def die_at_line(file: str, text: str, count: int, rank: int) -> None:
 
 
 def at_line(file: str, text: str, count: int, rank: int, act: Callable[[], None]) -> None:
-    """Let `rank` call `act` when it is about to run a line of `file` that holds `text`: its `count`-th one."""
+    """Let `rank` call `act` before it runs a line with `text` for the `count`-th time, in `file` or a file of a folder."""
     if os.environ["RANK"] != str(rank):
         return
-    path, seen = str(ROOT / file), 0
-    lines = {number for number, line in enumerate((ROOT / file).read_text().splitlines(), 1) if text in line}
+    seen = 0
+    files = (ROOT / file).glob("*.py") if (ROOT / file).is_dir() else [ROOT / file]
+    lines = {
+        (str(path), number)
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if text in line
+    }
+    paths = {path for path, _ in lines}
     assert lines, f"{file} has no line with {text}"
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal seen
-        if frame.f_code.co_filename != path:
+        if frame.f_code.co_filename not in paths:
             return None
-        if event == "line" and frame.f_lineno in lines:
+        if event == "line" and (frame.f_code.co_filename, frame.f_lineno) in lines:
             seen += 1
             if seen == count:
                 act()

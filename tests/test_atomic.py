@@ -1,4 +1,4 @@
-"""A save that is cut off anywhere leaves the previous checkpoint, or the new one: never a damaged one that is used."""
+"""Proves checkpoint/save.py and files.py: an interrupted save leaves the previous checkpoint or the new one."""
 
 import os
 import shutil

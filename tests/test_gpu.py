@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import config
-from compare.memory import CASES, GIB, foresee, measuring
+from compare.memory import CASES, GIB, measuring, predict_case
 from config.options import Options
 from data.batches import IGNORE_INDEX
 from loss.cross_entropy import cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
@@ -332,7 +332,7 @@ def test_memory_is_as_predicted(number: int) -> None:
     `python -m compare.memory` has more cases.
     """
     with measuring(CASES[number]) as measured:
-        predicted = foresee(CASES[number])
+        predicted = predict_case(CASES[number])
         assert predicted.total / GIB == pytest.approx(measured.result(), rel=0.05 if CASES[number].ranks > 1 else 0.1)
 
 

@@ -1,4 +1,4 @@
-"""Killed at any moment, as often as it takes: the run that is resumed ends as one that nobody disturbed."""
+"""Proves checkpoint/ and train.py: a run that is killed at any moment and resumed ends as the unbroken run."""
 
 import json
 import random
@@ -151,22 +151,22 @@ def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
 
 
 def die_in_save(count: int, rank: int) -> None:
-    """Let `rank` be killed before line number `count` of checkpoint/save.py that its next save runs in its thread."""
+    """Let `rank` be killed before the `count`-th line of checkpoint/ that its next save runs in its thread."""
     write = checkpoint.save._write
 
     def watched_write(snapshot: Any, options: Any, group: Any) -> None:
-        die_at_line("checkpoint/save.py", "", count, rank)
+        die_at_line("checkpoint", "", count, rank)
         write(snapshot, options, group)
 
     checkpoint.save._write = watched_write
 
 
-# A save runs some 160 lines of checkpoint/save.py on rank 0, which completes and prunes, and 90 on the other. Slow,
+# A save runs some 160 lines of checkpoint/ on rank 0, which completes and prunes, and 90 on the other. Slow,
 # because tests/test_atomic.py kills before each change to the disk.
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
-    """Fault 1: each rank at 20 points of a save and of its pruning, one after the other in one run: 0 bad loads."""
+    """Each rank is killed at 20 points of a save and of its pruning, one after the other; no bad checkpoint is loaded."""
     steps = ["--max_steps", 100, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 30]
     options = [*tiny, *steps, "--logging_steps", 2, "--lr_scheduler_type", "constant_with_warmup"]
     train_ok(2, *options, "--output_dir", tmp_path / "unbroken")
@@ -184,7 +184,7 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:
-    """Fault 2: between two micro-steps, around the optimizer's step, in an evaluation; then all is the same."""
+    """Killed between micro-steps, around the optimizer's step, and in an evaluation, the run ends as the unbroken one."""
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]

@@ -1,4 +1,4 @@
-"""What is foreseen of a rank, its memory and what it exchanges, against what it then has and does."""
+"""Proves estimate/ and compare/scaling.py: predicted memory and collectives are those of real ranks."""
 
 import dataclasses
 import json
@@ -265,7 +265,7 @@ def test_host_memory(meta_model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize(("rows", "smaller"), [(8, "--per_device_train_batch_size"), (1, "--context_parallel")])
 def test_advice(meta_model: PreTrainedModel, rows: int, smaller: str) -> None:
-    """The most is saved by what is named first, and each line keeps its promise; a single row is divided itself."""
+    """Advice is sorted by the memory it saves, and saves it; for a single sequence, it is to split the sequence."""
     options = Options(block_size=256, per_device_train_batch_size=rows, bf16=False, torch_compile=False)
     lines = advice(meta_model, options, 4)
     assert {"--gradient_checkpointing", "--bf16", "--strategy", smaller} <= {line.split()[0] for line in lines}
@@ -327,8 +327,8 @@ def test_a_model_that_does_not_run_without_values(meta_model: PreTrainedModel, m
 
 
 def test_scaling(meta_model: PreTrainedModel) -> None:
-    """By hand: a ring within a host, through two hosts, and one of eight that each have an eighth of a host's link."""
-    machine = scaling.Machine(flops=1e12, within_host=300.0, between_hosts=160.0, latency=0.0, overlap=0.5)
+    """By hand: a ring in one node, a ring through two nodes, and one of eight rings that share a node's link."""
+    machine = scaling.Machine(flops=1e12, within_node=300.0, between_nodes=160.0, latency=0.0, overlap=0.5)
     options = Options(block_size=64, strategy="fsdp", torch_compile=False)
     hybrid = Options(block_size=64, strategy="fsdp", replicas=8, torch_compile=False)
     gathered = Collectives(calls=3, size=800)
@@ -350,7 +350,7 @@ def test_scaling(meta_model: PreTrainedModel) -> None:
 
 @pytest.mark.slow
 def test_the_commands_run() -> None:
-    """Those of docs/scaling.md that need neither a model nor a GPU: they print what stands there."""
+    """The commands of docs/scaling.md that need no model and no GPU print the tables of that page."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     for line in re.findall(r"^(python -m compare.*)$", page, re.MULTILINE):
         run = subprocess.run([sys.executable, *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)

@@ -180,7 +180,7 @@ def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_
 
 
 def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
-    """Fault 10: each file of a checkpoint in turn: truncated, deleted, one bit flipped."""
+    """Each file of a checkpoint in turn is truncated, deleted, or has one bit flipped; each damage is found."""
     intact = ddp_on_two / "checkpoint-10"
     assert problems(intact) == []
     names = [path.relative_to(intact) for path in intact.rglob("*") if path.is_file()]
@@ -217,7 +217,7 @@ def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tm
     ],
 )
 def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: list[object], message: str) -> None:
-    """Fault 21: what would change the order or the content of the data under a run that goes on."""
+    """A resume that would change the order or the content of the data is refused."""
     before = sorted(ddp_on_two.rglob("*"))
     outcome = train(2, [*tiny, *STEADY, "--output_dir", ddp_on_two, "--resume_from_checkpoint", "auto", *change])
     assert outcome.exit_codes == [2, 2]
@@ -226,7 +226,7 @@ def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: li
 
 
 def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_two: Path, tmp_path: Path) -> None:
-    """Fault 21: one character of one document."""
+    """One changed character in one document is enough to refuse the resume."""
     changed = tmp_path / train_file.name
     changed.write_text(train_file.read_text().replace("the", "The", 1))
     run = [*tiny, *STEADY, "--output_dir", ddp_on_two, "--resume_from_checkpoint", "auto"]

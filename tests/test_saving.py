@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: their bytes are those of the saved step, and no failure is lost."""
+"""Proves checkpoint/save.py: a checkpoint has the bytes of its step while training continues, and failures are reported."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def write_late(output_dir: Path, step: int) -> None:
 
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
-    """Fault 14: written while training went on for four steps, or at once: the same checkpoint, the same run."""
+    """A checkpoint that is written while training continues for four steps equals one that is written at once."""
     options = [*tiny, *topology, "--max_steps", 12, "--save_steps", 5, "--lr_scheduler_type", "constant_with_warmup"]
     late, at_once = tmp_path / "late", tmp_path / "at_once"
     outcome = train(2, [*options, "--output_dir", late], before=partial(write_late, late, 9))
@@ -74,7 +74,7 @@ def small_files_only(rank: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchronous: str) -> None:
-    """Fault 9: one rank's disk is full: all end, one message names the directory."""
+    """The disk of one rank is full: all ranks end, and one message names the directory."""
     run = tmp_path / "run"
     options = [*tiny, *STEADY, "--save_steps", 4, "--output_dir", run, "--async_save", asynchronous]
     train_ok(2, *options, "--max_steps", 4)
@@ -103,7 +103,7 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
 def test_stopped_in_an_evaluation_or_a_save(
     tiny: list[object], tmp_path: Path, file: str, line: str, count: int
 ) -> None:
-    """Fault 7: SIGTERM to one rank in an unhappy moment: all end well, and go on from a valid checkpoint."""
+    """One rank gets SIGTERM in an evaluation or a save: all ranks end, and resume from a valid checkpoint."""
     run = tmp_path / "run"
     options = [*tiny, "--lr_scheduler_type", "constant_with_warmup"]
     options += ["--eval_steps", 5, "--save_steps", 10, "--logging_steps", 1]
@@ -145,7 +145,7 @@ def watch_directories(output_dir: Path, report: Path) -> None:
 
 @pytest.mark.parametrize("saves", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_many_saves_that_keep_two(tiny: list[object], tmp_path: Path, saves: int) -> None:
-    """Fault 13: never more than three directories; from the first save on, always at least one complete."""
+    """There are never more than three checkpoints, and after the first save always a complete one."""
     run, report = tmp_path / "run", tmp_path / "report"
     options = [*tiny, "--max_steps", saves, "--save_steps", 1, "--save_total_limit", 2, "--output_dir", run]
     outcome = train(1, options, before=partial(watch_directories, run, report))
@@ -159,7 +159,7 @@ def test_many_saves_that_keep_two(tiny: list[object], tmp_path: Path, saves: int
 
 
 def test_the_share_of_each_rank(tiny: list[object], tmp_path: Path) -> None:
-    """What replicas hold alike is written once, by all ranks in about equal parts."""
+    """Replicated tensors are written once, in about equal fractions by all ranks."""
     train_ok(4, *tiny, "--output_dir", tmp_path, "--max_steps", 1, "--per_device_train_batch_size", 1)
     sizes = [path.stat().st_size for path in (tmp_path / "checkpoint-1" / "optimizer").iterdir()]
     assert len(sizes) == 4

@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, saves it and ends; nothing of it is lost."""
+"""Proves runtime.py: after SIGTERM or Ctrl-C, a run finishes its step, saves it and ends."""
 
 import os
 import signal

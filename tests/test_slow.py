@@ -1,4 +1,4 @@
-"""What takes minutes: the embedded default to its end, and many runs in a row."""
+"""Proves train.py in runs of minutes: the demo to its end, and many runs in a row."""
 
 import subprocess
 import sys
