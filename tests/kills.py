@@ -24,7 +24,7 @@ def die_at_line(file: str, text: str, count: int, rank: int) -> None:
 
 
 def at_line(file: str, text: str, count: int, rank: int, act: Callable[[], None]) -> None:
-    """Let `rank` call `act` before it runs a line with `text` for the `count`-th time, in `file` or a file of a folder."""
+    """Let `rank` call `act` before the `count`-th line with `text` that it runs in `file`, which may be a folder."""
     if os.environ["RANK"] != str(rank):
         return
     seen = 0

@@ -166,7 +166,7 @@ def die_in_save(count: int, rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
-    """Each rank is killed at 20 points of a save and of its pruning, one after the other; no bad checkpoint is loaded."""
+    """Each rank is killed at 20 points of a save and of its pruning; no bad checkpoint is ever loaded."""
     steps = ["--max_steps", 100, "--save_steps", 2, "--save_total_limit", 1, "--ddp_timeout", 30]
     options = [*tiny, *steps, "--logging_steps", 2, "--lr_scheduler_type", "constant_with_warmup"]
     train_ok(2, *options, "--output_dir", tmp_path / "unbroken")
@@ -184,7 +184,7 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:
-    """Killed between micro-steps, around the optimizer's step, and in an evaluation, the run ends as the unbroken one."""
+    """Killed between micro-steps, around the optimizer step, or in an evaluation, a run ends as the unbroken one."""
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]

@@ -1,4 +1,4 @@
-"""Proves checkpoint/save.py: a checkpoint has the bytes of its step while training continues, and failures are reported."""
+"""Proves checkpoint/save.py: a checkpoint has the bytes of its step while training continues; failures are reported."""
 
 import json
 import os
