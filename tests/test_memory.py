@@ -233,12 +233,12 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     assert len(memory_forecast(meta_model, options, 8, room).splitlines()) == 2
     divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
     assert [stage.replicas for stage in stages(dataclasses.replace(divided, tensor_parallel=16), 16)] == [1] * 5
-    unknown = "tensor_parallel 2: what it needs is not predicted; pass --torch_compile true"
+    unknown = "tensor_parallel 2: no prediction without compilation; pass --torch_compile true"
     assert memory_forecast(meta_model, divided, 8, room) == unknown
 
 
-def test_windows_are_not_foreseen() -> None:
-    """A mask of a whole row in each layer that has a window is not counted, and that is said where one is made."""
+def test_windows_are_not_predicted() -> None:
+    """Masks for windows are not counted, and the forecast says so where transformers makes them."""
     short = Options(block_size=16, bf16=False, torch_compile=False)
     long, packed = (dataclasses.replace(short, block_size=64, packing=packing) for packing in ("concat", "documents"))
     model = build_model(short, FAMILIES["mistral"][0])
@@ -320,10 +320,10 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> Non
 
 
 def test_a_model_that_does_not_run_without_values(meta_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on without the prediction."""
+    """The run continues without the prediction."""
     monkeypatch.setattr(type(meta_model), "forward", lambda *args, **kwargs: 1 / 0)
     text = memory_forecast(meta_model, Options(block_size=8, torch_compile=False), 1, None)
-    assert "its memory cannot be told" in text
+    assert "no memory prediction, because it does not run on tensors without values" in text
 
 
 def test_scaling(meta_model: PreTrainedModel) -> None:
