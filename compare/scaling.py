@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def compared(options: Options, ranks: int) -> Iterator[Options]:
-    """DDP, FSDP over all ranks, and FSDP within each host."""
+    """DDP, FSDP over all ranks, and FSDP within each node."""
     yield dataclasses.replace(options, strategy="ddp")
     yield dataclasses.replace(options, strategy="fsdp")
     if ranks > NODE and ranks % NODE == 0:

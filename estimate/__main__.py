@@ -12,6 +12,7 @@ from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
+from config.plan import count
 from estimate.activations import Activations, count_activations
 from estimate.memory import BESIDE_TENSORS, GIB, gib, numel, predict
 from estimate.stages import memory_forecast, stage_name, stages
@@ -69,8 +70,8 @@ def main(argv: list[str]) -> None:
     compiled = ", layers compiled" if options.torch_compile else ""
     checkpointing = ", gradient checkpointing" if options.gradient_checkpointing else ""
     print(
-        f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {arguments.ranks} ranks, sequences of "
-        f"{options.block_size} tokens, compute {'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}\n"
+        f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {count(arguments.ranks, 'rank')}, "
+        f"sequences of {options.block_size} tokens, compute {'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}\n"
         f"GiB of a rank; (in brackets: beyond a GPU of {arguments.gpu_memory:g} GiB, of which "
         f"{gib(BESIDE_TENSORS)} are not for tensors)\n"
     )

@@ -207,7 +207,10 @@ def test_logits_of_divided_layers(meta_model: PreTrainedModel, objective: Any) -
 def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command: more rows need more, stages that shard more need less, and what does not fit is in brackets."""
     argv = ["--config_name", str(model_dir), "--tokenizer_name", str(model_dir), "--torch_compile", "false"]
-    argv += ["--ranks", "16", "--block_size", "256"]
+    argv += ["--block_size", "256"]
+    main(argv)
+    assert "parameters, 1 rank, sequences of 256 tokens" in capsys.readouterr().out
+    argv += ["--ranks", "16"]
     main([*argv, "--gpu_memory", "3.03"])
     lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plain, part_of_optimizer, kept, sharded, hybrid = STAGES
