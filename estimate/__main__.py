@@ -69,9 +69,10 @@ def main(argv: list[str]) -> None:
     model = build_model(options, load_config_and_tokenizer(options)[0])
     compiled = ", layers compiled" if options.torch_compile else ""
     checkpointing = ", gradient checkpointing" if options.gradient_checkpointing else ""
+    compute = f"{'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}"
     print(
         f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {count(arguments.ranks, 'rank')}, "
-        f"sequences of {options.block_size} tokens, compute {'bfloat16' if options.bf16 else 'float32'}{compiled}{checkpointing}\n"
+        f"sequences of {options.block_size} tokens, compute {compute}\n"
         f"GiB of a rank; (in brackets: beyond a GPU of {arguments.gpu_memory:g} GiB, of which "
         f"{gib(BESIDE_TENSORS)} are not for tensors)\n"
     )
