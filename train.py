@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
             loss_sum += loss.detach()
         grad_norm = strategy.grad_norm(wrapped)
 
-        # The optimizer reads two attributes on the GPU, as GradScaler sets them for torch's fused optimizers, so the CPU
-        # does not synchronize: found_inf (1: change nothing) and grad_scale (each gradient is divided by it).
+        # The optimizer reads two attributes on the GPU, as GradScaler sets them for torch's fused optimizers, so the
+        # CPU does not synchronize: found_inf (1: change nothing) and grad_scale (each gradient is divided by it).
         # Skip the update if the gradient is not finite, or comes from no target at all. Every rank has the same norm,
         # so all ranks decide the same.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
