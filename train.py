@@ -119,9 +119,9 @@ def main(argv: list[str]) -> None:
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
         # not a mean of means. Perhaps only one rank got a signal or a full disk: the sum tells all ranks, so all stop
         # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
-        happened = torch.tensor([stop_requested.is_set(), saver.failed()])
-        counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), happened])
-        dist.all_reduce(counts)
+        events = torch.tensor([stop_requested.is_set(), saver.failed()])
+        counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
+        dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, failed = counts.tolist()
         if failed:
             saver.wait()  # raises on every rank

@@ -165,7 +165,9 @@ class Options:
     save_dtype: Literal["bfloat16", "float32"] = option(OUTPUT, "bfloat16", "Dtype of the final model's files.")
     async_save: bool = option(OUTPUT, True, "Continue to train while a checkpoint is written.")
 
-    logging_steps: int = option(LOGGING, 10, "Steps between two records of metrics.jsonl.")
+    logging_steps: int = option(
+        LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
+    )
     eval_steps: int = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
     report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
     disable_tqdm: bool | None = option(

@@ -108,7 +108,7 @@ class Mixture(torch.utils.data.Dataset[Sequence]):
 class Split:
     """Counts of a split, made during its preparation."""
 
-    shape: str  # of its records: text, or one of data.conversations.SHAPES
+    shape: str  # of its records: text, or one of chat.shapes.SHAPES
     sequences: int
     tokens: int
     trained_tokens: int

@@ -15,17 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
+from chat.shapes import SHAPES, Conversation, to_conversation, unpair
+from chat.template import check_markers, has_markers, render, trained_spans
 from config.errors import OptionError
-from data.conversations import (
-    SHAPES,
-    Conversation,
-    check_markers,
-    has_markers,
-    render,
-    to_conversation,
-    trained_spans,
-    unpair,
-)
 from data.records import RawRecord
 from data.sources import Source
 
@@ -38,7 +30,7 @@ Record = dict[str, Any]
 class Rendering:
     """How the records of a source become tokens."""
 
-    shape: str  # text, or one of data.conversations.SHAPES
+    shape: str  # text, or one of chat.shapes.SHAPES
     text_column: str  # the column of a text
     block_size: int  # tokens after which a conversation is cut
     max_targetless_fraction: float  # of the records, above which a source is refused

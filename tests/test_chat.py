@@ -1,4 +1,4 @@
-"""Proves data/conversations.py and data/tokens.py: all shapes of conversations, and which tokens are trained on."""
+"""Proves chat/ and data/tokens.py: all shapes of conversations, and which tokens are trained on."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from chat.shapes import Conversation
 from config.errors import OptionError
 from config.options import Options
-from data.conversations import Conversation
 from data.prepare import GRAY, GREEN, Data, prepare_data, show_examples
 from data.tokens import encode_messages
 from tests.launch import train_ok

@@ -15,7 +15,7 @@ FLOORS = [
     {"estimate"},
     {"loss"},
     {"data"},
-    {"checkpoint", "optim", "metrics"},
+    {"chat", "checkpoint", "optim", "metrics"},
     {"model", "fsdp"},
     {"parallel"},
     {"ddp", "runtime"},

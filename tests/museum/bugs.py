@@ -168,7 +168,7 @@ BUGS = [
         "The mask selects the answer, but not the token that ends the turn. The template writes this token after the "
         "answer.",
         "None in the loss. The model answers, and then does not stop.",
-        one("data/conversations.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
+        one("chat/template.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
         "tests/test_chat.py::test_what_is_learned",
         source="huggingface/trl#5988",
     ),
