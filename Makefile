@@ -13,7 +13,7 @@ RUNTIME := .venv/.runtime-$(VERSION)
 DEVELOPMENT := .venv/.development-$(VERSION)
 PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
 # Two test files at a time: a test of one process, or a rank that waits, leaves a core to the other (ARGS="-n 0" for one).
-IN_PARALLEL = -n 2 --dist loadfile
+IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Hide GPUs, so the result of the tests does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 

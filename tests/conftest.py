@@ -11,6 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests import proof, world
 
+LONG = ("test_kills.py", "test_atomic.py", "test_topology.py", "test_compiled.py")  # minutes on one core
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that both workers of `make test` end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:

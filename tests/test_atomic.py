@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,35 +24,49 @@ CHANGES = [
     (os, "rename"),
     (Path, "write_text"),
 ]
-NOT_REACHED = 77
 
 
-def killed_at(event: int, rank: int) -> None:
-    """Let `rank` die just before change number `event`, counted from 1, that its second save makes to the disk.
+def watch_second_save(act: Callable[[int], None]) -> None:
+    """Call `act` just before each change that the next save makes to the disk, with its number, counted from 1."""
+    write, seen, acting = checkpoint.save._write, 0, False
 
-    A rank that gets through the save ends with NOT_REACHED, so that the test knows when it has tried every change.
-    """
-    if os.environ["RANK"] != str(rank):
-        return
-    write, seen = checkpoint.save._write, 0
-
-    def count(original: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen == event:
-                os._exit(9)
+    def watched(original: Any) -> Any:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen, acting
+            if not acting:  # the changes of `act` itself do not count
+                acting, seen = True, seen + 1
+                act(seen)
+                acting = False
             return original(*args, **kwargs)
 
-        return counted
+        return change
 
     def watched_write(snapshot: Any, options: Any, group: Any) -> None:
         for owner, name in CHANGES:
-            setattr(owner, name, count(getattr(owner, name)))
+            setattr(owner, name, watched(getattr(owner, name)))
         write(snapshot, options, group)
-        os._exit(NOT_REACHED)
 
     checkpoint.save._write = watched_write
+
+
+def copy_before_each_change(run: Path, copies: Path) -> None:
+    """Copy the directory of the run: what a process that is killed at this moment leaves on the disk."""
+
+    def copy(event: int) -> None:
+        shutil.copytree(run, copies / str(event))
+
+    watch_second_save(copy)
+
+
+def die_before_change(event: int, rank: int) -> None:
+    """Let `rank` die just before change number `event` that its second save makes to the disk."""
+
+    def die(seen: int) -> None:
+        if seen == event:
+            os._exit(9)
+
+    if os.environ["RANK"] == str(rank):
+        watch_second_save(die)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +114,24 @@ def check_survived(run: Path, short: list[object], unbroken: Path) -> None:
     assert list(run.glob(".saving-*")) == []
 
 
+def contents(directory: Path) -> frozenset[tuple[str, bytes]]:
+    """All paths below a directory, each with the bytes of its file."""
+    paths = directory.rglob("*")
+    return frozenset((str(path.relative_to(directory)), path.read_bytes() if path.is_file() else b"") for path in paths)
+
+
 def test_killed_at_every_change(short: list[object], half_way: Path, unbroken: Path, tmp_path: Path) -> None:
-    """One process, killed before each file is written or synced, before each rename and removal."""
-    for event in range(1, 100):
-        run = tmp_path / str(event)
-        shutil.copytree(half_way, run)
-        options = [*short, "--output_dir", run, "--resume_from_checkpoint", "auto"]
-        outcome = train(1, options, before=partial(killed_at, event, 0))
-        if outcome.exit_codes == [NOT_REACHED]:
-            break
-        assert outcome.exit_codes == [9], outcome.output
-        check_survived(run, short, unbroken)
-    assert event > 15, "the patches must see what a save does"
+    """One process, stopped before each file is written or synced, before each rename and removal."""
+    run, copies = tmp_path / "run", tmp_path / "copies"
+    shutil.copytree(half_way, run)
+    options = [*short, "--output_dir", run, "--resume_from_checkpoint", "auto"]
+    outcome = train(1, options, before=partial(copy_before_each_change, run, copies))
+    assert outcome.exit_codes == [0], outcome.output
+    assert len(list(copies.iterdir())) > 15, "the patches must see what a save does"
+    different = {contents(copy): copy for copy in copies.iterdir()}  # before a sync, the files are those after it
+    assert len(different) > 8
+    for copy in different.values():
+        check_survived(copy, short, unbroken)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -121,7 +142,7 @@ def test_one_of_two_ranks_killed(
     run = tmp_path / "run"
     shutil.copytree(half_way, run)
     options = [*short, "--output_dir", run, "--resume_from_checkpoint", "auto"]
-    outcome = train(2, options, before=partial(killed_at, 2, rank))
+    outcome = train(2, options, before=partial(die_before_change, 2, rank))
     assert outcome.exit_codes[rank] == 9, outcome.output
     assert outcome.exit_codes[1 - rank] not in (0, 9)
     assert problems(run / "checkpoint-2") == []
