@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 train.py                                         one process per GPU
     torchrun --nproc_per_node=8 train.py --strategy fsdp --model_name_or_path DIR --train_file text.jsonl
 
-Every process runs this whole file. Processes differ by their rank: it decides which sequences a process reads, and
-rank 0 also writes. They meet only in collectives (all_reduce, all_gather, broadcast, barrier, and the communication
-inside the forward and backward of the wrapped model). Every rank must enter every collective.
+Every process runs this whole file. Processes differ by their rank: it decides which sequences a process reads. Rank 0
+also prints and writes metrics.jsonl. All ranks write checkpoints. They meet only in collectives (all_reduce,
+all_gather, broadcast, barrier, and the communication inside the forward and backward of the wrapped model). Every rank
+must enter every collective.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from model.weights import find_weights, load_weights
 
 
 def main(argv: list[str]) -> None:
-    """Train as the command line `argv` says. Raises OptionError for a mistake of the user."""
+    """Train with the options in `argv`. Raises OptionError for a mistake of the user."""
     # === 1. What to train. A user's mistake ends the run here, before any process group exists. =====================
     rank, world_size, local_rank = runtime.rank_from_environment()
     options = config.parse(argv, world_size)
@@ -55,9 +56,9 @@ def main(argv: list[str]) -> None:
     plan = config.plan_run(options, len(data.train), world_size)
     model = build_model(options, model_config)  # on the meta device: parameters have shapes, and no memory yet
     weights = find_weights(options, model)  # which file holds which tensor
-    objective = build_objective(model, options)  # model and loss as one module
+    objective = build_objective(model, options)  # model and loss as one module: fsdp gathers the head only inside it
 
-    # === 2. The ranks meet: from here on, all of them must do the same. =============================================
+    # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -85,13 +86,13 @@ def main(argv: list[str]) -> None:
         objective, layers, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random initial weights
-    needs_weights = not resumed_from or objective.needs_initial_model  # dpo compares with them, also after a resume
-    load_weights(model, weights if needs_weights else None)
+    needs_weights = not resumed_from or objective.needs_initial_model  # dpo computes its reference with them
+    load_weights(model, weights if needs_weights else None)  # None: the checkpoint fills the parameters
     optimizer = optim.build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     data = prepare_objective(objective, data, wrapped, options, device)
-    checkpoint.seed_rank(options.seed, 0, rank)  # from here on different on each rank: dropout must not be the same
+    checkpoint.seed_rank(options.seed, step=0, rank=rank)  # from here on each rank its own: dropout must differ
     identity = checkpoint.identify_run(options, plan, data.fingerprint, model)  # again: dpo has added to the data
     progress = checkpoint.Progress()
     if resumed_from:
@@ -110,14 +111,14 @@ def main(argv: list[str]) -> None:
     if progress.step == 0 and data.validation:
         recorder.evaluation(0, *evaluate(wrapped, data.validation, options, recorder))
 
-    # === 5. The loop: one optimizer step per turn. ==================================================================
+    # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
     for step in range(progress.step + 1, plan.total_steps + 1):
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
-        # not a mean of means. Perhaps only one rank got a signal or a full disk: the sum tells all ranks, so all stop
+        # not a mean of means. A signal or a full disk may affect only one rank: the sum tells all ranks, so all stop
         # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
         events = torch.tensor([stop_requested.is_set(), saver.failed()])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
@@ -129,13 +130,13 @@ def main(argv: list[str]) -> None:
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
-            # Gradients accumulate on each rank. Only the last backward communicates them, while it computes the others.
+            # Gradients accumulate on each rank. Only the last backward communicates them, overlapped with its work.
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = wrapped(**to_device(batch, device))  # a sum over targets, in fp32
             # DDP and FSDP average gradients over ranks. We want their sum over ranks, divided by the targets of all
-            # ranks: hence world_size / targets. (N ranks that split a layer or a sequence all count its targets. Their
-            # gradients count N times as much, too: parallel/. So N cancels out.)
+            # ranks: hence world_size / targets. (N ranks that split a layer or a sequence all count its targets, so
+            # `targets` is N times too large. Their gradients are, too: see parallel/. So N cancels.)
             (loss * (world_size / max(1, targets))).backward()
             loss_sum += loss.detach()
         grad_norm = strategy.grad_norm(wrapped)

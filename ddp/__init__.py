@@ -1,4 +1,4 @@
-"""Replication: every rank holds the full model. The twin of `fsdp`: it has the same functions.
+"""Replication: every rank holds the full model. Counterpart of `fsdp`, with the same functions.
 
 Plain functions over raw torch calls: no options, no files, no loop.
 """

@@ -9,9 +9,7 @@ def set_gradient_sync(wrapped: nn.Module, enabled: bool) -> None:
 
     Without the all-reduce, gradients accumulate on each rank, which costs no communication.
     """
-    if isinstance(
-        wrapped, DistributedDataParallel
-    ):  # a single rank is not wrapped, because it has no other to reduce with
+    if isinstance(wrapped, DistributedDataParallel):  # a single rank is not wrapped
         wrapped.require_backward_grad_sync = enabled
 
 

@@ -25,8 +25,9 @@ def wrap(
     `objective` is a module of loss/ on the meta device. It gets uninitialized fp32 memory on `device` for all
     parameters. The caller then loads equal weights on every rank (model/weights.py), because nothing is broadcast here.
 
-    Each backward pass all-reduces the fp32 gradients of all parameters, in buckets, while it still computes. All ranks
-    of `mesh` are replicas. A single rank gets `objective` itself, because it has no other rank to communicate with.
+    Each backward pass all-reduces the fp32 gradients of all parameters, in buckets, overlapped with the rest of the
+    backward pass. All ranks of `mesh` are replicas. A single rank gets `objective` itself, because it has no other rank
+    to communicate with.
 
     `decoder_layers`, the decoder layers of the model, and the options from `bf16` on are unused, because DDP replicates
     the model as one unit and torch.autocast does the casts. They keep the signature equal to that of `fsdp.wrap`.

@@ -1,4 +1,4 @@
-"""Sharding: every rank holds a shard of each parameter. The twin of `ddp`: it has the same functions.
+"""Sharding: every rank holds a shard of each parameter. Counterpart of `ddp`, with the same functions.
 
 Plain functions over raw torch calls: no options, no files, no loop.
 """

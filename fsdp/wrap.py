@@ -22,7 +22,7 @@ def wrap(
     """The module to call in the forward pass. Its backward averages gradients over all ranks. Every rank must call.
 
     `objective` is a module of loss/ on the meta device. It gets uninitialized fp32 memory on `device` for this rank's
-    shard of each parameter, 1 / `mesh["shard"]` of it. The caller then loads the weights (model/weights.py).
+    shard of each parameter, 1 / `mesh["shard"].size()` of each. The caller then loads the weights (model/weights.py).
 
     Each of `decoder_layers`, the decoder layers of the model, is one FSDP unit. FSDP all-gathers its parameters just
     before their use, in bf16 with `bf16`. It reduce-scatters the gradients in `reduce_dtype` and stores them in fp32.
@@ -38,10 +38,10 @@ def wrap(
     model: PreTrainedModel = objective.model
     # With a single replica, FSDP gets a mesh of one dimension, because there is nothing to all-reduce.
     mesh = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
-    home, offload = device, OffloadPolicy()
+    storage_device, offload = device, OffloadPolicy()
     if cpu_offload:
         # The CPU does not wait for copies from and to page-locked memory.
-        home, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        storage_device, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
     for layer in decoder_layers:
         fully_shard(
@@ -53,7 +53,7 @@ def wrap(
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
     objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
     objective.register_forward_hook(_reshard_if_no_backward)
-    objective.to_empty(device=home)
+    objective.to_empty(device=storage_device)
     for module in objective.modules():  # FSDP does not offload buffers
         module._buffers = {
             name: None if buffer is None else buffer.to(device) for name, buffer in module._buffers.items()

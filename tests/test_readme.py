@@ -79,10 +79,8 @@ def find(words: str, page: str | None = None) -> str:
 
 def options_of(command: str, cache: Path) -> list[str]:
     """The options of a command of train.py or of `python -m`, with a long run made short."""
-    words = shlex.split(command)
+    words = shlex.split(command.replace("/shared/", f"{Path.cwd()}/"))
     words = words[words.index("train.py") + 1 :] if "train.py" in words else words[3:]
-    if not {"--train_file", "--train_mixture", "run.yaml", "--help"} & set(words):
-        words += ["--train_file", "text.jsonl"]
     return words if "--help" in words else [*words, *SHORTER, "--data_cache_dir", str(cache)]
 
 
@@ -178,7 +176,7 @@ def test_prepare(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -
     run_module(command, [word for word in options_of(command, cache) if word not in SHORTER[:2]], capsys)
     prepared = list(cache.glob("*/about.json"))
     assert len(prepared) == 1
-    run("python train.py --model_name_or_path DIR", cache)
+    run("python train.py --model_name_or_path DIR --train_file text.jsonl", cache)
     assert list(cache.glob("*/about.json")) == prepared
 
 
@@ -210,7 +208,7 @@ def test_stages(page: str) -> None:
 
 def test_ledger(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """docs/output.md: the check of a run with --ledger."""
-    run("python train.py --model_name_or_path DIR --output_dir output --ledger", cache)
+    run("python train.py --model_name_or_path DIR --train_file text.jsonl --output_dir output --ledger", cache)
     command = find("data.ledger")
     assert run_module(command, shlex.split(command)[3:], capsys).startswith("output: 2 steps of")
 
@@ -234,7 +232,7 @@ def test_torchrun(place: Path, cache: Path) -> None:
 
 def test_two_nodes(place: Path, cache: Path) -> None:
     """The command for several nodes, started twice as on two of them, with one rank each."""
-    command = find("--nnodes").replace("/shared/output", f"{place}/shared")
+    command = find("--nnodes")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
@@ -242,7 +240,7 @@ def test_two_nodes(place: Path, cache: Path) -> None:
     nodes = [torchrun(f"{command} --ddp_backend gloo", cache) for _ in range(2)]
     errors = [node.communicate()[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
-    assert read_records(place / "shared" / "metrics.jsonl")[-1]["step"] == 2
+    assert read_records(place / "output" / "metrics.jsonl")[-1]["step"] == 2
 
 
 def code_lines(text: str) -> list[str]:
