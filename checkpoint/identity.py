@@ -85,7 +85,10 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
     different collectives, train on other sequences than they should, or write a checkpoint that no node has in full.
     Raises OptionError on every rank.
     """
-    run = {name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES}
+    may_differ = MAY_DIFFER_BETWEEN_NODES
+    if options.model_parallel_size > 1:  # a compiled layer that is recomputed repeats other collectives
+        may_differ = may_differ - {"torch_compile"}
+    run = {name: value for name, value in dataclasses.asdict(options).items() if name not in may_differ}
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
     sees_lock = (Path(options.output_dir) / ".lock").exists()
     runs, sights = zip(*gather_objects((run, sees_lock)), strict=True)

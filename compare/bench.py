@@ -76,7 +76,7 @@ class Result(NamedTuple):
     speed: float  # tokens per second
     gib: float  # of rank 0
     first: float  # seconds of the first window
-    waiting: float = 0.0  # share of the later ones
+    waiting: float = 0.0  # fraction of the later windows
     start: float = 0.0  # seconds from the command to the first step
 
 
@@ -139,7 +139,7 @@ def started(ranks: int, program: list[str], log: str) -> Iterator[list[subproces
     """A program of this tree on that many processes, rank 0 first; what is left of them at the end is killed.
 
     They, and whatever they start, are one process group. torchrun would give each rank a session of its own: they
-    would outlive it, and train on beside the next variant.
+    would outlive it, and slow down the next variant.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -172,21 +172,21 @@ def started(ranks: int, program: list[str], log: str) -> Iterator[list[subproces
 def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """train.py, ended when its metrics.jsonl holds enough: a checkpoint of the end is not what is measured."""
     steps = ["--logging_steps", str(WINDOW), "--max_steps", "1000000"]
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     begin, first_seen = time.monotonic(), 0.0
     with started(ranks, [str(TRAIN), *argv, *steps, *OURS[variant]], f"{argv[-1]}.log") as processes:
-        while len(rows) < WINDOWS and all(process.poll() is None for process in processes):
+        while len(records) < WINDOWS and all(process.poll() is None for process in processes):
             time.sleep(0.2)
-            rows = read_records(Path(argv[-1]) / "metrics.jsonl")
-            if rows:
+            records = read_records(Path(argv[-1]) / "metrics.jsonl")
+            if records:
                 first_seen = first_seen or time.monotonic()
-    if len(rows) < WINDOWS:
+    if len(records) < WINDOWS:
         return None
-    tokens = rows[0]["tokens_seen"]  # of a window
-    waiting = median([row["data_wait_seconds"] * row["tokens_per_second"] / tokens for row in rows])
-    speed = median([row["tokens_per_second"] for row in rows])
-    first = tokens / rows[0]["tokens_per_second"]
-    return Result(speed, rows[-1]["peak_memory_gib"], first, waiting, first_seen - begin - first)
+    tokens = records[0]["tokens_seen"]  # of a window
+    waiting = median([record["data_wait_seconds"] * record["tokens_per_second"] / tokens for record in records])
+    speed = median([record["tokens_per_second"] for record in records])
+    first = tokens / records[0]["tokens_per_second"]
+    return Result(speed, records[-1]["peak_memory_gib"], first, waiting, first_seen - begin - first)
 
 
 def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:

@@ -2,7 +2,7 @@
 
     python -m compare.convergence [--variants "bf16;float8"] [--rates 3e-3,6e-3] [--steps 1000] [--loss 3.0] [--ranks 2]
 
-Trains the model of `make train` on the embedded corpus, anew for each variant and learning rate, with its schedule cut
+Trains the model of `make train` on the embedded corpus, once for each variant and learning rate, with its schedule cut
 to `--steps`: on two CPU ranks, or where there are GPUs, on one each. Prints the steps and the seconds of training,
 evaluations left out, after which the validation loss was first at most `--loss`, between two evaluations along a line;
 and the last validation loss.
@@ -58,14 +58,17 @@ def main() -> None:
             print(f"| {variant} | {rate} | {steps} | {seconds} | {end} |", flush=True)
 
 
-def evaluations(rows: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
+def evaluations(records: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """Step, seconds of training so far, and validation loss at each evaluation."""
     curve, seconds, seen = [], 0.0, 0
-    for row in rows:
-        if "loss" in row:
-            seconds, seen = seconds + (row["tokens_seen"] - seen) / row["tokens_per_second"], row["tokens_seen"]
+    for record in records:
+        if "loss" in record:
+            seconds, seen = (
+                seconds + (record["tokens_seen"] - seen) / record["tokens_per_second"],
+                record["tokens_seen"],
+            )
         else:
-            curve.append((row["step"], seconds, row["eval_loss"]))
+            curve.append((record["step"], seconds, record["eval_loss"]))
     return curve
 
 
@@ -73,8 +76,8 @@ def first_at(loss: float, curve: list[tuple[float, float, float]]) -> tuple[floa
     """Step and seconds at which the line between evaluations first comes down to `loss`."""
     for (step, seconds, before), (next_step, next_seconds, after) in itertools.pairwise(curve):
         if after <= loss:
-            share = (before - loss) / (before - after)
-            return step + share * (next_step - step), seconds + share * (next_seconds - seconds)
+            fraction = (before - loss) / (before - after)
+            return step + fraction * (next_step - step), seconds + fraction * (next_seconds - seconds)
     return None
 
 

@@ -47,22 +47,22 @@ NAMED = (
 
 
 class Case(NamedTuple):
-    """A model, the number of ranks, rows of a micro-batch, and other options."""
+    """A model, the number of ranks, sequences of a micro-batch, and other options."""
 
     model: str
     ranks: int
-    rows: int
+    sequences: int
     others: dict[str, Any]
 
     @property
     def options(self) -> Options:
         defaults: dict[str, Any] = {"block_size": LENGTH, "bf16": True, "torch_compile": True}
-        return Options(per_device_train_batch_size=self.rows, **{**defaults, **self.others})
+        return Options(per_device_train_batch_size=self.sequences, **{**defaults, **self.others})
 
     def __str__(self) -> str:
         others: list[str] = [name for name in NAMED if name in self.others]
         others += [] if self.options.torch_compile else ["not compiled"]
-        others += [f"rows of {self.options.block_size:,}"] if self.options.block_size != LENGTH else []
+        others += [f"sequences of {self.options.block_size:,}"] if self.options.block_size != LENGTH else []
         return ", ".join([stage_name(self.options), *others]).replace("_", " ")
 
 
@@ -120,16 +120,24 @@ def main() -> None:
             predicted = predict_case(case)  # meanwhile
             try:
                 measured = result.result() if ON_GPU else 0.0
-                there = [f"{measured:.1f}", f"{predicted.total / GIB / measured:.3f}"] if ON_GPU else ["", ""]
+                measured_cells = [f"{measured:.1f}", f"{predicted.total / GIB / measured:.3f}"] if ON_GPU else ["", ""]
             except Exception as error:
-                there = [f"failed: {first_line(error)}", ""]
-        cells = [case.model, case.ranks, case.rows, case, f"{predicted.total / GIB:.1f}", *there, predicted.phase]
+                measured_cells = [f"failed: {first_line(error)}", ""]
+        cells = [
+            case.model,
+            case.ranks,
+            case.sequences,
+            case,
+            f"{predicted.total / GIB:.1f}",
+            *measured_cells,
+            predicted.phase,
+        ]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 @contextlib.contextmanager
 def measuring(case: Case) -> Iterator[Future[float]]:
-    """A process that measures a case, where there is a GPU."""
+    """A process that measures a case, where measured_cells is a GPU."""
     with ProcessPoolExecutor(max_workers=1, mp_context=PROCESSES) as process:
         yield process.submit(measure, case) if ON_GPU else Future()
 
@@ -145,8 +153,8 @@ def measure(case: Case) -> float:
     rank = build(case.options, MODELS[case.model], case.ranks)
     with torch.no_grad():  # any values, drawn where they are
         for parameter in rank.model.parameters():
-            getattr(parameter, "to_local", lambda whole=parameter: whole)().normal_(std=0.02)
-    tokens_BT = torch.randint(0, 512, (case.rows, case.options.block_size or LENGTH), device=rank.device)
+            getattr(parameter, "to_local", lambda full=parameter: full)().normal_(std=0.02)
+    tokens_BT = torch.randint(0, 512, (case.sequences, case.options.block_size or LENGTH), device=rank.device)
     for step in range(4):
         if step == 2:  # the first were for compilation and for the optimizer's state
             torch.cuda.reset_peak_memory_stats()

@@ -3,9 +3,10 @@
     python -m compare.packing [--config_name DIR] [other options of train.py]
 
 Trains on the same documents three times: padded to the longest of a micro-batch (--packing none, eight documents a
-micro-batch), and packed (--packing documents, four rows), with a dense mask for torch's scaled_dot_product_attention,
-and with attention within documents alone. Prints the median tokens per second of each after the first 10 steps, the
-peak memory, and the ratio to padding. Without --config_name, the model has the shape of Qwen3-0.6B.
+micro-batch), and packed (--packing documents, four sequences), with a dense mask for torch's
+scaled_dot_product_attention, and with attention within documents alone. Prints the median tokens per second of each
+after the first 10 steps, the peak memory, and the ratio to padding. Without --config_name, the model has the shape of
+Qwen3-0.6B.
 """
 
 import json
@@ -82,8 +83,11 @@ def main(options: list[str]) -> None:
             output = ["--output_dir", str(directory / variant.replace(" ", "-"))]
             arguments = [*("--config_name", name), *data, *steps, *options, *output]
             subprocess.run([sys.executable, "-m", "compare.packing", "--variant", variant, *arguments], check=True)
-            rows = [row for row in read_records(Path(output[1]) / "metrics.jsonl") if "loss" in row][1:]
-            results[variant] = statistics.median(row["tokens_per_second"] for row in rows), rows[-1]["peak_memory_gib"]
+            records = [record for record in read_records(Path(output[1]) / "metrics.jsonl") if "loss" in record][1:]
+            results[variant] = (
+                statistics.median(record["tokens_per_second"] for record in records),
+                records[-1]["peak_memory_gib"],
+            )
     reference = results["padded to the longest"][0]
     for variant, (speed, memory) in results.items():
         print(f"{variant:<25} {speed:9,.0f} tokens/s  {memory:6.1f} GiB  {speed / reference:.2f}")

@@ -43,13 +43,15 @@ class Clock:
             self.times.append(time.perf_counter())
 
 
-def inputs(rows: list[Sequence]) -> dict[str, Tensor]:
+def inputs(sequences: list[Sequence]) -> dict[str, Tensor]:
     """What transformers' own loss takes: the labels are shifted inside of the model."""
-    batch = collate(rows)
+    batch = collate(sequences)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 
-def hf_trainer(model: PreTrainedModel, rows: PreparedDataset, options: Options, clock: Clock, compiled: bool) -> None:
+def hf_trainer(
+    model: PreTrainedModel, dataset: PreparedDataset, options: Options, clock: Clock, compiled: bool
+) -> None:
     """transformers.Trainer."""
 
     class Step(TrainerCallback):
@@ -74,10 +76,12 @@ def hf_trainer(model: PreTrainedModel, rows: PreparedDataset, options: Options, 
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=inputs, callbacks=[Step()]).train()
+    Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=inputs, callbacks=[Step()]).train()
 
 
-def accelerate(model: PreTrainedModel, rows: PreparedDataset, options: Options, clock: Clock, compiled: bool) -> None:
+def accelerate(
+    model: PreTrainedModel, dataset: PreparedDataset, options: Options, clock: Clock, compiled: bool
+) -> None:
     """The loop of Accelerate's documentation."""
     from accelerate import Accelerator  # optional
 
@@ -85,7 +89,7 @@ def accelerate(model: PreTrainedModel, rows: PreparedDataset, options: Options, 
     if compiled:
         model.compile()
     loader = DataLoader(
-        rows,
+        dataset,
         batch_size=options.per_device_train_batch_size,
         shuffle=True,
         drop_last=True,
@@ -118,12 +122,12 @@ def main(name: str, argv: list[str]) -> None:
     options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config, tokenizer = load_config_and_tokenizer(options)
-    rows = prepare_data(options, tokenizer).train
+    dataset = prepare_data(options, tokenizer).train
     torch.manual_seed(options.seed)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).to(device)
     trainer, compiled = PEERS[name]
     clock = Clock()
-    trainer(model, rows, options, clock, compiled)
+    trainer(model, dataset, options, clock, compiled)
     seconds = [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     tokens = WINDOW * ranks * options.per_device_train_batch_size * (options.block_size or 0)

@@ -63,9 +63,9 @@ def map_alone(path: Path, options: list[str]) -> float:
     """Seconds that this process computes while `datasets.map` tokenizes a file in batches."""
     arguments = parse(["--data_cache_dir", f"{path}-cache", *options])
     _, tokenizer = load_config_and_tokenizer(arguments)
-    rows = load_dataset("json", data_files=str(path), cache_dir=f"{path}-datasets", split="train")
+    records = load_dataset("json", data_files=str(path), cache_dir=f"{path}-datasets", split="train")
     started = time.process_time()
-    rows.map(lambda batch: {"input_ids": tokenizer(batch["text"])["input_ids"]}, batched=True, remove_columns="text")
+    records.map(lambda batch: {"input_ids": tokenizer(batch["text"])["input_ids"]}, batched=True, remove_columns="text")
     return time.process_time() - started
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still for one, with asynchronous saving and without; a resume.
+"""What a checkpoint costs: how long training waits for one, with asynchronous saving and without; a resume.
 
     python -m compare.saving --config_name DIR [other options of train.py]
 
@@ -36,8 +36,8 @@ def stalls(options: list[str], output_dir: Path) -> list[float]:
     subprocess.run(
         [sys.executable, TRAIN, *options, *STEPS, "--output_dir", output_dir], check=True, stdout=subprocess.DEVNULL
     )
-    rows = [row for row in read_records(output_dir / "metrics.jsonl") if "loss" in row]
-    return [row["save_seconds"] for row in rows][2:]
+    records = [record for record in read_records(output_dir / "metrics.jsonl") if "loss" in record]
+    return [record["save_seconds"] for record in records][2:]
 
 
 def resume(options: list[str], output_dir: Path) -> float:
@@ -88,12 +88,12 @@ def main(options: list[str]) -> None:
         files = [path for path in (Path(name) / "false" / "checkpoint-400").rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         written, read = disk(Path(name) / "plain", size)
-    beside, waiting = (statistics.median(runs[mode]) for mode in ("true", "false"))
+    asynchronous, synchronous = (statistics.median(runs[mode]) for mode in ("true", "false"))
     print(f"checkpoint          {size / 2**30:.3f} GiB")
     print(f"disk alone          {written:.3f} s to write and sync as many bytes, {read:.3f} s to read and hash them")
-    print(f"stall, synchronous  {waiting:.3f} s  {[round(value, 3) for value in runs['false']]}")
-    print(f"stall, asynchronous {beside:.3f} s  {[round(value, 3) for value in runs['true']]}")
-    print(f"ratio               {waiting / beside:.1f}")
+    print(f"stall, synchronous  {synchronous:.3f} s  {[round(value, 3) for value in runs['false']]}")
+    print(f"stall, asynchronous {asynchronous:.3f} s  {[round(value, 3) for value in runs['true']]}")
+    print(f"ratio               {synchronous / asynchronous:.1f}")
     print(f"resume              {loaded:.3f} s, {loaded / read:.1f} times what reading and hashing take alone")
 
 

@@ -107,9 +107,9 @@ def row(model: PreTrainedModel, options: Options, ranks: int, flops: float, mach
     collectives = predict_collectives(model, options, ranks)
     sent = {kind: traffic(kind, one, options, ranks) for kind, one in collectives.items()}
     matrix = flops / machine.flops
-    exchange = sum(size / link(kind, options, ranks, machine) for kind, size in sent.items())
-    exchange += sum(one.calls * hops(kind, options, ranks) for kind, one in collectives.items()) * machine.latency
-    step = matrix + exchange - min(machine.overlap * exchange, matrix)
+    communication = sum(size / link(kind, options, ranks, machine) for kind, size in sent.items())
+    communication += sum(one.calls * hops(kind, options, ranks) for kind, one in collectives.items()) * machine.latency
+    step = matrix + communication - min(machine.overlap * communication, matrix)
     tokens = options.per_device_train_batch_size * (options.block_size or 0) * ranks
     cells = [
         stage_name(options),
@@ -118,7 +118,7 @@ def row(model: PreTrainedModel, options: Options, ranks: int, flops: float, mach
         f"{sum(one.size for one in collectives.values()) / 1e9:.2f}",
         f"{sum(sent.values()) / 1e9:.2f}",
         f"{matrix:.3f}",
-        f"{exchange:.3f}",
+        f"{communication:.3f}",
         f"{step:.3f}",
         f"{tokens / step:,.0f}",
     ]

@@ -4,7 +4,8 @@
 
 The collectives of torch's fake process group move nothing, so that gathered weights are whatever was in memory: time
 and memory are those of a rank without its communication, and losses mean nothing. Prints the tokens per second of the
-rank, its model TFLOP/s, their share of the rate of a plain matrix product, and the peak memory. --tiny is for a CPU.
+rank, its model TFLOP/s, that as a fraction of the rate of a plain matrix product, and the peak memory. --tiny is for a
+CPU.
 """
 
 import argparse
@@ -88,14 +89,14 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
         getattr(torch, options.reduce_dtype),
     )
     if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, as_it_is)
+        wrapped.register_comm_hook(None, skip_all_reduce)
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     return Rank(options, strategy, device, model, wrapped, optimizer)
 
 
-def as_it_is(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def skip_all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Instead of DDP's all-reduce, which does not understand the fake group's answer: the bucket, in place."""
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

@@ -14,7 +14,7 @@ from config.errors import OptionError
 from config.options import Options
 from config.plan import count
 from estimate.activations import Activations, count_activations
-from estimate.memory import BESIDE_TENSORS, GIB, gib, numel, predict
+from estimate.memory import GIB, RESERVED, gib, numel, predict
 from estimate.stages import memory_forecast, stage_name, stages
 from model.build import build_model, load_config_and_tokenizer
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         f"{type(model).__name__}, {numel(model.parameters()):,} parameters, {count(arguments.ranks, 'rank')}, "
         f"sequences of {options.block_size} tokens, compute {compute}\n"
         f"GiB of a rank; (in brackets: beyond a GPU of {arguments.gpu_memory:g} GiB, of which "
-        f"{gib(BESIDE_TENSORS)} are not for tensors)\n"
+        f"{gib(RESERVED)} are not for tensors)\n"
     )
     print(table(model, options, arguments.ranks, arguments.gpu_memory * GIB))
     asked_for = f"{stage_name(options)}, micro-batch {options.per_device_train_batch_size}"

@@ -53,35 +53,33 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
 
     A copy of the model runs on tensors without values, and the tensors that autograd saves are added up. Costs a second
     or three, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
-    compiled layer, torch's partitioner chooses what is saved, so it is asked. The count assumes fused attention and no
-    padding. With tensor parallelism, a rank saves a split of the layer's input and of the sum in its middle, and all
-    gathered positions of both. With context parallelism, a layer saves its attention output twice, by heads and by
-    positions, and a copy of keys and values for each rank that shares a head. Raises OptionError for a model that does
-    not run this way.
+    compiled layer, torch's partitioner chooses what is saved, so the count calls the partitioner. The count assumes
+    fused attention and no padding. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
+    its middle, and all gathered positions of both. With context parallelism, a layer saves its attention output twice,
+    by heads and by positions, and a copy of keys and values for each rank that shares a head. Raises OptionError for a
+    model that does not run this way.
     """
     assert options.block_size
     if (group := options.context_parallel) > 1:
-        piece = of_local_sequence(options)
-        kept, heads = count_activations(model, piece), attention_heads(model.config)
-        given = heads.queries + 2 * (math.lcm(heads.keys, group) - heads.keys)
-        of_layer = (
-            sequences_per_micro_batch(piece)
-            * (piece.block_size or 0)
-            * given
-            * heads.entries
+        local_options = of_local_sequence(options)
+        activations, heads = count_activations(model, local_options), attention_heads(model.config)
+        extra_heads = heads.queries + 2 * (math.lcm(heads.key_values, group) - heads.key_values)
+        bytes_per_layer = (
+            sequences_per_micro_batch(local_options)
+            * (local_options.block_size or 0)
+            * extra_heads
+            * heads.head_dim
             * (BF16 if options.bf16 else FP32)
         )
         return dataclasses.replace(
-            kept,
-            layers=kept.layers + of_layer * len(decoder_layers(model)),
-            largest_layer=kept.largest_layer + of_layer,
+            activations,
+            layers=activations.layers + bytes_per_layer * len(decoder_layers(model)),
+            largest_layer=activations.largest_layer + bytes_per_layer,
         )
-    if (divided_by := options.tensor_parallel) > 1:
+    if (ranks := options.tensor_parallel) > 1:
         if not options.torch_compile:
-            raise OptionError(
-                f"tensor_parallel {divided_by}: no prediction without compilation; pass --torch_compile true"
-            )
-        kept = count_activations(split_on_meta(model, divided_by), dataclasses.replace(options, tensor_parallel=1))
+            raise OptionError(f"tensor_parallel {ranks}: no prediction without compilation; pass --torch_compile true")
+        activations = count_activations(split_on_meta(model, ranks), dataclasses.replace(options, tensor_parallel=1))
         hidden = (
             sequences_per_micro_batch(options)
             * options.block_size
@@ -89,12 +87,12 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
             * (BF16 if options.bf16 else FP32)
         )
         # Input and sum are counted at all positions, as gathered; their local splits are added here.
-        of_layer = 2 * hidden // divided_by
+        bytes_per_layer = 2 * hidden // ranks
         return dataclasses.replace(
-            kept,
-            layers=kept.layers + of_layer * len(decoder_layers(model)),
-            largest_layer=kept.largest_layer + of_layer,
-            inputs=kept.inputs // divided_by,
+            activations,
+            layers=activations.layers + bytes_per_layer * len(decoder_layers(model)),
+            largest_layer=activations.largest_layer + bytes_per_layer,
+            inputs=activations.inputs // ranks,
         )
     cast = options.bf16 and options.strategy == "fsdp"
     try:
@@ -112,23 +110,21 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
 @functools.lru_cache(maxsize=32)
 def _count(
     model: PreTrainedModel,
-    rows: int,
-    length: int,
+    sequences: int,
+    tokens: int,
     bf16: bool,
     cast: bool,
     compiled: bool,
     budget: float | None,
 ) -> Activations:
     AttentionInterface.register("fused", _fused_attention)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
-        logging.CRITICAL
-    )  # it would print the errors that are caught
+    # Without this, it would print the errors that are caught.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
     model.set_attn_implementation("fused")
-    saved: dict[
-        int, tuple[object, int, nn.Module | None]
-    ] = {}  # by storage; each must stay alive, because a new one could reuse its id
+    # By storage. Each storage must stay alive, because a new one could reuse its id.
+    saved: dict[int, tuple[object, int, nn.Module | None]] = {}
     inputs: dict[int, tuple[object, int]] = {}
     running: list[nn.Module] = []
     layers = decoder_layers(model)
@@ -165,7 +161,7 @@ def _count(
         for layer in layers:
             layer.register_forward_pre_hook(enter, with_kwargs=True)
             layer.register_forward_hook(leave)
-        ids_BT = torch.zeros(rows, length, dtype=torch.int64)
+        ids_BT = torch.zeros(sequences, tokens, dtype=torch.int64)
         with (
             bypass_head(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
@@ -204,8 +200,8 @@ def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
                 return torch.func.functional_call(twin, own, args, kwargs)
 
         def partition(*args: Any, **kwargs: Any) -> Any:
-            there_anyway = list(range(len(own)))  # so that casts of parameters are not saved
-            kwargs["static_lifetime_input_indices"] = there_anyway
+            parameters_and_buffers = list(range(len(own)))  # so that casts of parameters are not saved
+            kwargs["static_lifetime_input_indices"] = parameters_and_buffers
             return min_cut_rematerialization_partition(*args, **kwargs)
 
         own = dict(layer.named_parameters()) | dict(layer.named_buffers())

@@ -1,8 +1,8 @@
 """The collectives of one optimizer step on a rank, by kind: how many, and how many bytes.
 
 The bytes of a collective are those of the full tensor that is gathered, reduced or broadcast. compare/scaling.py has
-the bytes on a link. N is the number of parameters, L of decoder layers, W of ranks that share shards, k of micro-steps.
-docs/scaling.md has the same as a table.
+the bytes on a link, and docs/scaling.md has these formulas in a table. N is the number of parameters, L the number of
+decoder layers, W the number of ranks that share shards, k the number of micro-steps.
 """
 
 import dataclasses
@@ -61,9 +61,9 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
         alone = predict_collectives(model, dataclasses.replace(options, context_parallel=1), ranks)
         return _sum(alone, context_parallel_collectives(model, options))
     if options.tensor_parallel > 1:
-        part, ranks = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
-        after_split = predict_collectives(part, dataclasses.replace(options, tensor_parallel=1), ranks)
-        return _sum(after_split, tensor_parallel_collectives(model, part, options))
+        split_model, ranks = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
+        after_split = predict_collectives(split_model, dataclasses.replace(options, tensor_parallel=1), ranks)
+        return _sum(after_split, tensor_parallel_collectives(model, split_model, options))
     kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards, compute_bytes = ranks // options.replicas, BF16 if options.bf16 else FP32
@@ -77,9 +77,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
         if ranks > 1:
             kinds["all_reduce"] += buckets(parameters)
         if options.shard_optimizer:
-            kinds["broadcast"] += [
-                FP32 * numel(parameters) // ranks
-            ] * ranks  # as if rows always were a multiple of the ranks
+            # This assumes that the ranks divide the rows of each matrix evenly.
+            kinds["broadcast"] += [FP32 * numel(parameters) // ranks] * ranks
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
     reduced = FP32 if options.reduce_dtype == "float32" else BF16
@@ -90,20 +89,20 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     root = [parameter for parameter in parameters if id(parameter) not in in_layers]
     for unit, gathers in [(root, reductions), *((layer.parameters(), of_layer) for layer in layers)]:
-        whole = numel(unit, shards) * shards
+        padded = numel(unit, shards) * shards
         if shards > 1:
-            kinds["all_gather"] += [compute_bytes * whole] * gathers
-            kinds["reduce_scatter"] += [reduced * whole] * reductions
+            kinds["all_gather"] += [compute_bytes * padded] * gathers
+            kinds["reduce_scatter"] += [reduced * padded] * reductions
         if options.replicas > 1:
-            kinds["all_reduce"] += [reduced * whole // shards] * reductions
+            kinds["all_reduce"] += [reduced * padded // shards] * reductions
     kinds["all_reduce"] += [FP32]
     return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
 
 def tensor_parallel_collectives(
-    model: PreTrainedModel, part: PreTrainedModel, options: Options
+    model: PreTrainedModel, split_model: PreTrainedModel, options: Options
 ) -> dict[str, Collectives]:
-    """The collectives within a tensor-parallel group (parallel/tensor.py); `part` is the model after the split.
+    """The collectives within a tensor-parallel group (parallel/tensor.py); `split_model` is the model after the split.
 
     In each micro-step, of the hidden states in the dtype of computation: 4 L + 4 all-gathers and 4 L + 2
     reduce-scatters. A layer has two of both, for attention and for the MLP, in its forward and in its backward. The
@@ -122,12 +121,12 @@ def tensor_parallel_collectives(
     gathers = 4 * layers + 4 + 2 * again
     scatters = 4 * layers + 2 + (2 if options.torch_compile else 1) * again
     if options.objective != "dpo" and ends_with_head(model):
-        chunks = math.ceil(tokens * len(part.get_output_embeddings().weight) / CHUNK_LOGITS["cuda"])
+        chunks = math.ceil(tokens * len(split_model.get_output_embeddings().weight) / CHUNK_LOGITS["cuda"])
         loss = Collectives(chunks, 2 * FP32 * group * tokens)
     else:
         loss = Collectives(1, compute_bytes * tokens * model.config.vocab_size)
-    both = zip(model.parameters(), part.parameters(), strict=True)
-    replicated = compute_bytes * sum(whole.numel() for whole, of_rank in both if whole.numel() == of_rank.numel())
+    both = zip(model.parameters(), split_model.parameters(), strict=True)
+    replicated = compute_bytes * sum(full.numel() for full, of_rank in both if full.numel() == of_rank.numel())
     of_micro_step = {
         "all_gather": Collectives(gathers + loss.calls, gathers * hidden + loss.size),
         "reduce_scatter": Collectives(scatters, scatters * hidden),
@@ -145,14 +144,12 @@ def context_parallel_collectives(model: PreTrainedModel, options: Options) -> di
     """
     heads, compute_bytes = attention_heads(model.config), BF16 if options.bf16 else FP32
     tokens = sequences_per_micro_batch(options) * (of_local_sequence(options).block_size or 0)
-    of_head = compute_bytes * tokens * heads.entries
-    there, back = (
-        of_head * (heads.queries + 2 * math.lcm(heads.keys, options.context_parallel)),
-        of_head * heads.queries,
-    )
+    of_head = compute_bytes * tokens * heads.head_dim
+    qkv_bytes = of_head * (heads.queries + 2 * math.lcm(heads.key_values, options.context_parallel))
+    output_bytes = of_head * heads.queries
     calls = options.gradient_accumulation_steps * len(decoder_layers(model))
     again = options.gradient_checkpointing
-    return {"all_to_all": Collectives(calls * (4 + 2 * again), calls * (2 + again) * (there + back))}
+    return {"all_to_all": Collectives(calls * (4 + 2 * again), calls * (2 + again) * (qkv_bytes + output_bytes))}
 
 
 def _sum(*summands: dict[str, Collectives]) -> dict[str, Collectives]:

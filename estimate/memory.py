@@ -32,7 +32,7 @@ from parallel.tensor import split_on_meta
 GIB = 2**30
 
 # A GPU holds more than torch's tensors: the CUDA context, kernels, NCCL's buffers, and gaps between tensors.
-BESIDE_TENSORS = 3 * GIB
+RESERVED = 3 * GIB
 
 _ends_with_head = functools.lru_cache(maxsize=16)(ends_with_head)  # a trial run of the model, asked for often
 
@@ -60,7 +60,7 @@ class Memory:
 
     def fits(self, capacity: float) -> bool:
         """Whether a GPU of `capacity` bytes has room for this and for what it holds besides tensors."""
-        return self.total + BESIDE_TENSORS <= capacity
+        return self.total + RESERVED <= capacity
 
     def __str__(self) -> str:
         terms = ", ".join(f"{name} {readable(size)}" for name, size in self.terms().items() if size)
@@ -120,9 +120,9 @@ def memory_by_phase(
     # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.
     gathered = compute * (root + (0 if options.reshard_after_forward else full - root)) * fsdp
     of_layer = (2 * compute * layer * options.reshard_after_forward + (compute + reduced) * layer) * fsdp
-    # At the end: the root's gradients, computed and reduced; under DDP, the embedding's beside the bucket it goes into.
+    # At the end: the root's gradients, computed and reduced; under DDP, the embedding's and the bucket it goes into.
     last = (compute + reduced) * root if fsdp else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
-    if options.cpu_offload:  # a reduced shard on its way to the host
+    if options.cpu_offload:  # a reduced shard while it is copied to host memory
         of_layer += FP32 * math.ceil(layer / shards)
         last = max(last, reduced * root + FP32 * math.ceil(root / shards))
 
@@ -165,7 +165,7 @@ def accumulated_gradients(options: Options, ranks: int, trained: int, shard: int
 
 
 def _memory_after_split(model: PreTrainedModel, options: Options, ranks: int, saved: Activations) -> list[Memory]:
-    """The same phases under tensor parallelism: one rank's split of each layer, over the groups of ranks."""
+    """The phases of a step under tensor parallelism: one rank's split of each layer, over the groups of ranks."""
     split, groups = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
     loss, *others = memory_by_phase(split, dataclasses.replace(options, tensor_parallel=1), groups, saved)
     if options.objective == "dpo" or not _ends_with_head(model):  # every rank gathers all logits
@@ -200,10 +200,10 @@ def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
     """Bytes of head and loss at their highest, and of the head's gradient that stay until the backward ends.
 
-    Head and loss in chunks (loss/cross_entropy.py): a chunk of logits, which softmax raises to fp32 and holds beside
-    its result unless it is compiled; the head's weight once more in bf16, unless FSDP gathers it in bf16; its gradient
-    in fp32, 4 V D; and the masked input with its gradient. For other models, and for preferences: all logits, with 12
-    bytes each in the backward of the cross entropy (log-probabilities and two gradients).
+    Head and loss in chunks (loss/cross_entropy.py): a chunk of logits, which softmax converts to fp32 and holds in
+    addition to its result unless it is compiled; the head's weight once more in bf16, unless FSDP gathers it in bf16;
+    its gradient in fp32, 4 V D; and the masked input with its gradient. For other models, and for preferences: all
+    logits, with 12 bytes each in the backward of the cross entropy (log-probabilities and two gradients).
     """
     if head is None:
         return 0, 0

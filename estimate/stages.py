@@ -52,16 +52,28 @@ def stages(options: Options, ranks: int) -> list[Options]:
         cpu_offload=False,
         offload_activations=False,
     )
-    whole = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1, sync_each_batch=False)
+    replicated = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1, sync_each_batch=False)
     offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
     if offloaded and options.tensor_parallel == 1:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
         inputs["activation_memory_budget"] = None  # the two exclude each other
         offloaded.append(dataclasses.replace(offloaded[0], **inputs))
-    replicas, readers = options.replicas if options.replicas > 1 else ranks // 8, ranks // options.tensor_parallel
-    hybrid = [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and readers % replicas == 0 else []
-    kept = dataclasses.replace(sharded, reshard_after_forward=False)
-    return [whole, dataclasses.replace(whole, shard_optimizer=True), *hybrid, kept, sharded, *offloaded]
+    replicas, data_parallel_size = (
+        options.replicas if options.replicas > 1 else ranks // 8,
+        ranks // options.tensor_parallel,
+    )
+    hybrid = (
+        [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and data_parallel_size % replicas == 0 else []
+    )
+    not_resharded = dataclasses.replace(sharded, reshard_after_forward=False)
+    return [
+        replicated,
+        dataclasses.replace(replicated, shard_optimizer=True),
+        *hybrid,
+        not_resharded,
+        sharded,
+        *offloaded,
+    ]
 
 
 def memory_forecast(model: PreTrainedModel, options: Options, ranks: int, capacity: int | None) -> str:
@@ -74,8 +86,9 @@ def memory_forecast(model: PreTrainedModel, options: Options, ranks: int, capaci
         if capacity is None or memory.fits(capacity):
             return predicted
         fitting = [stage_name(other) for other in stages(options, ranks) if predict(model, other, ranks).fits(capacity)]
-        remedy = fitting[0] if fitting else "; ".join(["no stage", *advice(model, options, ranks)[:1]])
-        return f"{predicted}\n{'':<13} more than this GPU's {gib(capacity)} GiB; what fits: {remedy}"
+        fallback = "; ".join(["no stage fits", *advice(model, options, ranks)[:1]])
+        remedy = f"use {fitting[0]}, which fits" if fitting else fallback
+        return f"{predicted}\n{'':<13} more than this GPU's {gib(capacity)} GiB; {remedy}"
     except OptionError as error:
         return str(error)
 
@@ -103,12 +116,15 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
     if micro_batch % 2 == 0:
         half = {"per_device_train_batch_size": micro_batch // 2, "gradient_accumulation_steps": 2 * accumulation}
-        given = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
-        changes[" ".join(f"--{name} {half[name]}" for name in given)] = half
+        option_names = list(half)[: 1 if options.global_batch_size else 2]  # from which the accumulation would follow
+        changes[" ".join(f"--{name} {half[name]}" for name in option_names)] = half
     elif micro_batch == 1 and _can_split(model, options, ranks):
-        parts = {"context_parallel": 2 * options.context_parallel, "gradient_accumulation_steps": 2 * accumulation}
-        given = list(parts)[: 1 if options.global_batch_size else 2]
-        changes[" ".join(f"--{name} {parts[name]}" for name in given)] = parts
+        longer_group = {
+            "context_parallel": 2 * options.context_parallel,
+            "gradient_accumulation_steps": 2 * accumulation,
+        }
+        option_names = list(longer_group)[: 1 if options.global_batch_size else 2]
+        changes[" ".join(f"--{name} {longer_group[name]}" for name in option_names)] = longer_group
     if options.strategy == "ddp" and ranks > 1:
         changes["--strategy fsdp"] = {"strategy": "fsdp", "shard_optimizer": False}
         changes["--shard_optimizer"] = {"shard_optimizer": True}
@@ -143,9 +159,9 @@ def _can_split(model: PreTrainedModel, options: Options, ranks: int) -> bool:
 
 
 def explain_out_of_memory(argv: list[str], error: Exception) -> str:
-    """A few lines for the user: what was predicted for the options `argv`, what there is, and what would help.
+    """The predicted memory for the options `argv`, the memory of the GPU, and options that save memory.
 
-    Returns "" if `error` is no lack of memory. A lack of host memory has no class of its own in torch.
+    Returns "" for any other error than a lack of memory. A lack of host memory has no class of its own in torch.
     """
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return ""
@@ -165,7 +181,9 @@ def explain_out_of_memory(argv: list[str], error: Exception) -> str:
         ]
         lines.append(f"for each stage: {'; '.join(needed)}")
         if host := host_memory(model, options, ranks):
-            lines.append(f"in host memory: {readable(host)} a rank, and in a save a copy unless --async_save false")
+            lines.append(
+                f"host memory: {readable(host)} for each rank; a save copies the state unless --async_save false"
+            )
         lines += advice(model, options, ranks)[:3]
     except OptionError as unknown:
         lines.append(str(unknown))

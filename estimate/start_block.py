@@ -68,7 +68,7 @@ def strategy_line(model: PreTrainedModel, options: Options, ranks: int) -> str:
     line = f"{stage_name(options)}: {sharded(options, ranks)}"
     if options.strategy == "ddp" or decoder_layers(model):
         return line
-    return f"{line}; the whole model is one unit, because no decoder layers are found in {type(model).__name__}"
+    return f"{line}; the full model is one unit, because no decoder layers are found in {type(model).__name__}"
 
 
 def sharded(options: Options, ranks: int) -> str:
@@ -130,7 +130,8 @@ def optimizer_line(model: PreTrainedModel, options: Options) -> str:
 def learning_rate_line(options: Options, global_batch_size: int) -> str:
     """The highest learning rate, and how it follows from `reference_batch_size` where that is set."""
     if options.scale_learning_rate == "none":
-        return f"{options.learning_rate:g}, for any global batch"
-    given = options.learning_rate / learning_rate_factor(options, global_batch_size)
+        return f"{options.learning_rate:g}, not scaled with the global batch"
+    base_rate = options.learning_rate / learning_rate_factor(options, global_batch_size)
     ratio = f"{global_batch_size} / {options.reference_batch_size} sequences"
-    return f"{options.learning_rate:g} = {given:g} x {'sqrt' if options.scale_learning_rate == 'sqrt' else ''}({ratio})"
+    root = "sqrt" if options.scale_learning_rate == "sqrt" else ""
+    return f"{options.learning_rate:g} = {base_rate:g} x {root}({ratio})"

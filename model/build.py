@@ -135,7 +135,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            offload=options.offload_activations and torch.cuda.is_available(),  # on a CPU, they are there already
+            offload=options.offload_activations
+            and torch.cuda.is_available(),  # on a CPU, they are already in host memory
         )
     if options.tensor_parallel > 1:
         check_plan_is_complete(model, options.tensor_parallel)

@@ -26,7 +26,7 @@ def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
     heads = attention_heads(config)
     sizes = {
         "attention heads": heads.queries,
-        "key-value heads": heads.keys,
+        "key-value heads": heads.key_values,
         "intermediate features": config.intermediate_size,
         "tokens in its vocabulary": config.vocab_size,
     }
@@ -54,7 +54,7 @@ def check_context_parallel(config: PretrainedConfig, ranks: int) -> None:
         )
     if "longrope" in repr(getattr(config, "rope_parameters", None)):
         raise OptionError(
-            f"context_parallel {ranks}: {name} rotates long sequences in another way than short ones (longrope), and "
+            f"context_parallel {ranks}: {name} rotates long sequences differently from short ones (longrope), and "
             f"each rank would decide by its local sequence\n{remedy}"
         )
     try:
@@ -84,11 +84,11 @@ def check_plan_is_complete(model: PreTrainedModel, ranks: int) -> None:
 
 
 class Heads(NamedTuple):
-    """The attention heads of a layer: the number of query heads, of key-value heads, and head_dim (`entries`)."""
+    """The attention heads of a layer: the number of query heads, of key-value heads, and head_dim."""
 
     queries: int
-    keys: int
-    entries: int
+    key_values: int
+    head_dim: int
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:

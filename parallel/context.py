@@ -2,10 +2,10 @@
 
 All ranks of a group read the same sequences, and each rank computes a local sequence: T / N consecutive positions.
 Embedding, norms, projections, MLP, head and loss treat each position alone, so they need no communication. Attention
-looks at all earlier positions. Before it, an all-to-all trades positions for heads: each rank gets all positions of its
-own heads (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3.1). Each rank computes the attention of its heads, and a
-second all-to-all restores the local sequences. The backward pass has two more all-to-alls. All ranks have equal work,
-even in causal attention, because each rank computes the attention of full sequences.
+looks at all earlier positions. Before it, an all-to-all redistributes positions by heads: each rank gets all positions
+of its own heads (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3.1). Each rank computes the attention of its heads,
+and a second all-to-all restores the local sequences. The backward pass has two more all-to-alls. All ranks have equal
+work, even in causal attention, because each rank computes the attention of full sequences.
 
 The weights are not split. DDP and FSDP treat these ranks like any others, and average their gradients as usual.
 

@@ -91,8 +91,8 @@ def apply_tensor_parallel(objective: nn.Module, layers: list[nn.Module], mesh: D
 def split_on_meta(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
     """A copy of `model`, on the meta device, with the parameter shapes of one of `ranks` tensor-parallel ranks.
 
-    estimate/ counts with it. Its layers compute what a rank computes, but its hidden states have all positions, where a
-    rank has 1 / `ranks` of them.
+    estimate/ uses it to count. Its layers compute what a rank computes, but its hidden states have all positions, where
+    a rank has 1 / `ranks` of them.
     """
     local, styles = copy.deepcopy(model), tensor_parallel_plan(model)
     by_vocabulary = {local.get_input_embeddings(), local.get_output_embeddings()}

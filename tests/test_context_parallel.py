@@ -196,7 +196,7 @@ OTHERS = {
     "mamba": (MambaConfig(num_hidden_layers=1), "mamba has no plan that shows where it looks at other positions"),
     "longrope": (
         LlamaConfig(**SIZES, rope_parameters={**LONGROPE, "rope_theta": 1e4, "original_max_position_embeddings": 64}),
-        "llama rotates long sequences in another way than short ones (longrope)",
+        "llama rotates long sequences differently from short ones (longrope)",
     ),
     "heads that differ": (Gemma4TextConfig(), "the layers of gemma4_text have different numbers of heads"),
     "capped": (FAMILIES["gemma2"][0], "gemma2 is not supported: its attention function has the argument softcap"),

@@ -27,7 +27,7 @@ from config.options import Options
 from estimate.__main__ import main
 from estimate.activations import Activations, count_activations
 from estimate.communication import Collectives, predict_collectives
-from estimate.memory import BESIDE_TENSORS, host_memory, memory_by_phase, predict, readable
+from estimate.memory import RESERVED, host_memory, memory_by_phase, predict, readable
 from estimate.stages import advice, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, bypass_head
 from model.build import build_model
@@ -229,10 +229,10 @@ def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     needed = {stage_name(stage): predict(meta_model, stage, 8).total for stage in stages(options, 8)}
     smallest, least, most = min(needed, key=lambda name: needed[name]), min(needed.values()), needed["DDP"]
     assert least < most
-    room = BESIDE_TENSORS
-    assert "what fits" not in memory_forecast(meta_model, options, 8, room + most)
-    assert f"what fits: {smallest}" in memory_forecast(meta_model, options, 8, room + least)
-    assert "what fits: no stage; --" in memory_forecast(meta_model, options, 8, room)
+    room = RESERVED
+    assert "more than this GPU" not in memory_forecast(meta_model, options, 8, room + most)
+    assert f"; use {smallest}, which fits" in memory_forecast(meta_model, options, 8, room + least)
+    assert "; no stage fits; --" in memory_forecast(meta_model, options, 8, room)
     assert len(memory_forecast(meta_model, options, 8, room).splitlines()) == 2
     divided = dataclasses.replace(options, strategy="fsdp", tensor_parallel=2)
     assert [stage.replicas for stage in stages(dataclasses.replace(divided, tensor_parallel=16), 16)] == [1] * 5
@@ -315,7 +315,7 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> Non
     assert outcome.output.count("out of memory: ") == 1
     assert "Traceback" not in outcome.output
     assert ("predicted for FSDP (ZeRO-3), shards offloaded: " if of_host else "predicted for DDP: ") in said
-    assert bool(re.search(r"^in host memory: [\d.]+ MiB a rank, and in a save a copy", said, re.M)) == of_host
+    assert bool(re.search(r"^host memory: [\d.]+ MiB for each rank; a save copies", said, re.M)) == of_host
     assert re.search(
         r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* layer inputs offloaded [\d.]+ MiB$", said, re.M
     )

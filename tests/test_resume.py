@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,20 @@ def test_each_field_of_the_identity_is_refused_between_ranks(
     monkeypatch.setattr("checkpoint.identity.gather_objects", two_ranks)
     with pytest.raises(OptionError, match=rf"ranks \[1\]: not the same as on rank 0: {field.name}"):
         require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {})
+
+
+@pytest.mark.parametrize(("tensor_parallel", "allowed"), [(1, True), (2, False)])
+def test_compiled_on_one_rank_only(
+    tensor_parallel: int, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node without a compiler is fine, unless ranks split layers: recomputed layers then differ in collectives."""
+    (tmp_path / ".lock").touch()
+
+    def compiled_elsewhere(value: Any) -> list[Any]:
+        run, sees = value
+        return [value, (run | {"torch_compile": True} if "torch_compile" in run else run, sees)]
+
+    monkeypatch.setattr("checkpoint.identity.gather_objects", compiled_elsewhere)
+    options = Options(output_dir=str(tmp_path), tensor_parallel=tensor_parallel, torch_compile=False)
+    with nullcontext() if allowed else pytest.raises(OptionError, match="rank 0: torch_compile"):
+        require_same_run(options, IDENTITY, {})

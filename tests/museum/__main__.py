@@ -1,9 +1,6 @@
-"""Run the trainer with and without each bug, draw both curves, and write docs/museum.md.
+"""Run the trainer with and without each bug, draw both curves, and write docs/museum.md."""
 
-`python -m tests.museum page` writes the page alone, in a second: for a change that moves no curve.
-"""
-
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -16,12 +13,9 @@ from tests.museum.plant import plant, working_in
 STEPS = 40
 
 
-def main() -> None:
-    """Write the page and its plots."""
-    plots = ROOT / "docs" / "museum"
-    plots.mkdir(exist_ok=True)
-    for old in plots.glob("*.svg"):
-        old.unlink()
+def write_plots() -> None:
+    """Train all curves, then replace the plots of the page."""
+    drawn: dict[str, str] = {}
     unchanged = Bug("unchanged", "", "", "", (), "")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -30,10 +24,15 @@ def main() -> None:
             if bug.curve:
                 right = points(right_tree, bug.curve, directory / f"{anchor(bug)}-right")
                 wrong = points(plant(bug, directory), bug.curve, directory / f"{anchor(bug)}-wrong")
-                (plots / f"{anchor(bug)}.svg").write_text(plot(bug.curve.value.replace("_", " "), right, wrong))
+                drawn[f"{anchor(bug)}.svg"] = plot(bug.curve.value.replace("_", " "), right, wrong)
                 print(f"{bug.name}: {bug.curve.value} after {right[-1][0]} steps {right[-1][1]:.4g}, ", end="")
                 print(f"with the bug {wrong[-1][1]:.4g} after {wrong[-1][0]}", flush=True)
-    (ROOT / "docs" / "museum.md").write_text(render(BUGS))
+    plots = ROOT / "docs" / "museum"
+    plots.mkdir(exist_ok=True)
+    for old in plots.glob("*.svg"):
+        old.unlink()
+    for name, drawing in drawn.items():
+        (plots / name).write_text(drawing)
 
 
 def points(tree: Path, curve: Curve, directory: Path) -> list[tuple[int, float]]:
@@ -48,12 +47,13 @@ def points(tree: Path, curve: Curve, directory: Path) -> list[tuple[int, float]]
         if curve.resume_at:
             launch.train(curve.ranks, [*options, "--max_steps", curve.resume_at])
         launch.train(curve.ranks, [*options, "--resume_from_checkpoint", "auto"])
-        rows = read_records(directory / "run" / "metrics.jsonl")
-        return [(row["step"], row[curve.value]) for row in rows if row.get(curve.value) is not None]
+        records = read_records(directory / "run" / "metrics.jsonl")
+        return [(record["step"], record[curve.value]) for record in records if record.get(curve.value) is not None]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["page"]:
-        (ROOT / "docs" / "museum.md").write_text(render(BUGS))
-    else:
-        main()
+    parser = argparse.ArgumentParser(prog="python -m tests.museum", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["page"], help="page: only the page, for a change of no curve")
+    if parser.parse_args().what != "page":
+        write_plots()
+    (ROOT / "docs" / "museum.md").write_text(render(BUGS))
