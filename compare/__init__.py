@@ -1,4 +1,5 @@
 """Measurements: this trainer against itself and against other trainers, as ratios within one run.
 
-Every table of docs/ comes from a command here. Nothing here is imported by the trainer, and no test asserts a time.
+The commands here measure what docs/ reports. Where a number was measured otherwise, its page says so. Nothing here is
+imported by the trainer, and no test asserts a time.
 """

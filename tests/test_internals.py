@@ -31,6 +31,8 @@ def touched(tree: ast.AST) -> Iterator[str]:
             names = [node.attr]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.keyword):
+            names = [node.arg or ""]
         elif isinstance(node, ast.Import):
             names = [part for alias in node.names for part in alias.name.split(".")]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
