@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     options = config.parse(argv, world_size)
     config.check(options, world_size)
     runtime.configure_libraries(options.full_determinism)
-    lock = checkpoint.claim_output_dir(options) if rank == 0 else None
+    lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
     plan = config.plan_run(options, len(data.train), world_size)

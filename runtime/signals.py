@@ -28,14 +28,16 @@ class Signals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        # Another signal may interrupt this method at any call, but not between two assignments.
         if number in SAVE_SIGNALS:
-            if not self.save:
+            known, self.save = self.save, True
+            if not known:
                 _tell(number, "a checkpoint after this step, then training continues")
-            self.save = True
         elif not self.stop:
+            self.stop, self.stopped_at = True, now
             _tell(number, "a checkpoint after this step, then the end; a second Ctrl-C ends the run at once")
-            self.stop, self.stopped_at = True, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() > self.stopped_at + FORWARDED:
+        elif number == signal.SIGINT and now > self.stopped_at + FORWARDED:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
