@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     options = config.parse(argv, world_size)
     config.check(options, world_size)
     runtime.configure_libraries(options.full_determinism)
-    lock = checkpoint.claim_output_dir(options) if rank == 0 else None
+    lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
     plan = config.plan_run(options, len(data.train), world_size)
@@ -60,13 +60,11 @@ def main(argv: list[str]) -> None:
 
     # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = runtime.choose_device(local_rank)
     gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
+    runtime.require_own_gpu(device, shared=gloo_alone)
     checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
@@ -106,7 +104,7 @@ def main(argv: list[str]) -> None:
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
-    stop_requested = runtime.listen_for_stop_signals()
+    signals = runtime.Signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if progress.step == 0 and data.validation:
         recorder.evaluation(0, *evaluate(wrapped, data.validation, options, recorder))
@@ -120,10 +118,10 @@ def main(argv: list[str]) -> None:
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
         # not a mean of means. A signal or a full disk may affect only one rank: the sum tells all ranks, so all stop
         # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
-        events = torch.tensor([stop_requested.is_set(), saver.failed()])
+        events = torch.tensor([signals.stop, signals.save, saver.failed()])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
-        targets, tokens, stop, failed = counts.tolist()
+        targets, tokens, stop, save, failed = counts.tolist()
         if failed:
             saver.wait()  # raises on every rank
         ledger.write(step, step_batches)
@@ -167,18 +165,19 @@ def main(argv: list[str]) -> None:
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
             recorder.evaluation(step, *evaluate(wrapped, data.validation, options, recorder))
-        if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
+        if stop or save or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             cursor = gather_cursor(step_batches, options)
             progress = checkpoint.Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress, identity)
+            signals.save = False
         if stop:
             break
     batches.close()  # ends the loader's worker processes
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step == plan.total_steps:
+    if progress.step >= plan.total_steps:
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:

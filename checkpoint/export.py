@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint.files import WEIGHT_FILES, fsync
 from checkpoint.ranks import broadcast_object, run_together
+from config.errors import writing
 from config.options import Options
 from model.export import write_model
 
@@ -21,13 +22,14 @@ def export_model(
     """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
     `stop_tokens` become the EOS tokens of `generate`. New files replace those of an earlier model one by one, an index
-    after the files that it lists.
+    after the files that it lists. Raises OptionError on all ranks if one cannot write.
     """
     # With these, `generate` stops where the documents ended.
     model.generation_config.eos_token_id = stop_tokens or tokenizer.eos_token_id
     output_dir, rank, world_size = Path(options.output_dir), dist.get_rank(), dist.get_world_size()
     exporting = output_dir / broadcast_object(f".exporting-{uuid.uuid4().hex}")
-    run_together(lambda: exporting.mkdir(exist_ok=True))
+    with writing(output_dir):
+        run_together(lambda: exporting.mkdir(exist_ok=True))
 
     def replace() -> None:
         if rank > 0:
@@ -45,7 +47,8 @@ def export_model(
 
     try:
         dtype = getattr(torch, options.save_dtype)
-        write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
-        run_together(replace)
+        with writing(output_dir):
+            write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
+            run_together(replace)
     finally:
         shutil.rmtree(exporting, ignore_errors=True)

@@ -1,6 +1,8 @@
 """The files of a checkpoint: their names, their hashes, and the directories that hold them."""
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 
 UNFINISHED = (".saving-*", ".exporting-*")  # left by an interrupted save or export
 
@@ -44,11 +47,24 @@ def fsync(path: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The directories that are named like checkpoints, newest first, valid or not."""
+    """The checkpoints that this trainer wrote, newest first, valid or damaged."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step of a directory that is named like a checkpoint; -1 for any other name."""
+    """The step of a checkpoint of this trainer; -1 for any other path."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() else -1
+    return int(match[1]) if match and path.is_dir() and is_ours(path) else -1
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this trainer wrote a directory: other trainers use the name checkpoint-STEP, too.
+
+    Either the manifest lists state.json, or nothing is there that a checkpoint does not have: it may be damaged, or
+    half removed.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if STATE in json.loads((path / MANIFEST).read_text()):
+            return True
+    files = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    return all(str(file) in (STATE, MANIFEST) or (file.match("shard-*") and len(file.parts) == 2) for file in files)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
-from checkpoint.files import MANIFEST, WEIGHT_FILES, list_checkpoints, size_and_hash
+from checkpoint.files import MANIFEST, WEIGHT_FILES, is_ours, list_checkpoints, size_and_hash
 from checkpoint.identity import Progress, RunIdentity
 from checkpoint.ranks import broadcast_object
 from checkpoint.rng import restore_rng, seed_rank
@@ -40,6 +40,8 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
     if wanted != "auto":
         found = problems(Path(wanted))
         remedy = "pass --resume_from_checkpoint auto, or another checkpoint"
+        if found and Path(wanted).is_dir() and not is_ours(Path(wanted)):
+            remedy = "another trainer wrote it; to start from a model of it, pass its weights as --model_name_or_path"
         return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
     candidates = list_checkpoints(Path(options.output_dir))
     for path in candidates:
@@ -51,12 +53,12 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
     if not candidates and finished and not options.overwrite_output_dir:
         return None, (
             f"resume_from_checkpoint auto: {options.output_dir} holds a finished model but no checkpoint to resume\n"
-            "pass --overwrite_output_dir instead, to start a new run"
+            "pass another --output_dir, or --overwrite_output_dir instead, to start a new run"
         )
     if candidates:
         return None, (
             f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
-            "pass --overwrite_output_dir instead, to start a new run"
+            "pass another --output_dir, or --overwrite_output_dir instead, to start a new run"
         )
     return None, None
 

@@ -1,26 +1,75 @@
 """The output directory: claimed by one run at a time, and cleaned of what an older run left."""
 
+import contextlib
 import fcntl
+import json
+import re
 import shutil
 import uuid
 from pathlib import Path
 from typing import IO
 
-from checkpoint.files import UNFINISHED, WEIGHT_FILES, list_checkpoints, prune, step_of
+from safetensors import SafetensorError, safe_open
+
+from checkpoint.files import UNFINISHED, is_ours, list_checkpoints, prune, step_of
 from config.errors import OptionError
 from config.options import Options
+from model.export import METADATA
+
+# The files of a run whose contents say who wrote them, ...
+REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
+# ... the other files of an exported model, and those that a run writes during training.
+EXPORTED = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+LOGS = ("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json")
+
+CHECKPOINTS_OF_OTHERS = (
+    "checkpoint-[0-9]*",  # transformers, TRL, LLaMA-Factory
+    *("checkpoint_[0-9]*", "checkpoints/checkpoint_[0-9]*", "epoch_[0-9]*", "step_[0-9]*"),  # accelerate, torchtune
+    *("step-[0-9]*", "checkpoint/step-[0-9]*"),  # torchtitan
+    *("global_step[0-9]*", "latest"),  # DeepSpeed
+    *("*.ckpt", "checkpoints/*.ckpt", "lightning_logs/*/checkpoints/*.ckpt"),  # Lightning
+    *("iter_[0-9]*", "latest_checkpointed_iteration.txt", "latest.txt"),  # Megatron-LM, nanotron
+    *(".metadata", "*.distcp", "*/*.distcp"),  # torch.distributed.checkpoint
+)
 
 
-def claim_output_dir(options: Options) -> IO[str]:
-    """Create output_dir if needed, and lock it against a second run until the returned file is closed.
+def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
+    """Refuse a directory in which a run would replace files. Every rank calls: without torchrun, none ends the others.
 
-    For rank 0. Deletes nothing. Raises OptionError if the directory cannot be written, is in use, or holds a run that
-    is neither resumed nor overwritten.
+    Rank 0 creates output_dir if needed, and locks it against a second run until the returned file is closed. Deletes
+    nothing. Raises OptionError if the directory cannot be written, is in use, holds a run that is neither resumed nor
+    overwritten, or holds files of another program.
     """
     output_dir = Path(options.output_dir)
+    lock = _lock(output_dir) if rank == 0 else None
+    checkpoints = _checkpoints_of_others(output_dir)
+    if options.resume_from_checkpoint == "auto" and checkpoints and not list_checkpoints(output_dir):
+        raise OptionError(
+            f"resume_from_checkpoint auto: {output_dir} has checkpoints of another trainer, which cannot be resumed "
+            f"here: {_names(checkpoints)}\npass another --output_dir; to start from a model of the other trainer, pass "
+            "the directory of its weights as --model_name_or_path"
+        )
+    ours, others = _run_files(output_dir)
+    if others:
+        raise OptionError(
+            f"output_dir {output_dir}: this trainer did not write {_names(others)}, and a run would replace them\n"
+            "pass another --output_dir"
+        )
+    if ours and not (options.resume_from_checkpoint or options.overwrite_output_dir):
+        raise OptionError(
+            f"output_dir {output_dir}: it holds a run already; pass another directory, or\n"
+            "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
+        )
+    return lock
+
+
+def _lock(output_dir: Path) -> IO[str]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("w")
+        lock = (output_dir / ".lock").open("a")
     except OSError as error:
         raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
     try:
@@ -32,11 +81,6 @@ def claim_output_dir(options: Options) -> IO[str]:
         raise OptionError(
             f"output_dir {output_dir}: it cannot be locked: {error.strerror}; pass another directory"
         ) from error
-    if _run_files(output_dir) and not (options.resume_from_checkpoint or options.overwrite_output_dir):
-        raise OptionError(
-            f"output_dir {output_dir}: it holds a run already; pass another directory, or\n"
-            "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"
-        )
     return lock
 
 
@@ -49,17 +93,60 @@ def clean_output_dir(options: Options, step: int) -> None:
     """
     output_dir = Path(options.output_dir)
     if step == 0 and options.overwrite_output_dir:
-        for path in _run_files(output_dir):
+        for path in _run_files(output_dir)[0]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in ("ledger", "tensorboard", "trace"):
+            with contextlib.suppress(OSError):  # it is not there, or holds files of the user
+                (output_dir / name).rmdir()
     for path in list_checkpoints(output_dir):
         if step_of(path) > step:
             path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
     prune(output_dir, options.save_total_limit)
 
 
-def _run_files(output_dir: Path) -> list[Path]:
-    """The files of a run, without the lock and without files that a user may have added."""
-    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    exported = ("config.json", "generation_config.json", *tokenizer, *WEIGHT_FILES)
-    patterns = (*UNFINISHED, "metrics.jsonl", "ledger", "tensorboard", "trace", *exported)
-    return [*list_checkpoints(output_dir), *{path for pattern in patterns for path in output_dir.glob(pattern)}]
+def _run_files(output_dir: Path) -> tuple[list[Path], list[Path]]:
+    """What this trainer wrote, and what others wrote that a run would replace. Files with other names are neither.
+
+    The names are common, so contents decide: of checkpoints, weights and metrics. The small files of an exported model
+    do not say who wrote them. They belong to a run of this trainer if there is one. The last files to remove are those
+    that say so.
+    """
+    names = ("checkpoint-*", "metrics.jsonl", "*.safetensors")
+    telling = [path for path in _glob(output_dir, *names) if re.fullmatch(REPLACED, path.name)]
+    ours = [path for path in telling if _is_ours(path)]
+    others = [path for path in telling if path not in ours]
+    exported = _glob(output_dir, *EXPORTED)
+    if ours:
+        ours = [*exported, *_glob(output_dir, *LOGS), *ours]
+    else:
+        others += exported
+    return [*_glob(output_dir, *UNFINISHED), *ours], others
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this trainer wrote a checkpoint, a file of weights or a file of metrics."""
+    if path.is_dir():
+        return step_of(path) >= 0
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return METADATA.items() <= (file.metadata() or {}).items()
+        with open(path) as file:
+            return "tokens_seen" in json.loads(file.readline() or '"tokens_seen"')  # an empty file has no records yet
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
+
+
+def _checkpoints_of_others(output_dir: Path) -> list[Path]:
+    """What is named like a checkpoint of another trainer, and is none of this one, perhaps renamed."""
+    named = _glob(output_dir, *CHECKPOINTS_OF_OTHERS)
+    return [path for path in named if not (path.name.startswith("checkpoint-") and is_ours(path))]
+
+
+def _glob(output_dir: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in output_dir.glob(pattern)})
+
+
+def _names(paths: list[Path]) -> str:
+    """The names of up to three paths, for a message."""
+    return ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -232,7 +232,9 @@ def _check_machine(options: Options) -> None:
             "report_to tensorboard: it is not installed here\npip install tensorboard, or pass --report_to none"
         )
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if 0 < gpus < local_ranks and options.ddp_backend != "gloo":
+    # Under srun, or with CUDA_VISIBLE_DEVICES, the only GPU that a process sees may be its own: runtime/gpus.py.
+    own = gpus == 1 and ("CUDA_VISIBLE_DEVICES" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ)
+    if 0 < gpus < local_ranks and options.ddp_backend != "gloo" and not own:
         raise OptionError(
             f"--nproc_per_node {local_ranks}: the number of GPUs of this node is {gpus}\npass at most {gpus}, or let "
             "ranks share a GPU with --ddp_backend gloo"

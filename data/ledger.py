@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config.errors import writing
 from config.options import Options
 from config.plan import Plan
 from data.sequences import Mixture, PreparedDataset
@@ -54,7 +55,8 @@ class Ledger:
         if not self.writes:
             return
         folder = Path(options.output_dir) / "ledger"
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         self.path = folder / f"rank-{rank}.jsonl"
         if rank == 0:
             for path in folder.glob("rank-*.jsonl"):
@@ -65,7 +67,8 @@ class Ledger:
                 "global_batch_size": plan.global_batch_size,
                 "steps_per_epoch": plan.steps_per_epoch or ENDLESS,
             }
-            (folder / "about.json").write_text(json.dumps(about))
+            with writing(folder):
+                (folder / "about.json").write_text(json.dumps(about))
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Record the sequences of this rank's micro-batches, from the tensors that the model gets."""
@@ -78,7 +81,7 @@ class Ledger:
             for index, number in enumerate(numbers):
                 ids = torch.cat(inputs[index :: len(numbers)])  # one sequence, or the two of a pair
                 sequences.append((number, len(ids), hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]))
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "sequences": sequences}) + "\n")
 
 

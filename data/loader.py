@@ -12,7 +12,7 @@ from config.options import Options
 from data.batches import collate, collate_pairs
 from data.sequences import Mixture, PreparedDataset, Sequence
 from data.stream import StreamingDataset
-from runtime import ignore_stop_signals
+from runtime import ignore_signals
 
 
 def make_loader(
@@ -33,7 +33,7 @@ def make_loader(
             "sft": partial(collate, padded_length=sequences.padded_length),
             "dpo": partial(collate_pairs, reference=sequences.reference),
         }[options.objective],
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=ignore_signals,
         num_workers=workers,
         prefetch_factor=options.dataloader_prefetch_factor if workers else None,
         pin_memory=torch.cuda.is_available(),  # so that copies to the GPU are asynchronous

@@ -47,7 +47,7 @@ def describe_run(
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "activations": activations_line(options),
-        "memory": memory_forecast(model, options, ranks, gpu_memory(device)),
+        "memory": memory_forecast(model, options, ranks, gpu_memory(device, shared=options.ddp_backend == "gloo")),
         **describe_data(data, plan.block_size),
         "objective": "next token" if options.objective == "sft" else f"dpo, beta {options.dpo_beta}",
         "global batch": global_batch_line(options, plan, ranks, tokens),

@@ -37,9 +37,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def gpu_memory(device: torch.device) -> int | None:
-    """The bytes of GPU memory for this rank, if the ranks of a node share a GPU equally; None on a CPU."""
+def gpu_memory(device: torch.device, shared: bool) -> int | None:
+    """The bytes of GPU memory for this rank, if the ranks of a node share a GPU equally; None on a CPU.
+
+    Without `shared`, the GPU is the rank's own, and perhaps the only one of the node that it sees.
+    """
     if device.type != "cuda":
         return None
-    sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1
+    sharing = math.ceil(ranks / torch.cuda.device_count())
     return int(torch.cuda.get_device_properties(device).total_memory) // sharing

@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from config.errors import writing
 from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
@@ -88,6 +89,8 @@ class Recorder:
         self.step_at_last_record = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
         self.bar.unpause()
+        if step >= self.plan.total_steps:
+            self.print(f"step {step} of {self.plan.total_steps}: the run is complete; raise --max_steps to train on")
         self.started = time.perf_counter()
         if self.writes:
             drop_records_beyond(self.path, step)
@@ -182,12 +185,13 @@ class Recorder:
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
         record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
+            with writing(self.path.parent / "tensorboard"):
+                for name, value in values.items():
+                    if value is not None:
+                        self.board.add_scalar(name, value, step)
 
 
 def _tensorboard(output_dir: Path) -> Any:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from config.errors import writing
+
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines, without a last line that a killed process left unfinished."""
@@ -20,5 +22,6 @@ def drop_records_beyond(path: Path, step: int) -> None:
     """Keep only the records of the first `step` steps; none for step 0. The file is replaced in one rename."""
     kept = [record for record in read_records(path) if record["step"] <= step] if step else []
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(beside, path)
+    with writing(path):
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(beside, path)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from config.errors import writing
+
 COLLECTIVES = {
     "c10d::allreduce_": "all_reduce",
     "c10d::broadcast_": "broadcast",
@@ -52,9 +54,10 @@ class Trace:
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         self.done = True
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"steps-{self.first}-{self.first + self.steps - 1}.json"
-        profiler.export_chrome_trace(str(path))
+        with writing(path):
+            self.folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(path))
         lines = [
             f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,.0f} bytes"
             for kind, (count, size) in sorted(collectives(profiler).items())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from config.errors import first_line
+
 LARGEST_FILE = "5GB"
+METADATA = {"format": "pt", "trainer": "train.py"}  # of a file of weights; the second says that this trainer wrote it
 
 RunOnAllRanks = Callable[[Callable[[], Any]], list[Any]]
 
@@ -85,7 +89,10 @@ def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
 
 
 def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-    """Write files; return the file of each tensor."""
+    """Write files; return the file of each tensor. Raises OSError."""
     for name, tensors in files.items():
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / name, metadata=METADATA)
+        except SafetensorError as error:  # of the operating system: a full disk
+            raise OSError(first_line(error)) from error
     return {tensor: name for name, tensors in files.items() for tensor in tensors}

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from checkpoint.output_dir import claim_output_dir, clean_output_dir
 from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
+from config.options import Options
 from tests.launch import ROOT, train, train_ok
 
 
@@ -348,3 +350,105 @@ def test_second_run_on_the_same_directory(tiny: list[object], tmp_path: Path) ->
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         assert "another run writes to it" in refused(*tiny, "--output_dir", tmp_path)
+
+
+HF_STATE = '{"global_step": 500}'
+
+
+def test_resume_auto_among_checkpoints_of_another_trainer(model_dir: Path, tmp_path: Path) -> None:
+    """The message names them, and never says to overwrite them."""
+    for number, name in enumerate(
+        (
+            "checkpoint-500/trainer_state.json",
+            "checkpoint_3/random_states_0.pkl",
+            "step-100/.metadata",
+            "checkpoint/step-100/.metadata",
+            "global_step20/mp_rank_00_model_states.pt",
+            "checkpoints/epoch=1-step=9.ckpt",
+            "iter_0000100/metadata.json",
+        )
+    ):
+        output_dir = tmp_path / str(number)
+        (output_dir / name).parent.mkdir(parents=True)
+        write(output_dir / name, HF_STATE)
+        options = Options(output_dir=str(output_dir), resume_from_checkpoint="auto")
+        for rank in (0, 1):  # without torchrun, a rank that rank 0 leaves alone would wait for it
+            with pytest.raises(OptionError) as error:
+                claim_output_dir(options, rank)
+        assert f"{output_dir} has checkpoints of another trainer, which cannot be resumed here: " in str(error.value)
+        assert "overwrite" not in str(error.value)
+        assert (output_dir / name).read_text() == HF_STATE
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "name", ["checkpoint-500/trainer_state.json", "model.safetensors", "config.json", "metrics.jsonl"]
+)
+def test_files_of_another_program_stay(model_dir: Path, tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+    """A run would replace them, so it is refused, whatever is asked for; no remedy deletes them."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, (model_dir / name).read_bytes() if (model_dir / name).exists() else HF_STATE)
+    before = content(tmp_path)
+    with pytest.raises(OptionError) as error:
+        claim_output_dir(Options(output_dir=str(tmp_path), **more), 0)
+    assert f"did not write {Path(name).parts[0]}" in str(error.value) or "another trainer" in str(error.value)
+    assert "overwrite" not in str(error.value)
+    assert content(tmp_path) == before | {str(tmp_path / ".lock"): b""}
+
+
+def test_other_files_do_not_matter(tmp_path: Path) -> None:
+    """Notes, logs and checkpoints of other names are no reason to refuse a new run, and it leaves them."""
+    for name in ("notes.txt", "README.md", "slurm-1.out", "trace/mine.json", "step-100/.metadata", "training_args.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "mine")
+    before = content(tmp_path)
+    for more in ({}, {"overwrite_output_dir": True}):
+        options = Options(output_dir=str(tmp_path), **more)
+        lock = claim_output_dir(options, 0)
+        clean_output_dir(options, 0)
+        assert lock
+        lock.close()
+        assert content(tmp_path) == before | {str(tmp_path / ".lock"): b""}
+
+
+def test_overwrite_deletes_what_this_trainer_wrote(finished: Path, tmp_path: Path) -> None:
+    """All files of a run, also of one that is damaged or was deleted in part, and no file of the user."""
+    mine = [
+        *("notes.txt", "ledger/notes.txt", "checkpoint-2-backup/manifest.json", "checkpoint-x/a", "step-1/.metadata"),
+        *("pytorch_model.bin", "adapter_model.safetensors", "runs/events.out.tfevents.1"),
+    ]
+    theirs = ["ledger/rank-0.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.1", "trace/steps-1-2.json"]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoint-2" / "manifest.json").unlink()  # pruning was interrupted
+    (run / "checkpoint-2" / "state.json").unlink()
+    write(run / "checkpoint-4" / "notes.txt", "kept with its checkpoint")
+    for name in (*mine, *theirs):
+        (run / name).parent.mkdir(exist_ok=True)
+        write(run / name, "{}")
+    options = Options(output_dir=str(run), overwrite_output_dir=True)
+    lock = claim_output_dir(options, 0)
+    clean_output_dir(options, 0)
+    assert lock
+    lock.close()
+    assert set(content(run)) == {str(run / name) for name in (*mine, ".lock")}
+    assert not (run / "trace").exists()
+
+
+def test_a_model_put_into_a_finished_run_stays(finished: Path, model_dir: Path, tmp_path: Path) -> None:
+    """The directory is of this trainer, but one model in it is not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.copy(model_dir / "model.safetensors", run / "model.safetensors")
+    before = content(run)
+    with pytest.raises(OptionError, match=r"this trainer did not write model\.safetensors, and a run would replace"):
+        claim_output_dir(Options(output_dir=str(run), overwrite_output_dir=True), 0)
+    assert content(run) == before
+
+
+def test_resume_from_a_checkpoint_of_another_trainer(tiny: list[object], tmp_path: Path) -> None:
+    (tmp_path / "hf" / "checkpoint-500").mkdir(parents=True)
+    write(tmp_path / "hf" / "checkpoint-500" / "trainer_state.json", HF_STATE)
+    wanted = tmp_path / "hf" / "checkpoint-500"
+    message = refused(*tiny, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", wanted)
+    assert "another trainer wrote it; to start from a model of it, pass its weights as --model_name_or_path" in message

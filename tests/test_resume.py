@@ -209,6 +209,19 @@ def test_finished_run_resumes_to_itself(tiny: list[object], ddp_on_two: Path, tm
     assert (run / "model.safetensors").read_bytes() == (ddp_on_two / "model.safetensors").read_bytes()
 
 
+def test_resume_beyond_max_steps(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
+    """The run is complete, which is said; the final model is written, because it is missing; nothing is trained."""
+    run = tmp_path / "run"
+    shutil.copytree(ddp_on_two, run)
+    (run / "model.safetensors").unlink()
+    output = train_ok(2, *tiny, *STEADY, "--output_dir", run, "--max_steps", 15, "--resume_from_checkpoint", "auto")
+    assert "step 20 of 15: the run is complete" in output
+    assert "stopped" not in output
+    assert (run / "model.safetensors").read_bytes() == (ddp_on_two / "model.safetensors").read_bytes()
+    assert trajectory(run) == trajectory(ddp_on_two)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,19 @@
+"""The life of a process: its rank and its GPU, the signals that it answers, its errors and its exit.
+
+Nothing here knows what a run trains, or reads its options.
+"""
+
+from runtime.gpus import choose_device, require_own_gpu
+from runtime.launcher import rank_from_environment
+from runtime.process import configure_libraries, run
+from runtime.signals import Signals, ignore_signals
+
+__all__ = [
+    "Signals",
+    "choose_device",
+    "configure_libraries",
+    "ignore_signals",
+    "rank_from_environment",
+    "require_own_gpu",
+    "run",
+]
