@@ -17,7 +17,7 @@ from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, Options
 from config.peer_answers import FALSE, TRUE, accepted_words
-from config.peer_options import VALUES, find_answer, translate
+from config.peer_options import VALUES, explain, find_answer, translate
 from config.run_file import RUN_FILES, read_run_file
 
 USAGE = "train.py [run.json | run.yaml] [--OPTION VALUE ...]"
@@ -87,6 +87,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The options on the command line, the last value of each, and the names of run files.
 
     A word after an option is its value, unless it begins like an option; after a switch, also unless it names a file.
+    --no_SWITCH means false.
     """
     options: dict[str, str] = {}
     files: list[str] = []
@@ -100,6 +101,12 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             continue
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
+        known, opposite = (
+            other in TYPES or find_answer(other) is not None for other in (name, name.removeprefix("no_"))
+        )
+        if opposite and not known and not equals and _is_switch(name[3:]):
+            options[name[3:]] = "false"
+            continue
         switch = _is_switch(name)
         if not equals:
             follows = bool(words) and _is_value(words[0]) and not (switch and Path(words[0]).suffix in RUN_FILES)
@@ -120,10 +127,12 @@ def _is_value(word: str) -> bool:
 
 def _is_switch(name: str) -> bool:
     """Whether an option may stand without a value, and means true then. An unknown one may."""
+    if name in ("fsdp", "packing"):  # transformers and TRL have them as switches
+        return True
     if name in TYPES or name == "config":
         return TYPES.get(name) in (bool, bool | None)
     answer = find_answer(name)
-    return answer is None or answer.is_switch or name == "fsdp"
+    return answer is None or answer.is_switch
 
 
 def _translate(
@@ -137,12 +146,12 @@ def _translate(
         override = False
         try:
             if name in TYPES:
-                ours = accepted_words(VALUES[name], value, everything) if name in VALUES else None
-                if ours:
-                    notes[f"{name} {value}: here --{name} {ours[name]}"] = None
-                ours = ours or {name: value}
-            elif name.removeprefix("no_") in TYPES and TYPES[name.removeprefix("no_")] in (bool, bool | None):
-                ours = {name.removeprefix("no_"): str(not _true_or_false(value)).lower()}
+                words_of_value = accepted_words(VALUES[name], value, everything) if name in VALUES else None
+                if words_of_value is None:
+                    ours = {name: value}
+                else:
+                    ours = words_of_value
+                    notes[explain(f"{name} {value}", VALUES[name], ours)] = None
             elif name in RENAMED:
                 ours = {RENAMED[name]: value}
                 notes[f"{name}: this option is now called {RENAMED[name]}"] = None

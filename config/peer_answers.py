@@ -28,8 +28,8 @@ class Answer:
 
     accepted: Mapping[str, str] = dataclasses.field(default_factory=dict)  # value -> our options, "" for no effect
     fact: str = ""  # what is so here, which is why a value has no effect or is refused
-    note: str = ""  # what to know about an option that it becomes
     remedy: str = ""  # what to do for a value that is not accepted
+    note: str = ""  # what to know about an option that it becomes
     translate: Callable[[str, Given], Words | None] | None = (
         None  # instead of `accepted`, from the value and all options
     )
@@ -127,6 +127,16 @@ def packing(value: str, given: Given) -> Words | None:
 def packing_strategy(value: str, given: Given) -> Words | None:
     """Nothing by itself, because the option packing takes it into account."""
     return {} if value in PACKING else None
+
+
+def resume(value: str, given: Given) -> Words | None:
+    """Resuming as a switch. Raises OptionError for true, which fails in transformers if there is no checkpoint."""
+    if value.lower() in TRUE:
+        raise OptionError(
+            f"resume_from_checkpoint {value}: it is a checkpoint directory, or auto\n"
+            "pass auto, which starts from the beginning if there is no checkpoint"
+        )
+    return {} if value.lower() in FALSE else None
 
 
 def local_rank(value: str, given: Given) -> Words:

@@ -2,14 +2,14 @@
 
 Names are those of transformers 5.17 (TrainingArguments, run_clm.py) and of earlier versions, TRL 1.16 (SFTConfig,
 DPOConfig, ModelConfig, ScriptArguments), LLaMA-Factory 0.9.5, ms-swift 4.6, axolotl, and of launchers. A value is
-accepted only if it means the same here. docs/options.md has the table: python -m config.peer_options prints it.
+accepted only if it means the same here. docs/options.md shows the table.
 """
 
 import dataclasses
 
 from config import peer_answers as answers
 from config.errors import OptionError
-from config.peer_answers import Answer, Given, Words, alias, no_effect, only, refused
+from config.peer_answers import ANY, Answer, Given, Words, alias, no_effect, only, refused
 
 CUT = "a conversation is cut there, text goes on in the next sequence"
 
@@ -448,7 +448,6 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("torch_empty_cache_steps", no_effect("the memory of the GPU stays with its allocator")),
     # Output directory and checkpoints
     ("output output_path save_path", alias("output_dir")),
-    ("resume", alias("resume_from_checkpoint")),
     (
         "save_strategy",
         Answer(
@@ -562,6 +561,7 @@ FAMILIES = {name: answer for names, answer in TABLE for name in names.split() if
 VALUES = {
     "optim": Answer({"adamw_torch": "--optim adamw_torch_fused", "adamw": "--optim adamw_torch_fused"}),
     "packing": Answer(translate=answers.packing, shown="`true`: `--packing documents`; `false`: `--packing none`"),
+    "resume_from_checkpoint": Answer(fact="nothing is resumed", translate=answers.resume, shown="`true`: pass auto"),
     "report_to": Answer({"[]": "--report_to none", "": "--report_to none"}),
 }
 
@@ -576,11 +576,56 @@ def translate(name: str, value: str, given: Given) -> tuple[Words, str]:
     """Our options for an option of another trainer, and a line that says so. Raises OptionError for a refused value."""
     answer = find_answer(name)
     assert answer
-    text = f"{name} {'***' if answer.secret else value}"
     words = answers.accepted_words(answer, value, given)
+    text = f"{name} {'***' if answer.secret else value}"
     if words is None:
         raise OptionError(f"{text}: {answer.fact}\n{answer.remedy or f'remove --{name}'}")
+    return words, explain(text, answer, words)
+
+
+def explain(text: str, answer: Answer, words: Words) -> str:
+    """A line that says what an accepted option and its value, `text`, have become."""
     if not words:
-        return {}, f"{text}: no effect: {answer.fact}"
-    ours = " ".join(f"--{option} {setting}" for option, setting in words.items())
-    return words, f"{text}: here {ours}" + (f" ({answer.note})" if answer.note else "")
+        return f"{text}: no effect: {answer.fact}"
+    return f"{text}: here {join(words)}" + (f" ({answer.note})" if answer.note else "")
+
+
+def join(words: Words) -> str:
+    """Options as they stand on the command line."""
+    return " ".join(f"--{option} {setting}" for option, setting in words.items())
+
+
+def table() -> str:
+    """The table of docs/options.md: every option of other trainers, and what it means here."""
+    rows = [
+        *((names, _meaning(answer)) for names, answer in TABLE),
+        *((name, _meaning(VALUES[name])) for name in VALUES),
+    ]
+    lines = []
+    for names, meaning in rows:
+        shown = [f"`{name}*`" if name in FAMILIES else f"`{name}`" for name in names.split()]
+        lines.append(f"| {', '.join(shown)} | {meaning} |")
+    return "\n".join(["| option | here |", "|---|---|", *lines])
+
+
+def _meaning(answer: Answer) -> str:
+    """What an answer says, in a cell of the table."""
+    if answer.shown:
+        return answer.shown
+    remedy = f"; {answer.remedy}" if answer.remedy else ""
+    if not answer.accepted:
+        return f"refused: {answer.fact}{remedy}"
+    texts: dict[str, list[str]] = {}  # the values of each meaning
+    for value, text in answer.accepted.items():
+        meaning = f"`{join(answers.parse_words(text, 'N'))}`" if text else ""
+        texts.setdefault(meaning, []).append(f"`{value}`" if value else "empty")
+    if ANY in answer.accepted:
+        name = answer.accepted[ANY].split(" ")[0]
+        return f"`{name}`" + (f"; {answer.note}" if answer.note else "") if name else f"no effect: {answer.fact}"
+    if "" not in texts:
+        return "; ".join(f"{', '.join(values)}: {meaning}" for meaning, values in texts.items())
+    harmless = texts.pop("")
+    cells = [f"{', '.join(values)}: {meaning}" for meaning, values in texts.items()]
+    return "; ".join(
+        [*cells, f"{', '.join(harmless)}{'' if cells else ' only'}: {answer.fact}{'' if cells else remedy}"]
+    )

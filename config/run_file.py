@@ -33,7 +33,7 @@ def read_run_file(name: str) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = read_json(text) if path.suffix == ".json" else _read_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         where = getattr(error, "problem_mark", None)
         line = f"line {where.line + 1}: " if where else ""
         cause = getattr(error, "problem", None) or first_line(error)
@@ -97,11 +97,11 @@ def _refuse_repeats(node: yaml.Node | None) -> None:
     """Raise RepeatedKeyError if a mapping within `node` has a key twice."""
     children = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
     if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
+        seen: dict[str, yaml.Node] = {}
         for key, _ in children:
-            line = key.start_mark.line + 1
-            if key.value != "<<" and isinstance(key.value, str) and seen.setdefault(key.value, line) is not line:
-                raise RepeatedKeyError(f"line {line}: the key {key.value} is in line {seen[key.value]} already")
+            if key.value != "<<" and isinstance(key.value, str) and seen.setdefault(key.value, key) is not key:
+                lines = [place.start_mark.line + 1 for place in (seen[key.value], key)]
+                raise RepeatedKeyError(f"the key {key.value} appears twice, in lines {lines[0]} and {lines[1]}")
         children = [value for _, value in children]
     for child in children:
         _refuse_repeats(child)
@@ -109,17 +109,15 @@ def _refuse_repeats(node: yaml.Node | None) -> None:
 
 def _as_text(file: str, option: str, value: Any) -> str:
     """A value as one word of the command line."""
-    if isinstance(value, list):
-        scalars = [
-            element for element in value if isinstance(element, str | int | float) and not isinstance(element, bool)
-        ]
-        if (option in OURS - LISTS and len(value) != 1) or len(scalars) < len(value):
+    if isinstance(value, list) and value and all(type(element) in (str, int, float) for element in value):
+        if option in OURS - LISTS and len(value) > 1:
             raise OptionError(f"{file}: {option} {json.dumps(value)}: it takes one value, not a list")
-        return ",".join(map(str, scalars)) if value else "[]"
-    if isinstance(value, dict):
-        if option == "train_mixture":
-            return ",".join(f"{source}={weight}" for source, weight in value.items())
-        if option in OURS and not option.endswith("_kwargs"):
-            raise OptionError(f"{file}: {option} {json.dumps(value, default=str)}: it takes one value, not a mapping")
-        return json.dumps(value, default=str)
+        return ",".join(map(str, value))
+    if isinstance(value, dict) and option == "train_mixture":
+        return ",".join(f"{source}={weight}" for source, weight in value.items())
+    if isinstance(value, dict | list):
+        text, kind = json.dumps(value, default=str), "mapping" if isinstance(value, dict) else "list"
+        if option in OURS and value and not option.endswith("_kwargs"):
+            raise OptionError(f"{file}: {option} {text}: it takes one value, not a {kind}\nwrite one value")
+        return text
     return json.dumps(value) if isinstance(value, bool) else str(value)

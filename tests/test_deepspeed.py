@@ -136,7 +136,7 @@ def options_of(directory: Path, content: Any, *argv: object, ranks: int | None =
                 "lr_scheduler_type": "WarmupLR",
                 "warmup_steps": 5,
                 "max_grad_norm": 0.4,
-                "logging_steps": 1,
+                "logging_steps": 10,  # steps_per_print is about messages of DeepSpeed
                 "bf16": False,
             },
         ),
@@ -348,6 +348,7 @@ def test_table_has_every_key(
         ({"moe": {"enabled": True}}, "moe.enabled", "unknown"),
         ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo", "unknown"),
         ({"steps_per_print": float("inf")}, "steps_per_print", "left to logging_steps 10"),
+        ({"steps_per_print": 2000}, "steps_per_print", "left to logging_steps 10"),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
             "scheduler.params.warmup_max_lr",
@@ -482,7 +483,7 @@ BY_FILE = ("global_batch_size", "per_device_train_batch_size", "learning_rate", 
 def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
     """The file alone gives 16 = 4 x 1 x 4 ranks, and the loss curve of one process with the options of its table."""
     (tmp_path / "ds.json").write_text(json.dumps(STAGE_2_OFFLOADED))
-    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm"), "--max_steps", 8]
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", tmp_path / "file")
     assert printed.count("key by key") == printed.count("strategy fsdp, reshard_after_forward false") == 1
     assert "strategy      FSDP, not resharded after forward (ZeRO-2)" in printed
@@ -560,7 +561,7 @@ def test_same_curve_as_deepspeed(tiny: list[object], model_dir: Path, tmp_path: 
     content["optimizer"] = json.loads(json.dumps(STAGE_2_OFFLOADED["optimizer"]))
     content["optimizer"]["params"]["torch_adam"] = True  # type: ignore[index]  # DeepSpeed would compile its own AdamW
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps", "packing", "block_size")]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "packing", "block_size")]
     options += ["--packing", "concat", "--block_size", BLOCK, "--max_steps", STEPS]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     train_ok(RANKS, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", ours, "--ledger")
