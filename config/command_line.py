@@ -16,7 +16,7 @@ from config.deepspeed import read_deepspeed_file
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, Options
-from config.peer_answers import FALSE, TRUE, accepted_words
+from config.peer_answers import ANY, FALSE, TRUE, accepted_words, parse_words
 from config.peer_options import VALUES, explain, find_answer, translate
 from config.run_file import RUN_FILES, read_run_file
 
@@ -132,6 +132,8 @@ def _is_switch(name: str) -> bool:
     if name in TYPES or name == "config":
         return TYPES.get(name) in (bool, bool | None)
     answer = find_answer(name)
+    if answer and (ours := parse_words(answer.accepted.get(ANY, ""))):  # another name of an option of ours
+        return any(TYPES[option] is bool for option in ours)
     return answer is None or answer.is_switch
 
 
