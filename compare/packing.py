@@ -8,6 +8,7 @@ and with attention within documents alone. Prints the median tokens per second o
 peak memory, and the ratio to padding. Without --config_name, the model has the shape of Qwen3-0.6B.
 """
 
+import argparse
 import json
 import random
 import runpy
@@ -93,4 +94,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--variant"]:
         run(sys.argv[2], sys.argv[3:])
     else:
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(prog="python -m compare.packing", description=__doc__, allow_abbrev=False)
+        main(parser.parse_known_args()[1])

@@ -16,7 +16,7 @@ from config.deepspeed import read_deepspeed_file
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, Options
-from config.peer_answers import ANY, FALSE, TRUE, accepted_words, parse_words
+from config.peer_answers import ANY, FALSE, TRUE, accepted_words, check_accelerate, parse_words
 from config.peer_options import VALUES, explain, find_answer, translate
 from config.run_file import RUN_FILES, read_run_file
 
@@ -54,6 +54,7 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
         if given.get("lr_scheduler_type") == "constant":
             del defaults["warmup_steps"]  # the warmup of the demo belongs to its own schedule
     options = Options(**defaults | given)
+    check_accelerate(options, given)
     if options.deepspeed:
         table = read_deepspeed_file(options, set(given), world_size)
         if os.environ.get("RANK", "0") == "0":

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from config.errors import OptionError, first_line
@@ -247,3 +247,24 @@ def gradient_checkpointing_kwargs(value: str, given: Given) -> Words:
             "remove --gradient_checkpointing_kwargs; only use_reentrant may be in it"
         )
     return {}
+
+
+# What `accelerate launch` sets for its own library: variable and value, the option that says it here, and the remedy.
+ACCELERATE = (
+    ("ACCELERATE_USE_FSDP", "true", "strategy", "pass --strategy fsdp"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed", "pass --deepspeed FILE"),
+    ("ACCELERATE_USE_MEGATRON_LM", "true", "tensor_parallel", "pass --tensor_parallel"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "bf16", "pass --bf16 true"),
+    ("ACCELERATE_MIXED_PRECISION", "bf16", "bf16", "pass --bf16 true"),
+)
+
+
+def check_accelerate(options: Options, given: Collection[str]) -> None:
+    """Raise OptionError if the environment asks for what only Accelerate reads, and the user gave no such option."""
+    for variable, value, option, remedy in ACCELERATE:
+        if os.environ.get(variable, "").lower() != value or option in given or getattr(options, option) is True:
+            continue
+        raise OptionError(
+            f"{variable}={value}: only Accelerate follows its own configuration, and this trainer has {option} "
+            f"{str(getattr(options, option)).lower()}\n{remedy}, or start with torchrun"
+        )

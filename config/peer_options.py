@@ -531,6 +531,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "skip_memory_metrics plot_loss",
         no_effect(ALWAYS_LOGGED),
     ),
+    ("env", refused("options set no variables of the environment", "export them before the start")),
     ("run_name project wandb_project wandb_run_name wandb_entity", no_effect(TRACKER)),
     ("trackio_ swanlab_", no_effect(TRACKER)),
     ("use_swanlab use_wandb", only("false", TRACKER)),

@@ -7,6 +7,8 @@ read as its author means it, or refused with file and line.
 import dataclasses
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import EPOCH, LISTS, PATHS, Options
-from config.peer_answers import ANY, FSDP_CONFIG, SHARDING, Answer
+from config.peer_answers import ANY, FSDP_CONFIG, SHARDING, Answer, check_accelerate
 from config.peer_options import ANSWERS, FAMILIES, TABLE, VALUES, find_answer
 from config.plan import plan_run
 from metrics.records import read_records
@@ -279,8 +281,8 @@ def test_each_translation_is_said_once(capsys: pytest.CaptureFixture[str], monke
 def test_all_problems_are_named_in_one_start() -> None:
     message = refusal("--zzz", "--leaning_rate", 1, "--max_stepz=3", "--yyy")
     assert message == (
-        "--zzz, --leaning_rate (did you mean --learning_rate?), --max_stepz (did you mean --max_steps?), --yyy: unknown "
-        "options\n`python train.py --help` lists every option"
+        "--zzz, --leaning_rate (did you mean --learning_rate?), --max_stepz (did you mean --max_steps?), --yyy: "
+        "unknown options\n`python train.py --help` lists every option"
     )
     message = refusal("--fp16", "--zzz", "--neftune_noise_alpha", 5)
     assert message.startswith(
@@ -318,6 +320,24 @@ def test_local_rank_of_launchers(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "LOCAL_RANK in the environment is missing" in refusal("--local_rank", 1)
     monkeypatch.delenv("WORLD_SIZE")
     assert changed("--local_rank", 0) == {}
+
+
+def test_the_configuration_of_accelerate_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` puts its file into the environment, where only its own library looks."""
+    for variable, value, option in (
+        ("ACCELERATE_USE_FSDP", "true", "strategy"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "bf16"),
+    ):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(OptionError, match=f"{variable}={value}: only Accelerate follows its own configuration"):
+            check_accelerate(Options(bf16=False), [])
+        check_accelerate(Options(bf16=False), [option])
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "pass --strategy fsdp, or start with torchrun" in refusal()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert parse([*MODEL, "--fsdp"]).strategy == "fsdp"
 
 
 def options_of(path: Path, text: str, *argv: str) -> Options:
@@ -482,3 +502,16 @@ def test_a_run_in_the_words_of_transformers(tiny: list[object], tmp_path: Path) 
         f"checkpoint-{half}",
         f"checkpoint-{end}",
     }
+
+
+@pytest.mark.parametrize("module", ["compare.curves", "compare.packing", "compare.saving", "compare.peers", "estimate"])
+def test_help_of_other_programs(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--help prints the program's own usage and starts nothing."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__" if module == "estimate" else module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {module} [-h]")
