@@ -145,7 +145,7 @@ def _load(name: str) -> dict[str, Any]:
         try:
             values = read_json(text)
         except json.JSONDecodeError:
-            values = read_json(_without_comments(text))
+            values = read_json(without_comments(text))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
@@ -154,7 +154,7 @@ def _load(name: str) -> dict[str, Any]:
     return values
 
 
-def _without_comments(text: str) -> str:
+def without_comments(text: str) -> str:
     """JSON without comments (#, //, /* */) and without commas before a closing bracket, as Hjson has them.
 
     DeepSpeed reads its file as Hjson. Its other liberties, such as keys without quotes, are not accepted. Lines stay.

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from config.checks import check
 from config.command_line import parse
+from config.deepspeed import without_comments
 from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
 from config.options import SCHEDULE_PARAMETERS, Options
@@ -286,7 +287,12 @@ def test_keys_set_options(content: Any, argv: list[object], expected: dict[str, 
         ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: pass WarmupLR, WarmupDecayLR'),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "late updates change the numbers"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are not a multiple of it"),
-        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "the key train_batch_size appears twice"),
+        (
+            '{"train_batch_size": 1, // global\n "train_batch_size": 2}',
+            [],
+            "the key train_batch_size appears twice, in lines 1 and 2",
+        ),
+        ("{train_batch_size: 1}", [], "pass a JSON file as DeepSpeed reads it"),
         ("{", [], "pass a JSON file as DeepSpeed reads it"),
         ("[]", [], "it is not a JSON object"),
     ],
@@ -296,6 +302,21 @@ def test_refused_keys(content: Any, argv: list[object], expected: str, tmp_path:
         options_of(tmp_path, content, *argv)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_comments_as_in_hjson(tmp_path: Path) -> None:
+    """DeepSpeed reads its file by hjson.load. What looks like a comment within a string stays."""
+    text = """// stage 2
+    {"zero_optimization": {"stage": 2, /* or
+      3 */ "offload_optimizer": {"device": "cpu", "nvme_path": "/a//b#c /* d */\\""},}, # the end
+      "train_batch_size": 32, // all ranks
+    }"""
+    options = options_of(tmp_path, text)
+    assert (options.strategy, options.cpu_offload, options.per_device_train_batch_size) == ("fsdp", True, 8)
+    assert without_comments(text).count("\n") == text.count("\n")
+    assert json.loads(without_comments(text))["zero_optimization"]["offload_optimizer"]["nvme_path"].endswith(
+        '/* d */"'
+    )
 
 
 def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
