@@ -5,6 +5,7 @@ sequences: one rank takes 4 micro-steps, two ranks take 2 and four ranks take 1.
 thread each, in fp32. The caption of the plot has the largest difference between the curves at one step.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m compare.curves", description=__doc__).parse_args()
     main()

@@ -9,6 +9,7 @@ after the first 10 steps, the peak memory, and the ratio to padding. Without --c
 Qwen3-0.6B.
 """
 
+import argparse
 import json
 import random
 import runpy
@@ -97,4 +98,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--variant"]:
         run(sys.argv[2], sys.argv[3:])
     else:
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(prog="python -m compare.packing", description=__doc__, allow_abbrev=False)
+        main(parser.parse_known_args()[1])

@@ -6,9 +6,9 @@ Prints, from rank 0, one line of JSON: the tokens per second of each window of s
 seconds of the first window. `compare.bench` starts it, in one process or several.
 """
 
+import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -137,4 +137,7 @@ def main(name: str, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(prog="python -m compare.peers", description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", choices=PEERS, metavar="NAME", help="; ".join(PEERS))
+    arguments, options = parser.parse_known_args()
+    main(arguments.name, options)

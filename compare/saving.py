@@ -9,6 +9,7 @@ It then resumes from the last one: that is chosen, which checks the hash of ever
 the disk does by itself: the same bytes written to one file and synced, and read with their hash.
 """
 
+import argparse
 import hashlib
 import os
 import random
@@ -101,4 +102,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--timed"]:
         run_timed(sys.argv[2:])
     else:
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(prog="python -m compare.saving", description=__doc__, allow_abbrev=False)
+        main(parser.parse_known_args()[1])

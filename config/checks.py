@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from config.errors import OptionError
-from config.options import SCHEDULE_PARAMETERS, Options
+from config.options import EPOCH, INTERVALS, SCHEDULE_PARAMETERS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 
 POSITIVE = (
@@ -25,7 +25,6 @@ POSITIVE = (
     "tensor_parallel",
     "context_parallel",
     "save_total_limit",
-    "logging_steps",
     "ddp_timeout",
     "dataloader_prefetch_factor",
 )
@@ -40,8 +39,6 @@ NOT_NEGATIVE = (
     "show_examples",
     "trace_steps",
     "dataloader_num_workers",
-    "eval_steps",
-    "save_steps",
 )
 
 # Options for FSDP only, and why DDP cannot have them.
@@ -64,6 +61,8 @@ def check(options: Options, world_size: int) -> None:
         _at_least(options, name, 1)
     for name in NOT_NEGATIVE:
         _at_least(options, name, 0)
+    if options.logging_steps == 0:
+        raise OptionError("logging_steps 0: pass at least 1, a fraction of all steps, or epoch")
     check_data(options)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
@@ -109,6 +108,9 @@ def check_data(options: Options) -> None:
         raise OptionError(f"validation_file {options.validation_file}: pass --train_file or --train_mixture, too")
     if options.streaming and options.max_steps <= 0:
         raise OptionError("streaming true: the number of sequences is not known before the run; pass --max_steps")
+    for name in INTERVALS if options.streaming else ():
+        if getattr(options, name) == EPOCH:
+            raise OptionError(f"{name} epoch: a stream has no epochs; pass a number of steps")
     if options.streaming and sources not in (["train_file"], ["dataset_name"]):
         raise OptionError("streaming true: only these can be streamed: pass --train_file or --dataset_name")
     if options.streaming and options.objective == "dpo":

@@ -12,6 +12,7 @@ gets a line.
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from config.deepspeed_keys import (
 from config.errors import OptionError
 from config.options import SCHEDULE_PARAMETERS, Options
 from config.plan import data_parallel_groups
+from config.run_file import read_json
 
 
 @dataclass
@@ -118,11 +120,9 @@ def read_deepspeed_file(options: Options, given: set[str], world_size: int | Non
     _batch(file, data_parallel_size)
     _optimizer(file)
     _scheduler(file)
-    if file.values.get("steps_per_print") == math.inf:  # Accelerate writes it so, and means: never
+    if "steps_per_print" in file.values:  # of DeepSpeed's own messages, not of a trainer's
         file.explain("steps_per_print", left_to_option(options, "logging_steps"))
     for key, (option, kind) in DIRECT.items():
-        if key in file.meanings:
-            continue
         value = file.switch(key) if kind is bool else file.number(key, kind)
         if value is not None:
             file.set_option(key, option, value)
@@ -140,21 +140,31 @@ def read_deepspeed_file(options: Options, given: set[str], world_size: int | Non
 
 def _load(name: str) -> dict[str, Any]:
     """The JSON object in a file. Raises OptionError if there is none, or if a key appears twice."""
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if repeated := {key for key in keys if keys.count(key) > 1}:
-            raise ValueError(f"the key {min(repeated)} appears twice")
-        return dict(pairs)
-
     try:
-        values = json.loads(Path(name).read_text(), object_pairs_hook=without_repeats)
+        text = Path(name).read_text(encoding="utf-8-sig")
+        try:
+            values = read_json(text)
+        except json.JSONDecodeError:
+            values = read_json(without_comments(text))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise OptionError(f"deepspeed {name}: {cause}; pass a JSON file as DeepSpeed reads it") from error
     return values
+
+
+def without_comments(text: str) -> str:
+    """JSON without comments (#, //, /* */) and without commas before a closing bracket, as Hjson has them.
+
+    DeepSpeed reads its file as Hjson. Its other liberties, such as keys without quotes, are not accepted. Lines stay.
+    """
+    string, comment = r'"(?:\\.|[^"\\])*"', r"(?:#|//)[^\n]*|/\*.*?\*/"
+    for pattern in (comment, r",(?=\s*[}\]])"):
+        text = re.sub(
+            f"({string})|{pattern}", lambda match: match[1] or "\n" * match[0].count("\n"), text, flags=re.DOTALL
+        )
+    return text
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

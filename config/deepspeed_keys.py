@@ -24,7 +24,6 @@ DIRECT = {
     f"{ADAM}.weight_decay": ("weight_decay", float),
     f"{ADAM}.eps": ("adam_epsilon", float),
     "gradient_clipping": ("max_grad_norm", float),
-    "steps_per_print": ("logging_steps", int),
     "bf16.enabled": ("bf16", bool),
     "bfloat16.enabled": ("bf16", bool),
 }
@@ -180,6 +179,7 @@ UNKNOWN = "not known here, without effect"
 
 # Further keys that have an effect, each handled by code of its own in config/deepspeed.py.
 FOLLOWED = (
+    "steps_per_print",
     "tensor_parallel.autotp_size",
     "sequence_parallel_size",
     "tensorboard.enabled",

@@ -24,6 +24,19 @@ GROUPS = (
     SEED := "Seed and determinism",
 )
 
+# Options that take paths, in which ~ is expanded.
+PATHS = (
+    *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
+    *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "resume_from_checkpoint"),
+)
+
+# Options that take several values, with commas between them; in a run file, also a list.
+LISTS = {"train_file", "train_mixture", "validation_file"}
+
+# Options that take a number of steps, a fraction of all steps, or EPOCH. plan_run makes each a number of steps.
+INTERVALS = ("logging_steps", "eval_steps", "save_steps")
+EPOCH = -1
+
 # All ranks must have the same options. Otherwise they wait for each other in different collectives. These options may
 # differ between nodes. Paths may, because the content of their files is compared instead (checkpoint/identity.py). The
 # others may, because they do not change the result, or because only rank 0 reads them.
@@ -160,15 +173,17 @@ class Options:
     output_dir: str = option(OUTPUT, "output", "Directory of the checkpoints, metrics and final model.")
     overwrite_output_dir: bool = option(OUTPUT, False, "Replace the run in output_dir, unless it is resumed.")
     resume_from_checkpoint: str | None = option(OUTPUT, None, "A checkpoint directory, or auto: the newest valid one.")
-    save_steps: int = option(OUTPUT, 500, "Steps between checkpoints. 0: only after training.")
+    save_steps: float = option(
+        OUTPUT, 500, "Steps between checkpoints, a fraction of all, or epoch. 0: only at the end."
+    )
     save_total_limit: int | None = option(OUTPUT, None, "Newest checkpoints to keep. Default: all.")
     save_dtype: Literal["bfloat16", "float32"] = option(OUTPUT, "bfloat16", "Dtype of the final model's files.")
     async_save: bool = option(OUTPUT, True, "Continue to train while a checkpoint is written.")
 
-    logging_steps: int = option(
+    logging_steps: float = option(
         LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
     )
-    eval_steps: int = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
+    eval_steps: float = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
     report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
     disable_tqdm: bool | None = option(
         LOGGING,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from config.errors import OptionError
-from config.options import Options
+from config.options import EPOCH, INTERVALS, Options
 
 
 def mixture_weights(value: str) -> dict[str, float]:
@@ -89,12 +89,16 @@ class Plan:
 
 
 def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
-    """The plan for so many training sequences. Raises OptionError if they do not fill one global batch."""
+    """The plan for so many training sequences. Sets the intervals of `options` that are fractions or epochs to steps.
+
+    Raises OptionError if the sequences do not fill one global batch.
+    """
     assert options.block_size
     data_parallel_size = world_size // options.model_parallel_size
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     global_batch_size = micro_batch * accumulation * data_parallel_size
     if options.streaming:
+        _set_intervals(options, 0, options.max_steps)
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = sequences // global_batch_size
     if steps_per_epoch == 0:
@@ -104,4 +108,15 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
             f"{sequences} sequences of block_size {options.block_size}\npass more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
+    _set_intervals(options, steps_per_epoch, steps)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)
+
+
+def _set_intervals(options: Options, steps_per_epoch: int, total_steps: int) -> None:
+    """Set each interval to a number of steps: that of an epoch, or a fraction of all, rounded up as in transformers."""
+    for name in INTERVALS:
+        steps = getattr(options, name)
+        if steps == EPOCH:
+            setattr(options, name, steps_per_epoch)
+        elif 0 < steps < 1:
+            setattr(options, name, math.ceil(steps * total_steps))

@@ -53,9 +53,14 @@ def table(model: PreTrainedModel, options: Options, ranks: int, capacity: float)
 
 def main(argv: list[str]) -> None:
     """Print the table for the model and options that `argv` names. Raises OptionError."""
-    parser = argparse.ArgumentParser(prog="python -m estimate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--gpu_memory", type=float, default=80.0)
+    parser = argparse.ArgumentParser(
+        prog="python -m estimate",
+        description="Print the memory of each stage, for the model and options of a run.",
+        epilog="All options of train.py are taken, too: `python train.py --help` lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="number of ranks of the run [1]")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, metavar="GIB", help="memory of a GPU, in GiB [80]")
     arguments, rest = parser.parse_known_args(argv)
     for name in ("ranks", "gpu_memory"):
         if getattr(arguments, name) <= 0:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from config.checks import check
 from config.command_line import parse
+from config.deepspeed import without_comments
 from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
 from config.options import SCHEDULE_PARAMETERS, Options
@@ -136,7 +137,7 @@ def options_of(directory: Path, content: Any, *argv: object, ranks: int | None =
                 "lr_scheduler_type": "WarmupLR",
                 "warmup_steps": 5,
                 "max_grad_norm": 0.4,
-                "logging_steps": 1,
+                "logging_steps": 10,  # steps_per_print is about messages of DeepSpeed
                 "bf16": False,
             },
         ),
@@ -286,7 +287,12 @@ def test_keys_set_options(content: Any, argv: list[object], expected: dict[str, 
         ({"scheduler": {"type": ["WarmupLR"]}}, [], 'scheduler.type ["WarmupLR"]: pass WarmupLR, WarmupDecayLR'),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, [], "late updates change the numbers"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, [], "4 ranks are not a multiple of it"),
-        ('{"train_batch_size": 1, "train_batch_size": 2}', [], "the key train_batch_size appears twice"),
+        (
+            '{"train_batch_size": 1, // global\n "train_batch_size": 2}',
+            [],
+            "the key train_batch_size appears twice, in lines 1 and 2",
+        ),
+        ("{train_batch_size: 1}", [], "pass a JSON file as DeepSpeed reads it"),
         ("{", [], "pass a JSON file as DeepSpeed reads it"),
         ("[]", [], "it is not a JSON object"),
     ],
@@ -296,6 +302,21 @@ def test_refused_keys(content: Any, argv: list[object], expected: str, tmp_path:
         options_of(tmp_path, content, *argv)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_comments_as_in_hjson(tmp_path: Path) -> None:
+    """DeepSpeed reads its file by hjson.load. What looks like a comment within a string stays."""
+    text = """// stage 2
+    {"zero_optimization": {"stage": 2, /* or
+      3 */ "offload_optimizer": {"device": "cpu", "nvme_path": "/a//b#c /* d */\\""},}, # the end
+      "train_batch_size": 32, // all ranks
+    }"""
+    options = options_of(tmp_path, text)
+    assert (options.strategy, options.cpu_offload, options.per_device_train_batch_size) == ("fsdp", True, 8)
+    assert without_comments(text).count("\n") == text.count("\n")
+    assert json.loads(without_comments(text))["zero_optimization"]["offload_optimizer"]["nvme_path"].endswith(
+        '/* d */"'
+    )
 
 
 def test_plain_adam_without_decay_is_adamw(tmp_path: Path) -> None:
@@ -348,6 +369,7 @@ def test_table_has_every_key(
         ({"moe": {"enabled": True}}, "moe.enabled", "unknown"),
         ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo", "unknown"),
         ({"steps_per_print": float("inf")}, "steps_per_print", "left to logging_steps 10"),
+        ({"steps_per_print": 2000}, "steps_per_print", "left to logging_steps 10"),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
             "scheduler.params.warmup_max_lr",
@@ -482,7 +504,7 @@ BY_FILE = ("global_batch_size", "per_device_train_batch_size", "learning_rate", 
 def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
     """The file alone gives 16 = 4 x 1 x 4 ranks, and the loss curve of one process with the options of its table."""
     (tmp_path / "ds.json").write_text(json.dumps(STAGE_2_OFFLOADED))
-    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps"), "--max_steps", 8]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm"), "--max_steps", 8]
     printed = train_ok(4, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", tmp_path / "file")
     assert printed.count("key by key") == printed.count("strategy fsdp, reshard_after_forward false") == 1
     assert "strategy      FSDP, not resharded after forward (ZeRO-2)" in printed
@@ -560,7 +582,7 @@ def test_same_curve_as_deepspeed(tiny: list[object], model_dir: Path, tmp_path: 
     content["optimizer"] = json.loads(json.dumps(STAGE_2_OFFLOADED["optimizer"]))
     content["optimizer"]["params"]["torch_adam"] = True  # type: ignore[index]  # DeepSpeed would compile its own AdamW
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "logging_steps", "packing", "block_size")]
+    options = [*options_without(tiny, *BY_FILE, "max_grad_norm", "packing", "block_size")]
     options += ["--packing", "concat", "--block_size", BLOCK, "--max_steps", STEPS]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     train_ok(RANKS, *options, "--deepspeed", tmp_path / "ds.json", "--output_dir", ours, "--ledger")
