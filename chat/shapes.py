@@ -23,11 +23,15 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with `role` and `content`, the tools that the model may call, and the first message to train on."""
+    """Messages with `role` and `content`, the tools that the model may call, and which answers are masked."""
 
     messages: Messages
     tools: list[Any] | None = None
-    trained_from: int = 0
+    masked: frozenset[int] = frozenset()  # the indices of messages of the assistant
+
+    def trains_on(self, index: int) -> bool:
+        """Whether the model is to write the message `index`: the assistant says it, and it is not masked."""
+        return self.messages[index]["role"] == "assistant" and index not in self.masked
 
 
 def unpair(shape: str, record: dict[str, Any], place: str) -> tuple[str, list[dict[str, Any]]]:
@@ -67,7 +71,8 @@ def to_conversation(shape: str, record: dict[str, Any], place: str) -> Conversat
         case "prompt":
             prompt = _list_of_dicts(record, "prompt", place)
             messages = [*prompt, *_list_of_dicts(record, "completion", place)]
-            return Conversation(_checked(messages, place), _tools(record, place), len(prompt))
+            masked = {index for index, message in enumerate(prompt) if message.get("role") == "assistant"}
+            return Conversation(_checked(messages, place), _tools(record, place), frozenset(masked))
         case "alpaca":
             question = "\n\n".join(filter(None, [_string(record, "instruction", place), record.get("input")]))
             messages = [

@@ -188,7 +188,7 @@ def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
         return [], []
     if not tokenizer.chat_template:
         raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
-    if has_markers(tokenizer, tools) and not conversation.trained_from:
+    if has_markers(tokenizer, tools) and not conversation.masked:
         marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]
     text = render(tokenizer, messages, tools)
