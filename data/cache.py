@@ -33,9 +33,9 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
 from data.sequences import Split
 from data.sources import Source
-from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, EncodedChunk, Outcome, Rendering, document_lengths, encoder, parsed, readable
 
-FORMAT = 5  # raise it when the files of an older version can no longer be read
+FORMAT = 6  # raise it when the files of an older version can no longer be read
 
 RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
 
@@ -45,7 +45,7 @@ ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation 
 
 Records = NDArray[np.void]  # of RECORD: the counts of each record
 
-Tokenized = tuple[NDArray[np.uint32], Records]
+Tokenized = tuple[NDArray[np.uint32], Records, Counter[str]]  # with the columns that are not used, as EncodedChunk
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,18 @@ class Prepared:
     fingerprint: str
     packing: str
     stop_tokens: list[int]
+    unused: dict[str, int]  # columns that hold something but are not used, and in how many records
     counts: dict[str, Split]
 
 
 class Done(NamedTuple):
-    """The progress of a preparation: what is written, the bytes that were read for it, and where to read on."""
+    """The progress of a preparation: what is written, what was read for it and not used, and where to read on."""
 
     tokens: int
     records: int
     bytes: int
     after: Position
+    unused: dict[str, int]
 
 
 def prepare_source(
@@ -114,7 +116,7 @@ def _write(
     folder: Path, source: Source, rendering: Rendering, packing: Packing, percentage: int, workers: int | None
 ) -> None:
     """Write tokens, sequences, counts and about.json of a source into `folder`."""
-    _write_tokens(folder, source, encoder(rendering), workers)
+    unused = _write_tokens(folder, source, encoder(rendering), workers)
     records: Records = np.fromfile(folder / "records.bin", RECORD)
     each = 2 if rendering.shape == "preference" else 1  # entries of records.bin for each record of the source
     outcomes = records["outcome"][::each]  # of a pair, both are left out or none
@@ -137,6 +139,7 @@ def _write(
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
         "stop_tokens": [token for token, _ in stop_tokens if token in rendering.tokenizer.added_tokens_decoder],
+        "unused": unused,
         "counts": {name: asdict(split) for name, split in counts.items()},
     }
     (folder / "about.json").write_text(json.dumps(about, indent=2))
@@ -144,10 +147,10 @@ def _write(
 
 
 def _write_tokens(
-    folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
-) -> None:
-    """Write tokens.bin and records.bin. If progress.json exists, resume where it says."""
-    done = Done(0, 0, 0, START)
+    folder: Path, source: Source, encode: Callable[[list[RawRecord]], EncodedChunk], workers: int | None
+) -> dict[str, int]:
+    """Write tokens.bin and records.bin, and return the columns not used. If progress.json exists, resume there."""
+    done = Done(0, 0, 0, START, {})
     with suppress(FileNotFoundError):
         done = Done(*json.loads((folder / "progress.json").read_text()))
     plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
@@ -165,10 +168,18 @@ def _write_tokens(
     with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:
         tokens_file.truncate(done.tokens * 4)
         records_file.truncate(done.records * RECORD.itemsize)
-        for (tokens, records), size, after in _tokenized(chunks(read(source, done.after), CHUNK), encode, workers):
+        for (tokens, records, unused), size, after in _tokenized(
+            chunks(read(source, done.after), CHUNK), encode, workers
+        ):
             tokens_file.write(tokens.tobytes())
             records_file.write(records.tobytes())
-            done = Done(done.tokens + len(tokens), done.records + len(records), done.bytes + size, after)
+            done = Done(
+                done.tokens + len(tokens),
+                done.records + len(records),
+                done.bytes + size,
+                after,
+                Counter(done.unused) + unused,
+            )
             bar.update(size)
             if time.monotonic() - saved >= SYNC:
                 for file in (tokens_file, records_file):
@@ -177,10 +188,11 @@ def _write_tokens(
                 (folder / "progress.tmp").write_text(json.dumps(done))
                 os.replace(folder / "progress.tmp", folder / "progress.json")
                 saved = time.monotonic()
+    return done.unused
 
 
 def _tokenized(
-    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], Encoded], workers: int | None
+    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], EncodedChunk], workers: int | None
 ) -> Iterator[tuple[Tokenized, int, Position]]:
     """The tokens and counts of each chunk, in order, its size in bytes, and where the next chunk begins.
 
@@ -212,7 +224,7 @@ def _tokenized(
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
+def _become_worker(encode: Callable[[list[RawRecord]], EncodedChunk]) -> None:
     """Set up a worker: it uses one core, and it ends whenever and however its parent ends."""
     global _encode
     _encode = encode
@@ -228,15 +240,16 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_encode: Callable[[list[RawRecord]], Encoded]
+_encode: Callable[[list[RawRecord]], EncodedChunk]
 
 
 def _encode_chunk(chunk: list[RawRecord]) -> Tokenized:
     return _count(_encode(chunk))
 
 
-def _count(encoded: Encoded) -> Tokenized:
-    """The tokens of all records in one array, and the counts of each record."""
+def _count(chunk: EncodedChunk) -> Tokenized:
+    """The tokens of all records in one array, the counts of each record, and the columns not used."""
+    encoded = chunk.records
     lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
     tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
@@ -245,7 +258,7 @@ def _count(encoded: Encoded) -> Tokenized:
     records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
     records["last_trained"][lengths > 0] = tokens[last]
-    return tokens, records
+    return tokens, records, chunk.unused
 
 
 def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Rendering) -> None:

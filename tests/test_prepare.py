@@ -231,7 +231,7 @@ def test_killed_and_gone_on_with(
     while any(runs(worker) for worker in workers):
         assert time.monotonic() < killed_at + 5
         time.sleep(0.01)
-    tokens, records, _, after = json.loads(found[0].read_text())
+    tokens, records, _, after, _ = json.loads(found[0].read_text())
     assert tokens > records > 0
     starts: list[Position] = []
 
