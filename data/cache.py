@@ -33,7 +33,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
 from data.sequences import Split
 from data.sources import Source
-from data.tokens import MASKED, EncodedChunk, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -45,7 +45,9 @@ ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation 
 
 Records = NDArray[np.void]  # of RECORD: the counts of each record
 
-Tokenized = tuple[NDArray[np.uint32], Records, Counter[str]]  # with the columns that are not used, as EncodedChunk
+Tokenized = tuple[
+    NDArray[np.uint32], Records, Counter[str]
+]  # with the columns that are not used, and in how many records
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _write(
 
 
 def _write_tokens(
-    folder: Path, source: Source, encode: Callable[[list[RawRecord]], EncodedChunk], workers: int | None
+    folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
 ) -> dict[str, int]:
     """Write tokens.bin and records.bin, and return the columns not used. If progress.json exists, resume there."""
     done = Done(0, 0, 0, START, {})
@@ -192,7 +194,7 @@ def _write_tokens(
 
 
 def _tokenized(
-    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], EncodedChunk], workers: int | None
+    chunks: Iterator[list[RawRecord]], encode: Callable[[list[RawRecord]], Encoded], workers: int | None
 ) -> Iterator[tuple[Tokenized, int, Position]]:
     """The tokens and counts of each chunk, in order, its size in bytes, and where the next chunk begins.
 
@@ -224,7 +226,7 @@ def _tokenized(
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker(encode: Callable[[list[RawRecord]], EncodedChunk]) -> None:
+def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     """Set up a worker: it uses one core, and it ends whenever and however its parent ends."""
     global _encode
     _encode = encode
@@ -240,25 +242,24 @@ def _become_worker(encode: Callable[[list[RawRecord]], EncodedChunk]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_encode: Callable[[list[RawRecord]], EncodedChunk]
+_encode: Callable[[list[RawRecord]], Encoded]
 
 
 def _encode_chunk(chunk: list[RawRecord]) -> Tokenized:
     return _count(_encode(chunk))
 
 
-def _count(chunk: EncodedChunk) -> Tokenized:
-    """The tokens of all records in one array, the counts of each record, and the columns not used."""
-    encoded = chunk.records
-    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
-    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, int(lengths.sum()))
+def _count(encoded: Encoded) -> Tokenized:
+    """The tokens of all records in one array, the counts of each record, and how many have a column not used."""
+    lengths = np.array([len(one.tokens) for one in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(one.tokens for one in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
-    records["tokens"], records["outcome"] = lengths, [outcome for _, outcome in encoded]
+    records["tokens"], records["outcome"] = lengths, [one.outcome for one in encoded]
     starts, trained = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
     records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
     records["last_trained"][lengths > 0] = tokens[last]
-    return tokens, records, chunk.unused
+    return tokens, records, Counter(chain.from_iterable(one.unused for one in encoded))
 
 
 def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Rendering) -> None:

@@ -162,7 +162,7 @@ def _stream(
         fingerprint=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         packing=packing.kind,
         stop_tokens=[rendering.tokenizer.eos_token_id] if rendering.shape == "text" else [],
-        unused=dict(encoder(rendering)(list(islice(read(source), 1))).unused),
+        unused=Counter(encoder(rendering)(list(islice(read(source), 1)))[0].unused),
         train=StreamingDataset(source, rendering, packing, seed),
         validation=PreparedDataset(held_out.folder / "train", packing.padded_length) if held_out else None,
         counts={"validation": held_out.counts["train"]} if held_out else {},

@@ -29,7 +29,7 @@ from data.packing import Packing, pack
 from data.records import START, Position, RawRecord, chunks, read
 from data.sequences import Sequence
 from data.sources import Source
-from data.tokens import MASKED, EncodedChunk, Rendering, document_lengths, encoder
+from data.tokens import MASKED, Encoded, Rendering, document_lengths, encoder
 
 CHUNK = 1 << 16  # bytes of text that a lane holds, and that it tokenizes again after a resume
 
@@ -111,11 +111,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
                 number, position = number + 1, records[-1].after
             epoch, position = epoch + 1, START
 
-    def _sequences(self, encoded: EncodedChunk) -> list[Sequence]:
+    def _sequences(self, encoded: Encoded) -> list[Sequence]:
         """The sequences of one chunk, without their numbers."""
-        records = encoded.records
-        tokens = torch.tensor([token for ids, _ in records for token in ids], dtype=torch.int64)
-        lengths = document_lengths([len(ids) for ids, _ in records], [outcome for _, outcome in records])
+        tokens = torch.tensor([token for one in encoded for token in one.tokens], dtype=torch.int64)
+        lengths = document_lengths([len(one.tokens) for one in encoded], [one.outcome for one in encoded])
         if self.packing.kind == "concat":  # as one document, because its last sequence may be short
             packed = pack(replace(self.packing, kind="none"), lengths.sum(keepdims=True))
         else:

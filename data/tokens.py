@@ -6,7 +6,6 @@ Tokens are uint32. The highest bit is set in a masked token, such as one of a us
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -65,16 +64,15 @@ class Outcome(IntEnum):
     NO_TARGETS = 4  # no tokens, because the model would train on none of them
 
 
-Encoded = list[tuple[list[int], Outcome]]
+class Encoding(NamedTuple):
+    """What a record becomes. A pair becomes two of them."""
 
-"""The tokens and the outcome of each record."""
+    tokens: list[int]
+    outcome: Outcome
+    unused: tuple[str, ...] = ()  # columns, and keys of messages, that hold something but change nothing
 
 
-class EncodedChunk(NamedTuple):
-    """A chunk of records as tokens, and in how many of them a column, or a key of messages, is not used."""
-
-    records: Encoded
-    unused: Counter[str]
+Encoded = list[Encoding]
 
 
 def document_lengths(lengths: ArrayLike, outcomes: ArrayLike) -> NDArray[np.int64]:
@@ -116,13 +114,16 @@ def detect_shape(source: Source, first: RawRecord | None, data_format: str, obje
     return shape
 
 
-def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], EncodedChunk]:
+def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
     """A function that tokenizes records. Raises OptionError for options that cannot be followed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe, because forked loader workers use no tokenizer
     if rendering.shape == "text":
         if rendering.train_on_last_turn:
             raise OptionError("train_on_last_turn true: a text has no turns; pass it for conversations only")
-        return lambda records: EncodedChunk(_encode_texts(records, rendering), _beside_text(records, rendering))
+        return lambda records: [
+            one._replace(unused=_beside_text(raw, rendering))
+            for raw, one in zip(records, _encode_texts(records, rendering), strict=True)
+        ]
     if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
         check_markers(rendering.tokenizer)
     return lambda records: _encode_conversations(records, rendering)
@@ -162,40 +163,37 @@ def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
         texts.append(text)
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [
-        (bos * raw.begins + ids + eos * raw.ends, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT)
+        Encoding(bos * raw.begins + ids + eos * raw.ends, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT)
         if ids
-        else ([], Outcome.EMPTY)
+        else Encoding([], Outcome.EMPTY)
         for raw, ids in zip(records, encoded, strict=True)
     ]
 
 
-def _beside_text(records: list[RawRecord], rendering: Rendering) -> Counter[str]:
-    """In how many records a column beside the text holds something. Parsing them again takes little time."""
-    unused: Counter[str] = Counter()
-    for raw in records:
-        unused.update(name for name, value in parsed(raw).items() if name != rendering.text_column and value)
-    return unused
+def _beside_text(raw: RawRecord, rendering: Rendering) -> tuple[str, ...]:
+    """The columns beside the text that hold something. Parsing a record again takes little time."""
+    return tuple(name for name, value in parsed(raw).items() if name != rendering.text_column and value)
 
 
-def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> EncodedChunk:
+def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Encoded:
     size = rendering.block_size
     encoded: Encoded = []
-    unused: Counter[str] = Counter()
     for raw in records:
-        conversations, names = read_record(rendering.shape, parsed(raw), raw.place)
+        conversations, unused = read_record(rendering.shape, parsed(raw), raw.place)
         sides = []
         for conversation in conversations:
             ids, trained_on, keys = _encode_conversation(raw.place, conversation, rendering)
             sides.append((ids, trained_on))
-            names += [f"{key} of messages" for key in keys]
-        unused.update(set(names))
+            unused += [f"{key} of messages" for key in keys]
         outcomes = [_outcome(ids, trained_on, size) for ids, trained_on in sides]
         if max(outcomes) in (Outcome.EMPTY, Outcome.NO_TARGETS):  # of a pair, both are left out
             outcomes, sides = [max(outcomes)] * len(outcomes), [([], [])] * len(outcomes)
         for (ids, trained_on), outcome in zip(sides, outcomes, strict=True):
             kept = zip(ids[:size], trained_on[:size], strict=True)
-            encoded.append(([token if trained else token | MASKED for token, trained in kept], outcome))
-    return EncodedChunk(encoded, unused)
+            tokens = [token if trained else token | MASKED for token, trained in kept]
+            encoded.append(Encoding(tokens, outcome, tuple(dict.fromkeys(unused))))
+            unused = []  # once for a pair
+    return encoded
 
 
 def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
