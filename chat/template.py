@@ -66,9 +66,7 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
             "pass another --chat_template"
         )
     spans = []
-    for index, message in enumerate(conversation.messages):
-        if message["role"] != "assistant" or index < conversation.trained_from:
-            continue
+    for index in filter(conversation.trains_on, range(len(conversation.messages))):
         replaced = [*conversation.messages]
         replaced[index] = {"role": "assistant", "content": ANSWER}
         before, found, after = render(tokenizer, replaced, conversation.tools).partition(ANSWER)

@@ -84,6 +84,7 @@ class Options:
     data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "preference"] = option(
         DATA, "auto", "Shape of the records. auto: detected by their columns."
     )
+    train_on_last_turn: bool = option(DATA, False, "Train only on the last answer of a conversation, not on all.")
     text_column: str = option(DATA, "text", "Column that holds the text of a document.")
     streaming: bool = option(DATA, False, "Read and tokenize while training, for data larger than the disk.")
     data_cache_dir: str = option(DATA, "~/.cache/raw-trainer", "Directory of tokenized data, kept between runs.")

@@ -35,7 +35,7 @@ from data.sequences import Split
 from data.sources import Source
 from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
 
-FORMAT = 5  # raise it when the files of an older version can no longer be read
+FORMAT = 6  # raise it when the files of an older version can no longer be read
 
 RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
 
@@ -45,7 +45,9 @@ ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation 
 
 Records = NDArray[np.void]  # of RECORD: the counts of each record
 
-Tokenized = tuple[NDArray[np.uint32], Records]
+Tokenized = tuple[
+    NDArray[np.uint32], Records, Counter[str]
+]  # with the columns that are not used, and in how many records
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,18 @@ class Prepared:
     fingerprint: str
     packing: str
     stop_tokens: list[int]
+    unused: dict[str, int]  # columns that hold something but are not used, and in how many records
     counts: dict[str, Split]
 
 
 class Done(NamedTuple):
-    """The progress of a preparation: what is written, the bytes that were read for it, and where to read on."""
+    """The progress of a preparation: what is written, what was read for it and not used, and where to read on."""
 
     tokens: int
     records: int
     bytes: int
     after: Position
+    unused: dict[str, int]
 
 
 def prepare_source(
@@ -114,7 +118,7 @@ def _write(
     folder: Path, source: Source, rendering: Rendering, packing: Packing, percentage: int, workers: int | None
 ) -> None:
     """Write tokens, sequences, counts and about.json of a source into `folder`."""
-    _write_tokens(folder, source, encoder(rendering), workers)
+    unused = _write_tokens(folder, source, encoder(rendering), workers)
     records: Records = np.fromfile(folder / "records.bin", RECORD)
     each = 2 if rendering.shape == "preference" else 1  # entries of records.bin for each record of the source
     outcomes = records["outcome"][::each]  # of a pair, both are left out or none
@@ -137,6 +141,7 @@ def _write(
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
         "stop_tokens": [token for token, _ in stop_tokens if token in rendering.tokenizer.added_tokens_decoder],
+        "unused": unused,
         "counts": {name: asdict(split) for name, split in counts.items()},
     }
     (folder / "about.json").write_text(json.dumps(about, indent=2))
@@ -145,9 +150,9 @@ def _write(
 
 def _write_tokens(
     folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
-) -> None:
-    """Write tokens.bin and records.bin. If progress.json exists, resume where it says."""
-    done = Done(0, 0, 0, START)
+) -> dict[str, int]:
+    """Write tokens.bin and records.bin, and return the columns not used. If progress.json exists, resume there."""
+    done = Done(0, 0, 0, START, {})
     with suppress(FileNotFoundError):
         done = Done(*json.loads((folder / "progress.json").read_text()))
     plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
@@ -165,10 +170,18 @@ def _write_tokens(
     with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:
         tokens_file.truncate(done.tokens * 4)
         records_file.truncate(done.records * RECORD.itemsize)
-        for (tokens, records), size, after in _tokenized(chunks(read(source, done.after), CHUNK), encode, workers):
+        for (tokens, records, unused), size, after in _tokenized(
+            chunks(read(source, done.after), CHUNK), encode, workers
+        ):
             tokens_file.write(tokens.tobytes())
             records_file.write(records.tobytes())
-            done = Done(done.tokens + len(tokens), done.records + len(records), done.bytes + size, after)
+            done = Done(
+                done.tokens + len(tokens),
+                done.records + len(records),
+                done.bytes + size,
+                after,
+                Counter(done.unused) + unused,
+            )
             bar.update(size)
             if time.monotonic() - saved >= SYNC:
                 for file in (tokens_file, records_file):
@@ -177,6 +190,7 @@ def _write_tokens(
                 (folder / "progress.tmp").write_text(json.dumps(done))
                 os.replace(folder / "progress.tmp", folder / "progress.json")
                 saved = time.monotonic()
+    return done.unused
 
 
 def _tokenized(
@@ -236,16 +250,16 @@ def _encode_chunk(chunk: list[RawRecord]) -> Tokenized:
 
 
 def _count(encoded: Encoded) -> Tokenized:
-    """The tokens of all records in one array, and the counts of each record."""
-    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
-    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, int(lengths.sum()))
+    """The tokens of all records in one array, the counts of each record, and how many have a column not used."""
+    lengths = np.array([len(one.tokens) for one in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(one.tokens for one in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
-    records["tokens"], records["outcome"] = lengths, [outcome for _, outcome in encoded]
+    records["tokens"], records["outcome"] = lengths, [one.outcome for one in encoded]
     starts, trained = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
     records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
     records["last_trained"][lengths > 0] = tokens[last]
-    return tokens, records
+    return tokens, records, Counter(chain.from_iterable(one.unused for one in encoded))
 
 
 def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Rendering) -> None:

@@ -8,6 +8,7 @@ The command takes the options of train.py. It prepares data ahead of a run, on a
 import hashlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -25,7 +26,7 @@ from data.records import read
 from data.sequences import Mixture, PreparedDataset, Split, total
 from data.sources import Source, cache_directory, find_sources
 from data.stream import StreamingDataset
-from data.tokens import Rendering, detect_shape
+from data.tokens import Rendering, detect_shape, encoder
 from model.build import load_config_and_tokenizer
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # of a terminal
@@ -45,6 +46,7 @@ class Data:
     fingerprint: str
     packing: str
     stop_tokens: list[int]  # at most two special tokens that end documents and are trained on
+    unused: dict[str, int]  # columns that hold something but are not used, and in how many records
     train: PreparedDataset | Mixture | StreamingDataset
     validation: PreparedDataset | Mixture | None
     counts: dict[str, Split]
@@ -62,7 +64,8 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     def rendering_of(source: Source) -> Rendering:
         first = next(read(source), None)
         shape = detect_shape(source, first, options.data_format, options.objective, options.text_column)
-        return Rendering(shape, options.text_column, block_size, options.max_targetless_fraction, tokenizer)
+        fraction, last_turn = options.max_targetless_fraction, options.train_on_last_turn
+        return Rendering(shape, options.text_column, block_size, fraction, tokenizer, last_turn)
 
     sources, held_out = find_sources(options)
     renderings = [rendering_of(source) for source in sources]
@@ -92,9 +95,11 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
     """What was prepared, as names and values: for the start block of a run and for `python -m data.prepare`."""
     held_out = data.counts.get("validation")
     validation = f"{held_out.documents:,} documents, {held_out.sequences:,} sequences" if held_out else "none"
+    unused = ", ".join(f"{name} ({records:,})" for name, records in sorted(data.unused.items()))
     if "train" not in data.counts:
         sequences = f"of up to {block_size} tokens, packing {data.packing}"
-        return {"tokenizer": data.tokenizer, "data": data.source, "sequences": sequences, "validation": validation}
+        lines = {"tokenizer": data.tokenizer, "data": data.source, "sequences": sequences, "validation": validation}
+        return lines | ({"not used": f"columns {unused} of the first record"} if unused else {})
     train, slots = data.counts["train"], tokens_per_sequence(data, block_size)
     lines = {
         "tokenizer": data.tokenizer,
@@ -107,6 +112,8 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
         f"{train.filled(slots):.2%} of their positions used",
         "validation": validation,
     }
+    if unused:
+        lines["not used"] = f"columns, and the records that have them: {unused}"
     if len(data.train.sources) > 1:
         drawn = [f"{quota:,} from {sequences:,} sequences" for sequences, quota in data.train.sources]
         lines["mixture"] = f"an epoch draws {', '.join(drawn)}"
@@ -155,6 +162,7 @@ def _stream(
         fingerprint=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         packing=packing.kind,
         stop_tokens=[rendering.tokenizer.eos_token_id] if rendering.shape == "text" else [],
+        unused=Counter(encoder(rendering)(list(islice(read(source), 1)))[0].unused),
         train=StreamingDataset(source, rendering, packing, seed),
         validation=PreparedDataset(held_out.folder / "train", packing.padded_length) if held_out else None,
         counts={"validation": held_out.counts["train"]} if held_out else {},
@@ -182,6 +190,7 @@ def _read_prepared(
         fingerprint=hashlib.sha256(json.dumps([weights, fingerprints]).encode()).hexdigest(),
         packing=packing.kind,
         stop_tokens=sorted({token for part in training for token in part.stop_tokens}),
+        unused=sum((Counter(part.unused) for part in training), Counter()),
         train=train[0] if len(train) == 1 else Mixture(train, weights),
         validation=None if not validation else validation[0] if len(validation) == 1 else Mixture(validation),
         counts=counts,

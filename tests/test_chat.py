@@ -131,7 +131,7 @@ MESSAGES = {"messages": [user("what\n\nnow"), assistant("that")]}
         ("messages", MESSAGES),
         ("sharegpt", {"conversations": [{"from": "human", "value": "what\n\nnow"}, {"from": "gpt", "value": "that"}]}),
         ("prompt", {"prompt": [user("what\n\nnow")], "completion": [assistant("that")]}),
-        ("alpaca", {"instruction": "what", "input": "now", "output": "that"}),
+        ("alpaca", {"instruction": "what\n", "input": "now", "output": "that"}),
         ("alpaca", {"instruction": "what\n\nnow", "input": "", "output": "that", "text": "something else"}),
     ],
 )

@@ -97,9 +97,13 @@ def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
         (PAIRS["text"], "sft", "holds records of the shape preference"),
         ({"prompt": "a", "completion": "b"}, "dpo", "holds records of the shape prompt"),
         ({"text": "a"}, "dpo", "holds records of the shape text"),
-        ({"chosen": "a", "rejected": "b"}, "dpo", "line 1: chosen and rejected must be two lists of messages, or two"),
-        ({"prompt": "a", "chosen": "a", "rejected": 3}, "dpo", "line 1: chosen and rejected must be two lists"),
-        ({"chosen": ["a"], "rejected": ["b"]}, "dpo", "line 1: completion must be a list of messages, and is ['a']"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "dpo",
+            "line 1: chosen and rejected are answers, but the record has no prompt",
+        ),
+        ({"prompt": "a", "chosen": "a", "rejected": 3}, "dpo", "line 1: rejected must be a list of messages, and is 3"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "dpo", "line 1: chosen must be a list of messages, and is ['a']"),
     ],
 )
 def test_records_that_will_not_do(

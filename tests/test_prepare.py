@@ -231,7 +231,7 @@ def test_killed_and_gone_on_with(
     while any(runs(worker) for worker in workers):
         assert time.monotonic() < killed_at + 5
         time.sleep(0.01)
-    tokens, records, _, after = json.loads(found[0].read_text())
+    tokens, records, _, after, _ = json.loads(found[0].read_text())
     assert tokens > records > 0
     starts: list[Position] = []
 
@@ -306,7 +306,8 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     other_eos.eos_token = "a"
     other_vocabulary.add_tokens(["<new>"])
     changes: dict[str, list[Any]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
-    changes |= {"max_targetless_fraction": [0.2], "tokenizer": [other_template, other_eos, other_vocabulary]}
+    changes |= {"max_targetless_fraction": [0.2], "train_on_last_turn": [True]}
+    changes |= {"tokenizer": [other_template, other_eos, other_vocabulary]}
     assert changes.keys() == {field.name for field in fields(Rendering)}
     renderings = [replace(rendering, **{name: value}) for name, values in changes.items() for value in values]
     packings = [replace(packing, kind="none"), replace(packing, block_size=64)]
@@ -315,7 +316,7 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     keys += [cache_key(replace(source, key="changed"), rendering, packing, 5)]
     keys += [cache_key(source, changed, packing, 5) for changed in renderings]
     keys += [cache_key(source, rendering, changed, 5) for changed in packings]
-    assert len(set(keys)) == len(keys) == 12
+    assert len(set(keys)) == len(keys) == 13
     assert cache_key(replace(source, name="other", weight=2.0), rendering, packing, 5) == keys[0]
 
 
