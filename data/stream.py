@@ -113,8 +113,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
 
     def _sequences(self, encoded: Encoded) -> list[Sequence]:
         """The sequences of one chunk, without their numbers."""
-        tokens = torch.tensor([token for ids, _ in encoded for token in ids], dtype=torch.int64)
-        lengths = document_lengths([len(ids) for ids, _ in encoded], [outcome for _, outcome in encoded])
+        tokens = torch.tensor([token for one in encoded for token in one.tokens], dtype=torch.int64)
+        lengths = document_lengths([len(one.tokens) for one in encoded], [one.outcome for one in encoded])
         if self.packing.kind == "concat":  # as one document, because its last sequence may be short
             packed = pack(replace(self.packing, kind="none"), lengths.sum(keepdims=True))
         else:
