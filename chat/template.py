@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -31,6 +32,8 @@ from config.errors import OptionError, first_line
 DATE = "2024-07-26"
 
 WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # keys of a message with text that templates write
+
+QUESTION: Messages = [{"role": "user", "content": "a"}]
 
 Span = tuple[int, int]
 
@@ -179,11 +182,11 @@ class _Renderings:
     text: str  # of the whole conversation
     variables: dict[str, Any]
     made: dict[tuple[int, bool], str | None] = field(default_factory=dict)
+    closings: dict[str, str] = field(default_factory=dict)  # of answers, by the role of the next message
 
     def __post_init__(self) -> None:
         self.made[len(self.conversation.messages), False] = self.text
-        contents = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len)
-        self.tokens = re.compile("|".join(map(re.escape, reversed(contents))) or "(?!)")
+        self.tokens = _token_pattern(self.tokenizer, len(self.tokenizer))
 
     def render(self, messages: Messages, prompt: bool = False) -> str | None:
         """The text of messages, with the prompt for an answer or without. None if the template refuses them."""
@@ -216,13 +219,10 @@ class _Renderings:
                 return start, len(text) - _common(text[start:][::-1], other[start:][::-1])
         return None
 
-    def after(self, index: int, words: Span, prompt: bool = False) -> str | None:
-        """What the template writes after the `words` of message `index` if the conversation ends there."""
-        text = self.first(index + 1, prompt)
-        if text is None or text.startswith(self.text[: words[1]]):
-            return text and text[words[1] :]
-        found = self.words(index, index + 1, prompt)  # the text before them differs, so they are elsewhere
-        return text[found[1] :] if found else None
+    def after(self, index: int, prompt: bool = False) -> str | None:
+        """What the template writes after the words of message `index` if the conversation ends there."""
+        text, words = self.first(index + 1, prompt), self.words(index, index + 1, prompt)
+        return text[words[1] :] if text and words else None
 
     def has_prompts(self) -> bool:
         """Whether add_generation_prompt changes what the template writes."""
@@ -244,14 +244,24 @@ def _start(renderings: _Renderings, index: int, words: Span) -> int:
             opening = prompt[asked[1] :]
             shared = _shared(text[before[1] :], opening, renderings.tokens)
             return before[1] + len(shared) if shared == opening else min(before[1] + len(shared), words[0])
-    question: Messages = [{"role": "user", "content": "a"}]
-    asked_text, plain = renderings.render(question, prompt=True) or "", renderings.render(question) or ""
+    asked_text, plain = renderings.render(QUESTION, prompt=True) or "", renderings.render(QUESTION) or ""
     opening = asked_text[len(_shared(asked_text, plain, renderings.tokens)) :]
     found = text.rfind(opening, 0, words[0]) if opening else -1
     return found + len(opening) if found >= 0 else words[0]
 
 
 def _closing(renderings: _Renderings, index: int, words: Span) -> str:
+    """What ends turn `index`, after its words. It is found once for all answers before messages of one role."""
+    messages = renderings.conversation.messages
+    role = "" if index == len(messages) - 1 else messages[index + 1]["role"]
+    if messages[index].get("tool_calls"):
+        return _find_closing(renderings, index, words)
+    if not renderings.text.startswith(renderings.closings.get(role, "\ue000"), words[1]):
+        renderings.closings[role] = _find_closing(renderings, index, words)
+    return renderings.closings[role]
+
+
+def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     """What ends turn `index`, after its words: what the template writes there whatever follows.
 
     White space at its end is left out, because the template writes it after the model has stopped. Raises OptionError
@@ -259,7 +269,7 @@ def _closing(renderings: _Renderings, index: int, words: Span) -> str:
     """
     tokens, after = renderings.tokens, renderings.text[words[1] :]
     last = index == len(renderings.conversation.messages) - 1
-    alone = after if last else renderings.after(index, words)
+    alone = after if last else renderings.after(index)
     if alone is None:  # the template refuses a conversation that ends here
         return _first(tokens, after)
     if not alone.strip():
@@ -269,19 +279,19 @@ def _closing(renderings: _Renderings, index: int, words: Span) -> str:
         )
     if not renderings.has_prompts():
         # The template writes the prompt for an answer never, or always. If always, it ends this text and the prompt.
-        prompt = renderings.first(index, prompt=True) if index else None
+        prompt = renderings.first(index, prompt=True) if index else renderings.render(QUESTION, prompt=True)
         shared = _shared_end(alone, prompt or "", tokens)
         own = alone.removesuffix(shared)
-        if own.rstrip().endswith(str(renderings.tokenizer.eos_token)) or not shared.strip():
-            return own.rstrip()
-        return own + (_first(tokens, shared) or shared.rstrip().partition("\n")[0])
-    answered = renderings.after(index, words, prompt=True) or "" if last else ""
+        if shared.strip() and not own.rstrip().endswith(str(renderings.tokenizer.eos_token)):
+            own += _first(tokens, shared) or shared.rstrip().partition("\n")[0]
+        return _shared(own.rstrip(), after, tokens)
+    answered = renderings.after(index, prompt=True) or "" if last else ""
     if shared := _shared(alone, answered if last else after, tokens).rstrip():
         return shared
     if last:
         return alone.rstrip()
     # The template ends the last turn in another way. Other turns end with the first token that always follows them.
-    return _first(tokens, _shared(after, renderings.after(index, words, prompt=True) or "", tokens))
+    return _first(tokens, _shared(after, renderings.after(index, prompt=True) or "", tokens))
 
 
 def _reworded(message: dict[str, Any], mark: str) -> Iterator[dict[str, Any]]:
@@ -334,6 +344,14 @@ def _shared_end(one: str, other: str, tokens: re.Pattern[str]) -> str:
             if match.start() < len(text) - length < match.end():
                 length = len(text) - match.end()
     return one[len(one) - length :]
+
+
+@lru_cache(maxsize=8)
+def _token_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    """Matches any added token of a tokenizer with `size` tokens, and what looks like one: it may lack a template's."""
+    contents = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
+    longest_first = sorted(map(re.escape, contents), key=len, reverse=True)
+    return re.compile("|".join([*longest_first, r"<\|[^<>|\s]+\|>"]))
 
 
 def _first(tokens: re.Pattern[str], text: str) -> str:
