@@ -120,6 +120,16 @@ def check_data(options: Options) -> None:
         )
     if options.train_mixture:
         mixture_weights(options.train_mixture)
+    if options.chat_template_kwargs is not None:
+        try:
+            variables = json.loads(options.chat_template_kwargs)
+        except ValueError:
+            variables = None
+        if not isinstance(variables, dict):
+            raise OptionError(
+                f"chat_template_kwargs {options.chat_template_kwargs}: pass a JSON mapping, as "
+                "'{\"enable_thinking\": false}'"
+            )
 
 
 def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:

@@ -97,6 +97,9 @@ class Options:
         SEQUENCES, None, "How documents fill sequences. Default: documents for conversations, else concat."
     )
     chat_template: str | None = option(SEQUENCES, None, "File with a chat template (Jinja). Default: the tokenizer's.")
+    chat_template_kwargs: str | None = option(
+        SEQUENCES, None, 'JSON with variables of the chat template, as {"enable_thinking": false}.'
+    )
     max_targetless_fraction: float = option(
         SEQUENCES, 0.1, "Fraction of conversations that may be left out: no token to train on."
     )

@@ -33,11 +33,11 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
 from data.sequences import Split
 from data.sources import Source
-from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, document_lengths, encoder, parsed, readable
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
-RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
+RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1"), ("had", "u1")])
 
 SYNC = 1.0  # the seconds of work that an interrupted preparation loses at most
 
@@ -255,6 +255,7 @@ def _count(encoded: Encoded) -> Tokenized:
     tokens = np.fromiter(chain.from_iterable(one.tokens for one in encoded), np.uint32, int(lengths.sum()))
     records = np.zeros(len(encoded), RECORD)
     records["tokens"], records["outcome"] = lengths, [one.outcome for one in encoded]
+    records["had"] = [one.had for one in encoded]
     starts, trained = (np.cumsum(lengths) - lengths)[lengths > 0], tokens < MASKED
     records["trained_on"][lengths > 0] = np.add.reduceat(trained, starts, dtype=np.int64)
     last = np.maximum.reduceat(np.where(trained, np.arange(len(tokens)), 0), starts)
@@ -271,7 +272,7 @@ def _check_targetless(source: Source, outcomes: NDArray[np.uint8], rendering: Re
         raise OptionError(
             f"max_targetless_fraction {allowed}: {len(found):,} of {len(outcomes):,} records have no "
             f"token to train on within block_size {rendering.block_size}; pass more of it, or records with answers\n"
-            f"{raw.place}: {readable(raw.place, parsed(raw), rendering.shape, rendering.tokenizer)[:500]!r}"
+            f"{raw.place}: {readable(raw.place, parsed(raw), rendering)[:500]!r}"
         )
 
 
@@ -309,6 +310,8 @@ def _write_sequences(
         cut_documents=number[Outcome.TRUNCATED],
         empty_documents=number[Outcome.EMPTY],
         targetless_documents=number[Outcome.NO_TARGETS],
+        had_bos=int(np.count_nonzero(records["had"] & Had.BOS)),
+        had_eos=int(np.count_nonzero(records["had"] & Had.EOS)),
     )
     if split.sequences == 0:
         raise OptionError(

@@ -7,26 +7,28 @@ The command takes the options of train.py. It prepares data ahead of a run, on a
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from chat.template import DATE, check_variables, names_in
 from config.checks import check_data
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
 from data.cache import Prepared, cache_key, prepare_source
 from data.packing import Packing
-from data.records import read
+from data.records import RawRecord, read
 from data.sequences import Mixture, PreparedDataset, Split, total
 from data.sources import Source, cache_directory, find_sources
 from data.stream import StreamingDataset
-from data.tokens import Rendering, detect_shape, encoder
+from data.tokens import Rendering, detect_shape, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # of a terminal
@@ -45,7 +47,7 @@ class Data:
     tokenizer: str
     fingerprint: str
     packing: str
-    stop_tokens: list[int]  # at most two special tokens that end documents and are trained on
+    stop_tokens: list[int]  # special tokens that end documents and turns, and are trained on
     unused: dict[str, int]  # columns that hold something but are not used, and in how many records
     train: PreparedDataset | Mixture | StreamingDataset
     validation: PreparedDataset | Mixture | None
@@ -61,14 +63,18 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     assert options.block_size
     block_size = options.block_size
 
+    variables = check_variables(tokenizer, options.chat_template_kwargs) if options.chat_template_kwargs else {}
+    firsts: dict[str, RawRecord | None] = {}
+
     def rendering_of(source: Source) -> Rendering:
-        first = next(read(source), None)
+        first = firsts[source.name] = next(read(source), None)
         shape = detect_shape(source, first, options.data_format, options.objective, options.text_column)
         fraction, last_turn = options.max_targetless_fraction, options.train_on_last_turn
-        return Rendering(shape, options.text_column, block_size, fraction, tokenizer, last_turn)
+        return Rendering(shape, options.text_column, block_size, fraction, tokenizer, last_turn, variables)
 
     sources, held_out = find_sources(options)
     renderings = [rendering_of(source) for source in sources]
+    _report_template(renderings)
     kinds = {options.packing or DEFAULT_PACKING.get(rendering.shape, "documents") for rendering in renderings}
     if len(kinds) > 1:
         raise OptionError("train_mixture: conversations and texts have different defaults of packing; pass --packing")
@@ -81,9 +87,16 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     to_prepare = [] if options.streaming else zip(sources, renderings, strict=True)
     training = [prepare(source, rendering, percentage=percentage) for source, rendering in to_prepare]
     validation = prepare(held_out, rendering_of(held_out), percentage=0) if held_out else None
+    stops = {
+        token
+        for source, one in zip(sources, renderings, strict=True)
+        for token in stop_tokens(one, firsts[source.name])
+    }
     if options.streaming:
-        return _stream(name, sources[0], renderings[0], packing, options.seed, validation)
-    return _read_prepared(name, sources, packing, training, validation)
+        data = _stream(name, sources[0], renderings[0], packing, options.seed, validation)
+    else:
+        data = _read_prepared(name, sources, packing, training, validation)
+    return replace(data, stop_tokens=sorted(stops.union(data.stop_tokens)))
 
 
 def tokens_per_sequence(data: Data, block_size: int) -> int:
@@ -114,6 +127,10 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
     }
     if unused:
         lines["not used"] = f"columns, and the records that have them: {unused}"
+    if train.had_bos or train.had_eos:
+        lines["added once"] = (
+            f"BOS and EOS: {train.had_bos} texts already began with BOS, and {train.had_eos} already ended with EOS"
+        )
     if len(data.train.sources) > 1:
         drawn = [f"{quota:,} from {sequences:,} sequences" for sequences, quota in data.train.sources]
         lines["mixture"] = f"an epoch draws {', '.join(drawn)}"
@@ -151,6 +168,24 @@ def main(argv: list[str]) -> None:
     print("\n".join(f"{key:<13} {value}" for key, value in describe_data(data, options.block_size).items()))
 
 
+def _report_template(renderings: list[Rendering]) -> None:
+    """Refuse variables that no conversation reads. Say which date a template writes. Once, on rank 0."""
+    conversations = [rendering for rendering in renderings if rendering.shape != "text"]
+    if not conversations and renderings[0].variables:
+        raise OptionError(
+            f"chat_template_kwargs {json.dumps(renderings[0].variables)}: the records are no conversations\n"
+            "remove --chat_template_kwargs, or pass another --data_format"
+        )
+    for rendering in conversations[:1]:
+        reads = names_in(rendering.tokenizer)
+        if "strftime_now" in reads and "date_string" not in rendering.variables and os.environ.get("RANK", "0") == "0":
+            print(
+                f"chat_template: writes a date; it is {rendering.variables.get('strftime_now', DATE)} in every "
+                'conversation\nchange it with --chat_template_kwargs \'{"strftime_now": "YYYY-MM-DD"}\'',
+                file=sys.stderr,
+            )
+
+
 def _stream(
     tokenizer: str, source: Source, rendering: Rendering, packing: Packing, seed: int, held_out: Prepared | None
 ) -> Data:
@@ -161,7 +196,7 @@ def _stream(
         tokenizer=tokenizer,
         fingerprint=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         packing=packing.kind,
-        stop_tokens=[rendering.tokenizer.eos_token_id] if rendering.shape == "text" else [],
+        stop_tokens=[],  # prepare_data adds those that the template shows
         unused=Counter(encoder(rendering)(list(islice(read(source), 1)))[0].unused),
         train=StreamingDataset(source, rendering, packing, seed),
         validation=PreparedDataset(held_out.folder / "train", packing.padded_length) if held_out else None,

@@ -117,6 +117,8 @@ class Split:
     cut_documents: int  # those of them that were longer than a sequence, and are truncated
     empty_documents: int  # left out, because they have no text
     targetless_documents: int  # left out, because no token would be trained on
+    had_bos: int  # texts that already begin with BOS, which is not added again
+    had_eos: int  # texts that already end with EOS, which is not added again
 
     def filled(self, sequence_tokens: int) -> float:
         """The fraction of the positions of all sequences, each of `sequence_tokens`, that hold a token."""

@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +20,29 @@ from transformers import PreTrainedTokenizerBase
 from chat.shapes import (
     SHAPES,
     Conversation,
+    Messages,
     PlainText,
     read_record,
     shapes_of,
     unpaired_preference,
     without_padding,
 )
-from chat.template import check_markers, has_markers, render, trained_spans
+from chat.template import DATE, check_markers, has_markers, render, render_marked, trained_spans
 from chat.traces import check_traces
 from config.errors import OptionError
 from data.records import RawRecord
 from data.sources import Source
 
 MASKED = 1 << 31
+
+# Conversations that show which token ends a turn: an answer, and a call of a tool. A template may refuse some of them.
+QUESTION = {"role": "user", "content": "question"}
+CALL = {"id": "123456789", "type": "function", "function": {"name": "tool", "arguments": {"key": "value"}}}
+PROBES: list[Messages] = [
+    [QUESTION, {"role": "assistant", "content": "answer"}],
+    [{"role": "system", "content": "system"}, QUESTION, {"role": "assistant", "content": "answer"}],
+    [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+]
 
 Record = dict[str, Any]
 
@@ -45,13 +57,30 @@ class Rendering:
     max_targetless_fraction: float  # of the records, above which a source is refused
     tokenizer: PreTrainedTokenizerBase
     train_on_last_turn: bool = False  # of a conversation, instead of all answers
+    variables: dict[str, Any] = field(default_factory=dict)  # of the chat template, from chat_template_kwargs
 
     def key(self) -> list[object]:
         """Its part of the key of prepared data: everything that the tokens depend on."""
-        template, eos = self.tokenizer.chat_template, self.tokenizer.eos_token_id
-        vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        tokenizer = self.tokenizer
+        # Its vocabulary, added tokens, normalizer, and what it adds to a text. Templates also read its special tokens.
+        backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         facts = [self.shape, self.text_column, self.block_size, self.max_targetless_fraction, self.train_on_last_turn]
-        return [*facts, template, eos, vocabulary]
+        facts += [self.variables, DATE]
+        return [*facts, tokenizer.chat_template, special, backend, tokenizer.split_special_tokens]
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The tokens that the tokenizer writes before a text: BOS for those of Llama and Gemma, none for Qwen's."""
+        bare, full = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        starts = range(len(full) - len(bare) + 1)
+        return full[: next((start for start in starts if full[start : start + len(bare)] == bare), 0)]
+
+    @cached_property
+    def vocabulary_size(self) -> int | None:
+        """The vocabulary of the model, if the tokenizer has added tokens beyond it (model/build.py)."""
+        size: int | None = getattr(self.tokenizer, "model_vocabulary_size", None)
+        return size
 
 
 class Outcome(IntEnum):
@@ -64,11 +93,19 @@ class Outcome(IntEnum):
     NO_TARGETS = 4  # no tokens, because the model would train on none of them
 
 
+class Had(IntFlag):
+    """Special tokens that a text already has, so they are not added a second time."""
+
+    BOS = 1
+    EOS = 2
+
+
 class Encoding(NamedTuple):
     """What a record becomes. A pair becomes two of them."""
 
     tokens: list[int]
     outcome: Outcome
+    had: int = 0  # of Had
     unused: tuple[str, ...] = ()  # columns, and keys of messages, that hold something but change nothing
 
 
@@ -125,7 +162,7 @@ def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
             for raw, one in zip(records, _encode_texts(records, rendering), strict=True)
         ]
     if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
-        check_markers(rendering.tokenizer)
+        check_markers(rendering.tokenizer, **rendering.variables)
     return lambda records: _encode_conversations(records, rendering)
 
 
@@ -142,32 +179,72 @@ def parsed(raw: RawRecord) -> Record:
     return record
 
 
-def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def readable(place: str, record: Record, rendering: Rendering) -> str:
     """A record as the text that is tokenized. For a pair, the text with the chosen answer."""
-    conversation = read_record(shape, record, place)[0][0]
+    conversation = read_record(rendering.shape, record, place)[0][0]
     if isinstance(conversation, dict):
         return conversation["prompt"] + conversation["completion"]
-    return render(tokenizer, conversation.messages, conversation.tools)
+    return render(rendering.tokenizer, conversation.messages, conversation.tools, **rendering.variables)
+
+
+def stop_tokens(rendering: Rendering, first: RawRecord | None) -> list[int]:
+    """The tokens that end what the model writes: of a text EOS, of a conversation the token that ends a turn.
+
+    The template shows it, so it is known before any record is tokenized. The `first` record tells whether the records
+    are conversations, and is the last conversation that is tried.
+    """
+    tokenizer = rendering.tokenizer
+    if rendering.shape == "text" or first is None:
+        return [tokenizer.eos_token_id]
+    record = read_record(rendering.shape, parsed(first), first.place)[0][0]
+    if isinstance(record, dict):
+        return [tokenizer.eos_token_id]
+    found = []
+    for conversation in [*map(Conversation, PROBES), record]:
+        with suppress(OptionError):
+            ids, trained_on = encode_messages(conversation, tokenizer, rendering.variables)
+            found += [token for token, trained in zip(ids, trained_on, strict=True) if trained][-1:]
+    return sorted({token for token in found if token in tokenizer.added_tokens_decoder})
 
 
 def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
     """EOS ends each document. BOS begins it if the tokenizer itself adds one, as those of Llama and Gemma do."""
-    tokenizer = rendering.tokenizer
-    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
-    eos = [tokenizer.eos_token_id]
     texts = []
     for raw in records:
         text = parsed(raw).get(rendering.text_column)
         if not isinstance(text, str):
             raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [
-        Encoding(bos * raw.begins + ids + eos * raw.ends, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT)
-        if ids
-        else Encoding([], Outcome.EMPTY)
-        for raw, ids in zip(records, encoded, strict=True)
-    ]
+    encoded = rendering.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    result = []
+    for raw, ids in zip(records, encoded["input_ids"], strict=True):
+        if not ids:
+            result.append(Encoding([], Outcome.EMPTY))
+            continue
+        _check_ids(raw.place, ids, rendering)
+        before, after, had = _special(ids, ids, rendering)
+        tokens = before * raw.begins + ids + after * raw.ends
+        had &= Had.BOS * raw.begins | Had.EOS * raw.ends
+        result.append(Encoding(tokens, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT, had))
+    return result
+
+
+def _special(start: list[int], end: list[int], rendering: Rendering) -> tuple[list[int], list[int], int]:
+    """The tokens to add before `start` and after `end`, if they are not there, and of Had what is there."""
+    prefix, eos = rendering.prefix, rendering.tokenizer.eos_token_id
+    has_bos, has_eos = bool(prefix) and start[: len(prefix)] == prefix, end[-1:] == [eos]
+    return [] if has_bos else prefix, [] if has_eos else [eos], Had.BOS * has_bos | Had.EOS * has_eos
+
+
+def _check_ids(place: str, ids: list[int], rendering: Rendering) -> None:
+    """Raises OptionError for a token that the model has no embedding for."""
+    size = rendering.vocabulary_size
+    if size is not None and ids and (highest := max(ids)) >= size:
+        token = rendering.tokenizer.convert_ids_to_tokens(highest)
+        raise OptionError(
+            f"{place}: has the token {token}, whose id {highest} is beyond the model's vocabulary of {size}\n"
+            "remove it from the text, or pass a --tokenizer_name that fits the model"
+        )
 
 
 def _beside_text(raw: RawRecord, rendering: Rendering) -> tuple[str, ...]:
@@ -182,16 +259,17 @@ def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Enc
         conversations, unused = read_record(rendering.shape, parsed(raw), raw.place)
         sides = []
         for conversation in conversations:
-            ids, trained_on, keys = _encode_conversation(raw.place, conversation, rendering)
-            sides.append((ids, trained_on))
+            ids, trained_on, had, keys = _encode_conversation(raw.place, conversation, rendering)
+            _check_ids(raw.place, ids, rendering)
+            sides.append((ids, trained_on, had))
             unused += [f"{key} of messages" for key in keys]
-        outcomes = [_outcome(ids, trained_on, size) for ids, trained_on in sides]
+        outcomes = [_outcome(ids, trained_on, size) for ids, trained_on, _ in sides]
         if max(outcomes) in (Outcome.EMPTY, Outcome.NO_TARGETS):  # of a pair, both are left out
-            outcomes, sides = [max(outcomes)] * len(outcomes), [([], [])] * len(outcomes)
-        for (ids, trained_on), outcome in zip(sides, outcomes, strict=True):
+            outcomes, sides = [max(outcomes)] * len(outcomes), [([], [], 0)] * len(outcomes)
+        for (ids, trained_on, had), outcome in zip(sides, outcomes, strict=True):
             kept = zip(ids[:size], trained_on[:size], strict=True)
             tokens = [token if trained else token | MASKED for token, trained in kept]
-            encoded.append(Encoding(tokens, outcome, tuple(dict.fromkeys(unused))))
+            encoded.append(Encoding(tokens, outcome, had, tuple(dict.fromkeys(unused))))
             unused = []  # once for a pair
     return encoded
 
@@ -206,41 +284,60 @@ def _outcome(ids: list[int], trained_on: list[bool], size: int) -> Outcome:
 
 def _encode_conversation(
     place: str, record: Conversation | PlainText, rendering: Rendering
-) -> tuple[list[int], list[bool], list[str]]:
-    """Token ids, whether each is trained on, and the keys of messages that are not used."""
-    tokenizer = rendering.tokenizer
+) -> tuple[list[int], list[bool], int, list[str]]:
+    """Token ids, whether each is trained on, of Had what a text already has, and keys of messages that are not used."""
+    tokenizer, variables = rendering.tokenizer, rendering.variables
     if isinstance(record, dict):
         # Plain text, without a template. The prompt is tokenized alone, as it will be when the model is asked.
-        parts = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
-        completion = [*parts[1], tokenizer.eos_token_id]
-        return parts[0] + completion, [False] * len(parts[0]) + [True] * len(completion), []
+        prompt, completion = tokenizer([record["prompt"], record["completion"]], add_special_tokens=False)["input_ids"]
+        before, after, had = _special(prompt, completion, rendering)
+        prompt, completion = before + prompt, completion + after
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion), had, []
     conversation = record.with_last_turn_only() if rendering.train_on_last_turn else record
     try:
-        unused = check_traces(tokenizer, conversation)
-        return *encode_messages(conversation, tokenizer), unused
+        unused = check_traces(tokenizer, conversation, **variables)
+        return *encode_messages(conversation, tokenizer, variables), 0, unused
     except OptionError as error:
         raise OptionError(f"{place}: {error}") from error
 
 
-def encode_messages(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of the rendered conversation, and whether each is trained on.
+def encode_messages(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any] | None = None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of the rendered conversation, and whether each is trained on. `variables` are the template's.
 
     The markers of the chat template decide, or `trained_spans` if it has none. A token is trained on if any of its
     characters belongs to an answer.
     """
-    messages, tools = conversation.messages, conversation.tools
+    messages, tools, variables = conversation.messages, conversation.tools, variables or {}
     if not messages:
         return [], []
     if not tokenizer.chat_template:
         raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.masked:
-        marked = tokenizer.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
-        return marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]
-    text = render(tokenizer, messages, tools)
-    spans = trained_spans(tokenizer, conversation, text)
+        text, spans = render_marked(tokenizer, messages, tools, **variables)
+    else:
+        text = render(tokenizer, messages, tools, **variables)
+        spans = trained_spans(tokenizer, conversation, text, **variables)
+        if has_markers(tokenizer, tools):
+            _, marked = render_marked(tokenizer, messages, tools, **variables)
+            pairs = [(max(one[0], other[0]), min(one[1], other[1])) for one in spans for other in marked]
+            spans = [(start, end) for start, end in pairs if start < end]
     rendered = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    first, end = np.array(rendered["offset_mapping"], dtype=np.int64).reshape(-1, 2).T  # of each token, in characters
-    trained_on = np.zeros(len(first), dtype=bool)
+    return rendered["input_ids"], _within(rendered["offset_mapping"], spans).tolist()
+
+
+def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Of each token, with its offsets in characters, whether it has any character in a span.
+
+    Some tokenizers leave white space out of the offsets. A token of nothing else has none of its own: it begins where
+    the token before ends.
+    """
+    first, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    previous = np.maximum.accumulate(np.concatenate([[0], end[:-1]]))[: len(end)]
+    first = np.where(first == end, np.minimum(previous, first), first)
+    end = np.maximum(end, first + 1)
+    within = np.zeros(len(first), dtype=bool)
     for span_start, span_end in spans:
-        trained_on |= (first < span_end) & (end > span_start)
-    return rendered["input_ids"], trained_on.tolist()
+        within |= (first < span_end) & (end > span_start)
+    return within

@@ -66,13 +66,24 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
             f"block_size {options.block_size}: the model has {positions} positions\npass --block_size {positions} "
             "or less, or a model with larger max_position_embeddings"
         )
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= text_config.vocab_size:
-        raise OptionError(
-            f"tokenizer of {options.tokenizer_name or name or 'the embedded corpus'}: its highest token id is "
-            f"{highest}, beyond the model's vocabulary of {text_config.vocab_size}\npass --tokenizer_name"
-        )
+    _check_vocabulary(tokenizer, text_config.vocab_size, options.tokenizer_name or name or "the embedded corpus")
     return config, tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
+    """Refuse a tokenizer with ids beyond the model's vocabulary of `size`.
+
+    Added tokens may have such ids, because some models come with more of them than embeddings. Texts that contain one
+    are refused when they are tokenized (data/tokens.py), which needs the size for that.
+    """
+    beyond = {token for token in tokenizer.get_vocab().values() if token >= size}
+    if beyond - tokenizer.added_tokens_decoder.keys() or tokenizer.eos_token_id in beyond:
+        raise OptionError(
+            f"tokenizer of {name}: its highest token id is {max(beyond)}, beyond the model's vocabulary of {size}\n"
+            "pass --tokenizer_name"
+        )
+    if beyond:
+        tokenizer.model_vocabulary_size = size
 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:

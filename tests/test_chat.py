@@ -223,7 +223,7 @@ def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
         (
             "{% for m in messages %}{{ m.content if m.content != 'that' else '' }}|{{ messages | length }}{% endfor %}"
             "{% if messages[-1].content == 'that' %}other{% endif %}",
-            "cannot find where turn 1 of a conversation begins and ends",
+            "it writes nothing after an answer",
         ),
     ],
 )

@@ -16,6 +16,8 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import data.cache
@@ -305,9 +307,15 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     other_template.chat_template = "{{ messages }}"
     other_eos.eos_token = "a"
     other_vocabulary.add_tokens(["<new>"])
+    other_bos, other_post_processor, other_normalizer, no_specials = (copy.deepcopy(tokenizer) for _ in range(4))
+    other_bos.bos_token = "<eos>"  # which only a template reads
+    other_post_processor.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", None, [("<eos>", 0)])
+    other_normalizer.backend_tokenizer.normalizer = Lowercase()
+    no_specials.split_special_tokens = True
+    tokenizers = [other_template, other_eos, other_vocabulary, other_bos, other_post_processor, other_normalizer]
     changes: dict[str, list[Any]] = {"shape": ["messages"], "text_column": ["body"], "block_size": [64]}
-    changes |= {"max_targetless_fraction": [0.2], "train_on_last_turn": [True]}
-    changes |= {"tokenizer": [other_template, other_eos, other_vocabulary]}
+    changes |= {"max_targetless_fraction": [0.2], "tokenizer": [*tokenizers, no_specials]}
+    changes |= {"variables": [{"enable_thinking": False}], "train_on_last_turn": [True]}
     assert changes.keys() == {field.name for field in fields(Rendering)}
     renderings = [replace(rendering, **{name: value}) for name, values in changes.items() for value in values]
     packings = [replace(packing, kind="none"), replace(packing, block_size=64)]
@@ -316,7 +324,7 @@ def test_the_key_holds_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     keys += [cache_key(replace(source, key="changed"), rendering, packing, 5)]
     keys += [cache_key(source, changed, packing, 5) for changed in renderings]
     keys += [cache_key(source, rendering, changed, 5) for changed in packings]
-    assert len(set(keys)) == len(keys) == 13
+    assert len(set(keys)) == len(keys) == 18
     assert cache_key(replace(source, name="other", weight=2.0), rendering, packing, 5) == keys[0]
 
 
