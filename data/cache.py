@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from config.errors import OptionError
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
+from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
-from data.sources import Source
-from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Outcome, Rendering, document_lengths, encoder, readable
 
-FORMAT = 5  # raise it when the files of an older version can no longer be read
+FORMAT = 6  # raise it when the files of an older version can no longer be read
 
 RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1")])
 
@@ -150,7 +149,7 @@ def _write_tokens(
     done = Done(0, 0, 0, START)
     with suppress(FileNotFoundError):
         done = Done(*json.loads((folder / "progress.json").read_text()))
-    plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
+    plain = not any(path.suffix.lower() in (".parquet", *COMPRESSIONS) for path in source.files)
     size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
     bar = tqdm(
         desc=f"Tokenizing {source.name}",

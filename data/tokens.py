@@ -6,9 +6,12 @@ Tokens are uint32. The highest bit is set in a masked token, such as one of a us
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from chat.shapes import SHAPES, Conversation, to_conversation, unpair
 from chat.template import check_markers, has_markers, render, trained_spans
-from config.errors import OptionError
-from data.records import RawRecord
-from data.sources import Source
+from config.errors import OptionError, first_line
+from data.records import RawRecord, Source, parsed
 
 MASKED = 1 << 31
 
@@ -90,23 +92,35 @@ def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
     """A function that tokenizes records. It gives their tokens and outcomes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe, because forked loader workers use no tokenizer
     if rendering.shape == "text":
-        return lambda records: _encode_texts(records, rendering)
+        return partial(_naming_the_record, partial(_encode_texts, rendering=rendering))
     if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
         check_markers(rendering.tokenizer)
-    return lambda records: _encode_conversations(records, rendering)
+    return partial(_naming_the_record, partial(_encode_conversations, rendering=rendering))
 
 
-def parsed(raw: RawRecord) -> Record:
-    """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
-    if isinstance(raw.content, dict):
-        return raw.content
+def _naming_the_record(encode: Callable[[list[RawRecord]], Encoded], records: list[RawRecord]) -> Encoded:
+    """The tokens and outcomes of `encode`. Raises OptionError with the place of the record that makes it fail.
+
+    Tokenizers and chat templates raise all kinds of exceptions, and a tokenizer sees many texts at once.
+    """
     try:
-        record = json.loads(raw.content)
-    except ValueError as error:
-        raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
-    return record
+        return encode(records)
+    except (OptionError, MemoryError):
+        raise
+    except Exception as error:
+        for raw in records if len(records) > 1 else ():
+            _naming_the_record(encode, [raw])
+        places = records[0].place if len(records) == 1 else f"{records[0].place} to {records[-1].place}"
+        cause = _surrogate(records[0]) or f"{type(error).__name__}: {first_line(error)}"
+        raise OptionError(f"{places}: cannot be tokenized: {cause}\ncorrect or remove this record") from error
+
+
+def _surrogate(raw: RawRecord) -> str:
+    """Says that a record has half of a surrogate pair, which no UTF-8 text can have, or nothing."""
+    with suppress(OptionError, RecursionError):
+        found = re.search("[\ud800-\udfff]", json.dumps(parsed(raw), ensure_ascii=False, default=repr))
+        return f"half of a surrogate pair, \\u{ord(found[0]):04x}" if found else ""
+    return ""
 
 
 def readable(place: str, record: Record, shape: str, tokenizer: PreTrainedTokenizerBase) -> str:
