@@ -100,19 +100,28 @@ def check_data(options: Options) -> None:
     _at_least(options, "max_targetless_fraction", 0)
     if not 0 <= options.validation_split_percentage < 100:
         raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")
-    sources = [name for name in ("train_file", "train_mixture", "dataset_name") if getattr(options, name)]
+    sources = [name for name in ("train_file", "train_mixture", "dataset_name", "dataset") if getattr(options, name)]
     if len(sources) > 1:
         first, second = (f"{name} {getattr(options, name)}" for name in sources[:2])
         raise OptionError(f"{first}: cannot be combined with {second}\nremove one of them")
-    if options.validation_file and not {"train_file", "train_mixture"} & set(sources):
+    if options.dataset and not options.dataset_info and not Path("data/dataset_info.json").exists():
+        raise OptionError(
+            f"dataset {options.dataset}: pass --dataset_info FILE, which has this name; or pass files by --train_file, "
+            "and a hub id by --dataset_name"
+        )
+    if options.dataset_info and not options.dataset:
+        raise OptionError(f"dataset_info {options.dataset_info}: pass --dataset NAME, a data set that it names")
+    if options.validation_file and not {"train_file", "train_mixture", "dataset"} & set(sources):
         raise OptionError(f"validation_file {options.validation_file}: pass --train_file or --train_mixture, too")
     if options.streaming and options.max_steps <= 0:
         raise OptionError("streaming true: the number of sequences is not known before the run; pass --max_steps")
     for name in INTERVALS if options.streaming else ():
         if getattr(options, name) == EPOCH:
             raise OptionError(f"{name} epoch: a stream has no epochs; pass a number of steps")
-    if options.streaming and sources not in (["train_file"], ["dataset_name"]):
+    if options.streaming and (sources[:1] not in (["train_file"], ["dataset_name"], ["dataset"])):
         raise OptionError("streaming true: only these can be streamed: pass --train_file or --dataset_name")
+    if options.streaming and "," in (options.dataset or ""):
+        raise OptionError(f"streaming true: one data set can be streamed, not {options.dataset}; pass one name")
     if options.streaming and options.objective == "dpo":
         raise OptionError(
             "streaming true: cannot be combined with objective dpo, which evaluates all pairs before the run\n"

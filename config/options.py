@@ -42,14 +42,15 @@ EPOCH = -1
 # others may, because they do not change the result, or because only rank 0 reads them.
 MAY_DIFFER_BETWEEN_NODES = {
     *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
-    *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "torch_compile"),
+    *("train_file", "train_mixture", "validation_file", "dataset_name", "dataset_info", "data_cache_dir"),
+    "torch_compile",
     *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "disable_tqdm", "show_examples", "trace_steps"),
     "prompt",
 }
 
 # Old names of options, still accepted on the command line and in a run file, with a line that says the new name.
-RENAMED = {"max_targetless_share": "max_targetless_fraction"}
+RENAMED = {"max_targetless_share": "max_targetless_fraction", "dataset_dir": "dataset_info"}
 
 # The keys of lr_scheduler_kwargs. The highest rate is learning_rate, and the length of the warmup is warmup_steps.
 SCHEDULE_PARAMETERS = {
@@ -80,6 +81,8 @@ class Options:
     validation_file: str | None = option(DATA, None, "Validation data, in the formats of train_file.")
     validation_split_percentage: int = option(DATA, 5, "Without validation data: percentage held out for it.")
     dataset_name: str | None = option(DATA, None, "Data set to train on: a local directory or a hub id.")
+    dataset: str | None = option(DATA, None, "Names of data sets in dataset_info, with commas between them.")
+    dataset_info: str | None = option(DATA, None, "LLaMA-Factory's dataset_info.json, or its directory.")
     dataset_config_name: str | None = option(DATA, None, "Configuration of the data set, if it has several.")
     data_format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "preference"] = option(
         DATA, "auto", "Shape of the records. auto: detected by their columns."

@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from config.errors import OptionError
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
+from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
-from data.sources import Source
-from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, document_lengths, encoder, readable
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -155,7 +154,7 @@ def _write_tokens(
     done = Done(0, 0, 0, START, {})
     with suppress(FileNotFoundError):
         done = Done(*json.loads((folder / "progress.json").read_text()))
-    plain = all(path.suffix in (".txt", ".jsonl", ".json", ".py") for path in source.files)
+    plain = not any(path.suffix.lower() in (".parquet", *COMPRESSIONS) for path in source.files)
     size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
     bar = tqdm(
         desc=f"Tokenizing {source.name}",

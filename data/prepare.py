@@ -24,9 +24,9 @@ from config.errors import OptionError
 from config.options import Options
 from data.cache import Prepared, cache_key, prepare_source
 from data.packing import Packing
-from data.records import RawRecord, read
+from data.records import RawRecord, Source, read
 from data.sequences import Mixture, PreparedDataset, Split, total
-from data.sources import Source, cache_directory, find_sources
+from data.sources import cache_directory, find_sources
 from data.stream import StreamingDataset
 from data.tokens import Rendering, detect_shape, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
@@ -208,7 +208,7 @@ def _read_prepared(
     tokenizer: str, sources: list[Source], packing: Packing, training: list[Prepared], held_out: Prepared | None
 ) -> Data:
     """Prepared training and validation sequences: those of `held_out`, or the validation splits of the sources."""
-    weights = [source.weight for source in sources]
+    weights = [source.weight for source in sources if source.weight]
     fingerprints = [part.fingerprint for part in training] + ([held_out.fingerprint] if held_out else [])
     train = [PreparedDataset(part.folder / "train", packing.padded_length) for part in training]
     counts = {"train": total([part.counts["train"] for part in training])}
@@ -226,7 +226,7 @@ def _read_prepared(
         packing=packing.kind,
         stop_tokens=sorted({token for part in training for token in part.stop_tokens}),
         unused=sum((Counter(part.unused) for part in training), Counter()),
-        train=train[0] if len(train) == 1 else Mixture(train, weights),
+        train=train[0] if len(train) == 1 else Mixture(train, weights or None),
         validation=None if not validation else validation[0] if len(validation) == 1 else Mixture(validation),
         counts=counts,
     )

@@ -1,34 +1,64 @@
 """Records, as they are read from the files or the data set of a source, from any position on."""
 
+import codecs
+import csv
 import io
-from collections.abc import Iterator
+import json
+import re
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import datasets
 import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from config.errors import OptionError
-from data.sources import Source
+from chat.shapes import without_padding
+from config.errors import OptionError, first_line
+from data.dataset_info import Entry
 
 FRAGMENT = 16_384  # characters; a .txt file is read in fragments, so that memory does not grow with its size
 
 CHUNK = 1 << 20  # bytes of the records that one process tokenizes together
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}"]')  # a string, a bracket, or a quote that opens no string
+
+WRAPPERS = ("data", "train", "rows", "records", "examples", "instances", "samples")  # keys of an object around records
+
 Position = tuple[int, int, int]
 
 """Where a record begins: the number of its file, the byte there before decompression (of .parquet: the row), and the
-number of records before it in that file."""
+number of lines, fragments or rows before it in that file."""
 
 START: Position = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: files or a data set, a name for messages, and a key that changes with the content."""
+
+    name: str
+    key: str
+    files: tuple[Path, ...] = ()
+    dataset: datasets.Dataset | datasets.IterableDataset | None = None
+    weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
+    entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
 
 
 class RawRecord(NamedTuple):
     """A record as it was read, before it is parsed."""
 
     place: str  # file and line, for messages
-    content: bytes | dict[str, Any]  # a line of JSON, or columns
+    content: bytes | dict[str, Any]  # a JSON object, or columns
     after: Position  # where the next record begins
     begins: bool = True  # whether a document begins here
     ends: bool = True  # and whether it ends here
@@ -37,25 +67,55 @@ class RawRecord(NamedTuple):
 def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
     """The records of a source from `start` on, in the order of its files. Holds a record, or a batch of Parquet rows.
 
-    A line of a .jsonl file is not parsed here, because one process reads for all that tokenize. A .txt file is one
-    document: each of its records is {"text": str}, with a fragment of it. Other records have the columns of their file
-    or data set. A start within a compressed file costs reading it up to there. Raises OptionError for an unreadable
-    file.
+    A JSON object is not parsed here, because one process reads for all that tokenize. A .txt file is one document: each
+    of its records is {"text": str}, with a fragment of it. Other records have the columns of their file or data set, or
+    the columns that the entry of the source makes of them. A start within a compressed file costs reading it up to
+    there. Raises OptionError for an unreadable file.
     """
+    if source.entry is None:
+        yield from _read(source, start)
+        return
+    limit = source.entry.num_samples  # counted from the beginning, so a resume reads the first records again
+    records = 0
+    for raw in islice(_read(source, START if limit else start), limit):
+        records += 1
+        if raw.after > start:
+            yield raw._replace(content=source.entry.convert(parsed(raw), raw.place))
+    if limit and records < limit:
+        raise OptionError(f"{source.name}: num_samples is {limit}, and there are {records} records; lower it")
+
+
+def parsed(raw: RawRecord) -> dict[str, Any]:
+    """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
+    if isinstance(raw.content, dict):
+        return without_padding(raw.content)
+    try:
+        record = json.loads(raw.content)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}") from error
+    if not isinstance(record, dict):
+        raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
+    return record
+
+
+def _read(source: Source, start: Position) -> Iterator[RawRecord]:
+    """The records of a source, with the columns of its files or data set."""
     if source.dataset is not None:
         for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
             yield RawRecord(f"{source.name}: row {row}", record, (0, row + 1, row + 1))
         return
     for number in range(start[0], len(source.files)):
         path = source.files[number]
-        read_file = {".parquet": _read_rows, ".txt": _read_fragments, ".py": _read_fragments}.get(
-            path.suffix, _read_lines
-        )
         try:
-            yield from read_file(path, start if number == start[0] else (number, 0, 0))
+            yield from READERS[file_format(path)](path, start if number == start[0] else (number, 0, 0))
         except (OSError, EOFError, pyarrow.ArrowException) as error:
-            cause = str(error).strip().splitlines()[0][:200]
-            raise OptionError(f"{path}: cannot be read as {path.suffix}: {cause}") from error
+            raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}") from error
+
+
+def file_format(path: Path) -> str:
+    """The suffix of a file in lower case, without that of its compression, such as .jsonl."""
+    *_, last = ("", *(suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS))
+    return last
 
 
 def chunks(records: Iterator[RawRecord], bytes_each: int) -> Iterator[list[RawRecord]]:
@@ -77,6 +137,46 @@ def size_of(record: RawRecord) -> int:
     return len(record.content) if isinstance(record.content, bytes) else len(repr(record.content))
 
 
+def _lines(path: Path, offset: int) -> Generator[tuple[bytes, int], None, None]:
+    """The lines of a file from byte `offset` of its text on, and the byte where each ends. A UTF-8 BOM is left out.
+
+    Raises OptionError for a file that begins in UTF-16 or UTF-32, or with a NUL byte, as no text in UTF-8 does.
+    """
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    with open(path, "rb") if compression is None else _decompressed(path, compression) as file:
+        if compression is None:
+            file.seek(offset)
+        else:
+            for size in [CHUNK] * (offset // CHUNK) + [offset % CHUNK]:
+                file.read(size)
+        for line in file:
+            begins = offset == 0
+            offset += len(line)
+            if begins and (line.startswith(UTF_16) or b"\0" in line[:4]):
+                text(path, line, 0)
+            yield (line.removeprefix(codecs.BOM_UTF8) if begins else line), offset
+
+
+def text(path: Path, raw: bytes, offset: int) -> str:
+    """The text of bytes that begin at byte `offset` of a file. Raises OptionError if they are no text in UTF-8."""
+    try:
+        decoded = raw.decode()
+        position = decoded.find("\0")
+        if position < 0:
+            return decoded
+        position = len(decoded[:position].encode())
+    except UnicodeDecodeError as error:
+        position = error.start
+    wide = offset == 0 and (raw.startswith(UTF_16) or b"\0" in raw[:2])
+    problem = "is in UTF-16, not in UTF-8" if wide else f"byte {offset + position:,} is {raw[position]:#04x}, so it is "
+    if not wide:
+        problem += "no text" if raw[position] == 0 else "not in UTF-8"
+    raise OptionError(
+        f"{path}: {problem}\nconvert a text from the encoding that it has, such as UTF-16, LATIN1 or GB18030:\n"
+        f"iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 {path.name} > converted-{path.name}"
+    )
+
+
 def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
     """One document, in fragments of about FRAGMENT characters that add up to its exact text.
 
@@ -88,33 +188,150 @@ def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
         return
     fragment: list[str] = []
     size, begins = 0, offset == 0
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for line in file:
-            text = line.decode(errors="replace")
-            if size >= FRAGMENT and not text[0].isspace():
-                records += 1
-                yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records), begins, False)
-                fragment, size, begins = [], 0, False
-            fragment.append(text)
-            size += len(text)
-            offset += len(line)
+    for line, end in _lines(path, offset):
+        decoded = text(path, line, end - len(line))
+        if size >= FRAGMENT and not decoded[0].isspace():
+            records += 1
+            yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records), begins, False)
+            fragment, size, begins = [], 0, False
+        fragment.append(decoded)
+        size += len(decoded)
+        offset = end
     yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records + 1), begins, True)
 
 
-def _read_lines(path: Path, start: Position) -> Iterator[RawRecord]:
+def _read_json(path: Path, start: Position) -> Iterator[RawRecord]:
+    """The objects of a file: one in a line, or all of them in one array, whichever its first character says."""
+    with closing(_lines(path, 0)) as lines:
+        first = next((line.lstrip() for line, _ in lines if line.strip()), b"")
+    yield from (_read_array if first.startswith(b"[") else _read_objects)(path, start)
+
+
+def _read_objects(path: Path, start: Position) -> Iterator[RawRecord]:
+    """One JSON object in a line. Raises OptionError if the first object spans lines, or holds all records."""
     number, offset, lines = start
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    with open(path, "rb") if compression is None else _decompressed(path, compression) as file:
-        if compression is None:
-            file.seek(offset)
+    begins = offset == 0
+    for line, end in _lines(path, offset):
+        lines += 1
+        if not line.strip():
+            continue
+        if begins:
+            _check_first_object(path, line, end)
+            begins = False
+        yield RawRecord(f"{path}: line {lines}", line, (number, end, lines))
+
+
+def _check_first_object(path: Path, line: bytes, end: int) -> None:
+    brackets = [token for token in JSON_TOKEN.findall(line) if len(token) == 1]
+    if brackets.count(b"{") > brackets.count(b"}"):
+        raise OptionError(
+            f"{path}: line 1: the JSON object does not end in its line, so it is cut off or spans several lines\n"
+            f"write one record in a line, or all in one array: jq -c . {path.name} > lines.jsonl"
+        )
+    if end == path.stat().st_size and b"[" in brackets:  # the only line
+        record = parsed(RawRecord(f"{path}: line 1", line, START))
+        for key in WRAPPERS:
+            if isinstance(items := record.get(key), list) and items and isinstance(items[0], dict):
+                raise OptionError(
+                    f"{path}: is one JSON object, whose key {key} holds {len(items)} records\n"
+                    f"write one record in a line: jq -c '.{key}[]' {path.name} > lines.jsonl"
+                )
+
+
+def _read_array(path: Path, start: Position) -> Iterator[RawRecord]:
+    """The objects of one JSON array, over any number of lines. Holds an object, and the line that it ends in.
+
+    The brackets outside of strings tell where an object ends. An array in one line is therefore held as a whole.
+    """
+    number, offset, lines = start
+    opened, separator, closed = offset > 0, b"," if offset else b"", False  # what must come before the next object
+    depth, first_line_of_item, item = 0, 0, b""
+
+    def check(found: bytes, expected: bytes) -> None:
+        if found.strip() != expected:
+            shown = found.strip()[:50].decode(errors="replace") or "no comma"
+            wanted = "an array of JSON objects with commas between them"
+            raise OptionError(f"{path}: line {lines + 1}: {shown!r} is here, and the file must be {wanted}")
+
+    gap = b""
+    for line, end in _lines(path, offset):
+        begin, done = end - len(line), 0  # `done`: the bytes of the line that are in an item, or checked
+        for token in JSON_TOKEN.finditer(line):
+            kind = token[0]
+            if depth == 0:
+                gap += line[done : token.start()]
+                done = token.start()
+                if kind == b"[" and not opened:
+                    check(gap, b"")
+                    opened, gap, done = True, b"", token.end()
+                elif kind == b"]" and opened and not closed:
+                    check(gap, b"")
+                    closed, gap, done = True, b"", token.end()
+                elif kind == b"{" and opened and not closed:
+                    check(gap, separator)
+                    depth, first_line_of_item, gap = 1, lines + 1, b""
+                else:
+                    check(gap + kind, b"")
+            elif kind in (b"{", b"["):
+                depth += 1
+            elif kind in (b"}", b"]"):
+                depth -= 1
+                if depth == 0:
+                    item += line[done : token.end()]
+                    done, separator = token.end(), b","
+                    place = f"{path}: line {first_line_of_item}"
+                    yield RawRecord(place, item, (number, begin + done, lines))
+                    item = b""
+            elif kind == b'"':
+                raise OptionError(f"{path}: line {lines + 1}: a text is not closed by a quote in its line")
+        if depth:
+            item += line[done:]
         else:
-            for size in [CHUNK] * (offset // CHUNK) + [offset % CHUNK]:
-                file.read(size)
-        for line in file:
-            offset, lines = offset + len(line), lines + 1
-            if line.strip():
-                yield RawRecord(f"{path}: line {lines}", line, (number, offset, lines))
+            gap += line[done:]
+        lines += 1
+    lines -= 1
+    if depth or not closed:
+        raise OptionError(f"{path}: line {lines + 1}: the file ends before its array does; it may be cut off")
+    check(gap, b"")
+
+
+def _read_table(path: Path, start: Position) -> Iterator[RawRecord]:
+    """The rows of a .csv or .tsv file, as texts. Its first row has the names of the columns."""
+    number, begin, before = start
+    with closing(_read_cells(path, 0, 0)) as cells:
+        header, _, offset, lines = next(cells, ([], 1, 0, 0))
+    separator, other = ("tab", ";") if file_format(path) == ".tsv" else ("comma", ";\t")
+    if len(header) == 1 and set(other) & set(header[0]):
+        raise OptionError(f"{path}: line 1: one column {header[0]!r}: the separator of columns must be a {separator}")
+    if len(set(header)) < len(header):
+        raise OptionError(f"{path}: line 1: two columns have one name: {', '.join(header)}; rename one of them")
+    begin, before = max((begin, before), (offset, lines))
+    for row, line, offset, lines in _read_cells(path, begin, before):
+        if len(row) != len(header):
+            raise OptionError(f"{path}: line {line}: has {len(row)} cells, and the first line names {len(header)}")
+        yield RawRecord(f"{path}: line {line}", dict(zip(header, row, strict=True)), (number, offset, lines))
+
+
+def _read_cells(path: Path, offset: int, lines: int) -> Generator[tuple[list[str], int, int, int], None, None]:
+    """The cells of each row, the line where it begins, and the byte and the number of lines after it."""
+    before, offsets = lines, [offset]
+
+    def decoded() -> Iterator[str]:
+        for line, offsets[0] in _lines(path, offset):
+            yield text(path, line, offsets[0] - len(line))
+
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(decoded(), delimiter="\t" if file_format(path) == ".tsv" else ",", strict=True)
+    while True:
+        line = before + rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise OptionError(f"{path}: line {line}: cannot be read as {file_format(path)}: {error}") from error
+        if row is None:
+            return
+        if row:  # an empty line is no row
+            yield row, line, offsets[0], before + rows.line_num
 
 
 def _decompressed(path: Path, compression: str) -> IO[bytes]:
@@ -134,3 +351,17 @@ def _read_rows(path: Path, start: Position) -> Iterator[RawRecord]:
                 row += 1
                 if row > first:
                     yield RawRecord(f"{path}: row {row - 1}", record, (number, row, row))
+
+
+READERS = {
+    ".txt": _read_fragments,
+    ".py": _read_fragments,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".ndjson": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_rows,
+}
+
+"""How each format is read. The text of the demo is .py files."""

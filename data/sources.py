@@ -4,9 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import re
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +21,32 @@ from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
 from config.plan import mixture_weights
+from data.dataset_info import FILE_NAME, Entry, read_entries
+from data.records import COMPRESSIONS, READERS, Source, file_format, parsed, read
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+SUFFIXES = tuple(
+    suffix + compression
+    for suffix in READERS
+    if suffix != ".py"
+    for compression in ("", *(COMPRESSIONS if suffix not in (".txt", ".parquet") else ()))
+)
+
+FORMATS = f"{', '.join(suffix for suffix in READERS if suffix not in ('.py', '.parquet'))} or .parquet"
 
 SETTLED = 2.0  # seconds; a younger change may be followed by another one with the same time stamp
 
+NOT_DATA = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "model.safetensors.index.json", "preprocessor_config.json", "merges.txt"),
+    *("adapter_config.json", "trainer_state.json", "trainer_log.jsonl", "train_results.json", "eval_results.json"),
+    *("all_results.json", "metrics.jsonl", FILE_NAME, "dataset_infos.json", "dataset_dict.json", "state.json"),
+}
 
-@dataclass(frozen=True)
-class Source:
-    """What to read: files or a data set, a name for messages, and a key that changes with the content."""
+"""Files that other programs and trainers write. They are read only if they are named, not as a part of a directory."""
 
-    name: str
-    key: str
-    files: tuple[Path, ...] = ()
-    dataset: datasets.Dataset | datasets.IterableDataset | None = None
-    weight: float = 1.0  # in a mixture: its weight in the sequences of an epoch
+NOT_FOR_TRAINING = re.compile(r"(?:^|[^a-z])(test|valid|validation|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
+
+SAVED = ("state.json", "dataset_dict.json")  # either is in a directory that save_to_disk of `datasets` wrote
 
 
 def find_sources(options: Options) -> tuple[list[Source], Source | None]:
@@ -42,17 +56,21 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
     """
     if options.dataset_name:
         return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
-    cache_dir = cache_directory(options.data_cache_dir)
-    validation = options.validation_file
-    held_out = _find_files("validation_file", validation, cache_dir) if validation else None
+    held_out = _find_files("validation_file", options.validation_file, options) if options.validation_file else None
     if options.train_mixture:
         weights = mixture_weights(options.train_mixture)
-        found = ((_find_files("train_mixture", name, cache_dir), weight) for name, weight in weights.items())
-        return [replace(source, weight=weight) for source, weight in found], held_out
-    if options.train_file:
-        return [_find_files("train_file", options.train_file, cache_dir, options.streaming)], held_out
-    files = demo_files()
-    return [Source("the Python standard library", _hash(files), tuple(files))], None
+        found = ((_find_files("train_mixture", name, options), weight) for name, weight in weights.items())
+        sources = [replace(source, weight=weight) for source, weight in found]
+    elif options.train_file:
+        sources = [_find_files("train_file", options.train_file, options, options.streaming)]
+    elif options.dataset:
+        entries = read_entries(options.dataset_info or "data", options.dataset)
+        sources = [_find_entry(entry, options) for entry in entries]
+    else:
+        files = demo_files()
+        return [Source("the Python standard library", _hash(files), tuple(files))], None
+    _report_twice(sources, held_out)
+    return sources, held_out
 
 
 def cache_directory(data_cache_dir: str) -> Path:
@@ -67,29 +85,40 @@ def cache_directory(data_cache_dir: str) -> Path:
     return cache
 
 
-def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = False) -> Source:
+def _say(message: str) -> None:
+    """Print a line about the data, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def _find_files(option: str, value: str, options: Options, streaming: bool = False) -> Source:
     """The source of `value`: a file, a directory, a glob, or several of them separated by commas. Raises OptionError.
 
     The key of a streamed source covers only the names, sizes and times of its files.
     """
     files: list[Path] = []
-    for name in [value] if Path(value).exists() else value.split(","):
+    for name in [value] if Path(value).expanduser().exists() else value.split(","):
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = [file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
-        elif "*" in name or "?" in name:
-            root = Path(path.anchor)
-            found = [file for file in root.glob(str(path.relative_to(root))) if file.is_file()]
-        else:
-            found = [path]
-        files += sorted(found)
+        if not path.is_dir() and not {"*", "?"} & set(name):
+            files.append(path)
+            continue
+        if path.is_dir() and any((path / saved).exists() for saved in SAVED):
+            raise OptionError(f"{option} {name}: was written by save_to_disk of datasets; pass --dataset_name {name}")
+        found, left_out = _choose(path, _walk(path) if path.is_dir() else _match(path), options)
         if not found:
-            raise OptionError(f"{option} {name}: no file there has one of the suffixes {', '.join(SUFFIXES)}")
+            there = f"no file there has one of the suffixes {FORMATS}"
+            raise OptionError(f"{option} {name}: {there}{_listed('; left out: ', left_out)}")
+        if left_out:
+            _say(f"{option} {name}: reads {len(found)} files and leaves out {_listed('', left_out)}")
+        others = [file.name for file in found if NOT_FOR_TRAINING.search(file.name)]
+        if others and option != "validation_file" and len(others) < len(found):
+            _say(f"{option} {name}: trains on {_listed('', others)}, too; move files that are not for training")
+        files += found
     for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise OptionError(f"{option} {file}: pass {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files")
+        if not file.name.lower().endswith(SUFFIXES):
+            raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
     try:
-        key = _statuses(files) if streaming else _hash_once(files, cache_dir)
+        key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
         empty = all(file.stat().st_size == 0 for file in files)
     except OSError as error:
         raise OptionError(f"{option} {error.filename or value}: {error.strerror}; pass a readable file") from error
@@ -98,27 +127,148 @@ def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = Fals
     return Source(f"{option} {value}", key, tuple(files))
 
 
+def _walk(directory: Path) -> Iterator[Path]:
+    """The files below a directory, also those of directories that symbolic links point to."""
+    seen = set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            folders.clear()  # a link to a directory that was read already, perhaps to one above it
+            continue
+        seen.add(place)
+        yield from (Path(folder, name) for name in names)
+
+
+def _match(pattern: Path) -> Iterator[Path]:
+    root = Path(pattern.anchor)
+    return (path for path in root.glob(str(pattern.relative_to(root))) if not path.is_dir())
+
+
+def _choose(origin: Path, paths: Iterable[Path], options: Options) -> tuple[list[Path], list[str]]:
+    """The data files among the files of a directory or glob, in order, and the names of the others.
+
+    Hidden files, files that other programs write, checkpoints and the directories of this run are no data. In a
+    directory, a file must have a suffix of data. A glob asks for every file that it matches.
+    """
+    pattern = [] if origin.is_dir() else [part for part in origin.parts if {"*", "?"} & set(part)]
+    root = Path(*origin.parts[: origin.parts.index(pattern[0])]) if pattern else origin
+    ours = [Path(name).expanduser().resolve() for name in (options.output_dir, options.data_cache_dir)]
+    ours = [directory for directory in ours if root.resolve() in directory.parents]
+    found, left_out = [], []
+    for path in sorted(paths):
+        inside = path.absolute().relative_to(root.absolute())
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in inside.parts)
+        hidden = hidden and not any(part.startswith(".") for part in pattern)
+        of_run = any(directory in path.resolve().parents for directory in ours)
+        of_run = of_run or any(re.fullmatch(r"checkpoint-\d+", part) for part in inside.parts)
+        wanted = path.name.lower().endswith(SUFFIXES) or bool(pattern)
+        if hidden or of_run or path.name in NOT_DATA or not wanted:
+            left_out.append(str(inside))
+        else:
+            found.append(path)
+    return found, left_out
+
+
+def _listed(opening: str, names: list[str]) -> str:
+    """The number of names and the first three of them, or nothing if there are none."""
+    more = ", ..." if len(names) > 3 else ""
+    return f"{opening}{len(names)} ({', '.join(names[:3])}{more})" if names else ""
+
+
+def _report_twice(sources: list[Source], held_out: Source | None) -> None:
+    """Say which files are read twice: by two names, or for training and for validation."""
+    seen: set[tuple[int, int]] = set()
+    for source in [*sources, *([held_out] if held_out else [])]:
+        again = []
+        for file in source.files:
+            identity = (file.stat().st_dev, file.stat().st_ino)
+            again += [file.name] if identity in seen else []
+            seen.add(identity)
+        if again:
+            what = "is training data, too" if source is held_out else "is read twice"
+            _say(f"{source.name}: {_listed('', again)} {what}; name each file once if that is not meant")
+
+
+def _find_entry(entry: Entry, options: Options) -> Source:
+    """The source that an entry of dataset_info.json describes."""
+    if entry.num_samples and options.streaming:
+        raise OptionError(f"dataset {entry.name}: num_samples cannot be combined with streaming\nremove one of them")
+    if entry.path:
+        if not Path(entry.path).exists():
+            raise OptionError(f"dataset {entry.name}: file_name {entry.path} does not exist; correct {FILE_NAME}")
+        source = _find_files("dataset", entry.path, options, options.streaming)
+    else:
+        splits = _load_dataset("dataset", str(entry.hub_id), entry.subset, options.streaming)
+        if entry.split not in splits:
+            raise OptionError(f"dataset {entry.name}: has no split {entry.split}, only {', '.join(splits)}")
+        source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}")
+    first = next(read(source), None)
+    if first and (unused := [name for name in parsed(first) if name not in entry.columns.values()]):
+        _say(f"dataset {entry.name}: {FILE_NAME} names no use for the columns {', '.join(unused)}")
+    if entry.num_samples:
+        _say(f"dataset {entry.name}: reads the first {entry.num_samples} records, where LLaMA-Factory draws them")
+    return replace(source, key=f"{source.key} {entry.key()}", entry=entry, weight=None)
+
+
 def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], Source | None]:
     """The splits train and validation of a data set. The second may not exist."""
-    try:
-        splits = datasets.load_dataset(name, config_name, streaming=streaming)
-    except Exception as error:
-        cause = str(error).strip().splitlines()[0][:200]
-        raise OptionError(f"dataset_name {name}: cannot be loaded: {cause}\npass a hub id or a directory") from error
+    splits = _load_dataset("dataset_name", name, config_name, streaming)
     if "train" not in splits:
-        raise OptionError(f"dataset_name {name}: has no split named train, only {', '.join(splits)}")
-    train, validation = (
-        Source(
-            f"dataset_name {name} ({split})",
-            f"{name} {config_name}" if streaming else str(splits[split]._fingerprint),
-            dataset=splits[split],
+        raise OptionError(
+            f"dataset_name {name}: has no split named train, only {', '.join(splits)}\nrename a split, or pass its "
+            "files by --train_file"
         )
-        if split in splits
-        else None
+    if others := [split for split in splits if split not in ("train", "validation")]:
+        validation = "" if "validation" in splits else "; no split is named validation"
+        _say(f"dataset_name {name}: does not use {_listed('', others)}{validation}")
+    train, validation_source = (
+        _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {config_name}") if split in splits else None
         for split in ("train", "validation")
     )
     assert train
-    return [train], validation
+    return [train], validation_source
+
+
+def _of_split(name: str, splits: Any, split: str, key: str) -> Source:
+    """The source of one split. A data set that is not on this machine has only its name as key."""
+    dataset = splits[split]
+    content = isinstance(dataset, datasets.Dataset)
+    return Source(name, str(dataset._fingerprint) if content else key, dataset=dataset)
+
+
+def _load_dataset(option: str, name: str, config_name: str | None, streaming: bool) -> Any:
+    """The splits of a data set on the hub or in a directory, which save_to_disk may have written."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise OptionError(f"{option} {name}: is a file; pass --train_file {name}")
+    try:
+        if any((path / saved).exists() for saved in SAVED):
+            saved_set = datasets.load_from_disk(str(path))
+            return {"train": saved_set} if isinstance(saved_set, datasets.Dataset) else saved_set
+        return datasets.load_dataset(str(path) if path.is_dir() else name, config_name, streaming=streaming)
+    except Exception as error:
+        cause: BaseException = error  # `datasets` says little in its own message
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        lines = " ".join(str(cause).split())[:400] or type(cause).__name__
+        remedy = _other_columns(path) or "pass a hub id or a directory"
+        raise OptionError(f"{option} {name}: cannot be loaded: {lines}\n{remedy}") from error
+
+
+def _other_columns(directory: Path) -> str:
+    """Names the first file of a directory that has other columns than the first one, if there is one, and a remedy."""
+    columns: dict[Path, list[str]] = {}
+    for file in sorted(_walk(directory)) if directory.is_dir() else ():
+        with suppress(OptionError, KeyError):
+            first = next(read(Source("", "", (file,))), None)
+            columns |= {file: sorted(parsed(first))} if first else {}
+    for file, names in columns.items():
+        first_file, first_names = next(iter(columns.items()))
+        if names != first_names:
+            return (
+                f"{file} has the columns {', '.join(names)}, and {first_file.name} has {', '.join(first_names)}\n"
+                f"give all files one set of columns, or pass --train_file {directory}"
+            )
+    return ""
 
 
 def _hash_once(files: list[Path], cache_dir: Path) -> str:
@@ -158,5 +308,5 @@ def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            digest.update(f"{path.suffix} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            digest.update(f"{file_format(path)} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()

@@ -6,32 +6,23 @@ Tokens are uint32. The highest bit is set in a masked token, such as one of a us
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
-from chat.shapes import (
-    SHAPES,
-    Conversation,
-    Messages,
-    PlainText,
-    read_record,
-    shapes_of,
-    unpaired_preference,
-    without_padding,
-)
+from chat.shapes import SHAPES, Conversation, Messages, PlainText, read_record, shapes_of, unpaired_preference
 from chat.template import DATE, check_markers, has_markers, render, render_marked, trained_spans
 from chat.traces import check_traces
-from config.errors import OptionError
-from data.records import RawRecord
-from data.sources import Source
+from config.errors import OptionError, first_line
+from data.records import RawRecord, Source, parsed
 
 MASKED = 1 << 31
 
@@ -157,26 +148,35 @@ def encoder(rendering: Rendering) -> Callable[[list[RawRecord]], Encoded]:
     if rendering.shape == "text":
         if rendering.train_on_last_turn:
             raise OptionError("train_on_last_turn true: a text has no turns; pass it for conversations only")
-        return lambda records: [
-            one._replace(unused=_beside_text(raw, rendering))
-            for raw, one in zip(records, _encode_texts(records, rendering), strict=True)
-        ]
+        return partial(_naming_the_record, partial(_encode_texts, rendering=rendering))
     if rendering.tokenizer.chat_template and has_markers(rendering.tokenizer, None):
         check_markers(rendering.tokenizer, **rendering.variables)
-    return lambda records: _encode_conversations(records, rendering)
+    return partial(_naming_the_record, partial(_encode_conversations, rendering=rendering))
 
 
-def parsed(raw: RawRecord) -> Record:
-    """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
-    if isinstance(raw.content, dict):
-        return without_padding(raw.content)
+def _naming_the_record(encode: Callable[[list[RawRecord]], Encoded], records: list[RawRecord]) -> Encoded:
+    """The tokens and outcomes of `encode`. Raises OptionError with the place of the record that makes it fail.
+
+    Tokenizers and chat templates raise all kinds of exceptions, and a tokenizer sees many texts at once.
+    """
     try:
-        record = json.loads(raw.content)
-    except ValueError as error:
-        raise OptionError(f"{raw.place}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
-    return record
+        return encode(records)
+    except (OptionError, MemoryError):
+        raise
+    except Exception as error:
+        for raw in records if len(records) > 1 else ():
+            _naming_the_record(encode, [raw])
+        places = records[0].place if len(records) == 1 else f"{records[0].place} to {records[-1].place}"
+        cause = _surrogate(records[0]) or f"{type(error).__name__}: {first_line(error)}"
+        raise OptionError(f"{places}: cannot be tokenized: {cause}\ncorrect or remove this record") from error
+
+
+def _surrogate(raw: RawRecord) -> str:
+    """Says that a record has half of a surrogate pair, which no UTF-8 text can have, or nothing."""
+    with suppress(OptionError, RecursionError):
+        found = re.search("[\ud800-\udfff]", json.dumps(parsed(raw), ensure_ascii=False, default=repr))
+        return f"half of a surrogate pair, \\u{ord(found[0]):04x}" if found else ""
+    return ""
 
 
 def readable(place: str, record: Record, rendering: Rendering) -> str:
@@ -209,15 +209,17 @@ def stop_tokens(rendering: Rendering, first: RawRecord | None) -> list[int]:
 
 def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
     """EOS ends each document. BOS begins it if the tokenizer itself adds one, as those of Llama and Gemma do."""
-    texts = []
+    texts, unused = [], []
     for raw in records:
-        text = parsed(raw).get(rendering.text_column)
+        columns = parsed(raw)
+        text = columns.get(rendering.text_column)
         if not isinstance(text, str):
             raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
+        unused.append(tuple(name for name, value in columns.items() if name != rendering.text_column and value))
     encoded = rendering.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     result = []
-    for raw, ids in zip(records, encoded["input_ids"], strict=True):
+    for raw, ids, names in zip(records, encoded["input_ids"], unused, strict=True):
         if not ids:
             result.append(Encoding([], Outcome.EMPTY))
             continue
@@ -225,7 +227,7 @@ def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
         before, after, had = _special(ids, ids, rendering)
         tokens = before * raw.begins + ids + after * raw.ends
         had &= Had.BOS * raw.begins | Had.EOS * raw.ends
-        result.append(Encoding(tokens, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT, had))
+        result.append(Encoding(tokens, Outcome.DOCUMENT if raw.ends else Outcome.FRAGMENT, had, names))
     return result
 
 
@@ -245,11 +247,6 @@ def _check_ids(place: str, ids: list[int], rendering: Rendering) -> None:
             f"{place}: has the token {token}, whose id {highest} is beyond the model's vocabulary of {size}\n"
             "remove it from the text, or pass a --tokenizer_name that fits the model"
         )
-
-
-def _beside_text(raw: RawRecord, rendering: Rendering) -> tuple[str, ...]:
-    """The columns beside the text that hold something. Parsing a record again takes little time."""
-    return tuple(name for name, value in parsed(raw).items() if name != rendering.text_column and value)
 
 
 def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Encoded:

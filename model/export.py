@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from config.errors import first_line
+from model.version_4 import add_config_keys, rename_tokenizer_keys
 
 LARGEST_FILE = "5GB"
 METADATA = {"format": "pt", "trainer": "train.py"}  # of a file of weights; the second says that this trainer wrote it
@@ -73,9 +74,11 @@ def write_model(
         if model.is_remote_code():
             custom_object_save(model, directory, config=config)
         config.save_pretrained(directory)
+        add_config_keys(directory / "config.json", config)
         if model.can_generate():
             model.generation_config.to_json_file(directory / "generation_config.json")  # unchecked, as it was loaded
         tokenizer.save_pretrained(directory)
+        rename_tokenizer_keys(directory / "tokenizer_config.json", tokenizer)
 
     together(write_rest)
 

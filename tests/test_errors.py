@@ -221,7 +221,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     output = ["--output_dir", tmp_path / "output"]
     for name, content, expected in (
         ("empty.txt", "", "the file is empty"),
-        ("text.csv", "a,b", "pass .txt, .jsonl, .json, "),
+        ("text.md", "a,b", "pass .txt, .jsonl, .json, "),
         ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\npass --text_column"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
