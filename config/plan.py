@@ -5,6 +5,7 @@ import math
 
 from config.errors import OptionError
 from config.options import Options
+from config.schedule import check_schedule_steps
 
 
 def mixture_weights(value: str) -> dict[str, float]:
@@ -89,12 +90,16 @@ class Plan:
 
 
 def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
-    """The plan for so many training sequences. Raises OptionError if they do not fill one global batch."""
+    """The plan for so many training sequences.
+
+    Raises OptionError if they do not fill one global batch, or if the schedule does not fit into the steps.
+    """
     assert options.block_size
     data_parallel_size = world_size // options.model_parallel_size
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     global_batch_size = micro_batch * accumulation * data_parallel_size
     if options.streaming:
+        check_schedule_steps(options, options.max_steps)
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = sequences // global_batch_size
     if steps_per_epoch == 0:
@@ -104,4 +109,5 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
             f"{sequences} sequences of block_size {options.block_size}\npass more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
+    check_schedule_steps(options, steps)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)
