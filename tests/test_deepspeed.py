@@ -269,7 +269,11 @@ def test_keys_set_options(content: Any, argv: list[object], expected: dict[str, 
         ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, [], "betas 0.9: pass two numbers"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": pass a number of at least 0'),
         ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": pass WarmupLR, WarmupDecayLR'),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}},
+            [],
+            "warmup_type cubic: pass log, linear",
+        ),
         (
             {"compression_training": {"weight_quantization": {"enabled": True}}},
             [],
