@@ -34,7 +34,7 @@ from data.loader import make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
-from loss.evaluation import forward_no_grad
+from loss.evaluation import evaluate
 from loss.objective import build_objective, prepare_objective
 from model.adapt import adapt_model
 from model.build import build_model, generate_completion, load_config_and_tokenizer
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     stop_requested = runtime.listen_for_stop_signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if progress.step == 0 and data.validation:
-        recorder.evaluation(0, *evaluate(wrapped, data.validation, options, recorder))
+        recorder.evaluation(0, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per turn. ==================================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
-            recorder.evaluation(step, *evaluate(wrapped, data.validation, options, recorder))
+            recorder.evaluation(step, evaluate(wrapped, data, tokenizer, options, recorder))
         if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
             cursor = gather_cursor(step_batches, options)
             progress = checkpoint.Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
@@ -221,20 +221,6 @@ def training_batches(
     # One loader for all epochs. Its workers are forked once, at the first batch. Later there is a thread that saves,
     # and a fork would inherit its locks.
     yield from make_loader(dataset, indices(), options, options.dataloader_num_workers)
-
-
-def evaluate(
-    wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, recorder: metrics.Recorder
-) -> tuple[float, int]:
-    """The mean loss of all targets of `dataset`, and their number. Every rank must call."""
-    totals = torch.zeros(2, dtype=torch.float64, device=recorder.device)  # loss and targets
-    with recorder.pause("evaluate"):
-        for batch, loss in forward_no_grad(wrapped, dataset, options, recorder.device):
-            totals[0] += loss
-            totals[1] += batch["targets"]
-    dist.all_reduce(totals)
-    loss, targets = totals.tolist()
-    return loss / max(1, targets), int(targets) // options.model_parallel_size  # as many ranks counted each target
 
 
 def gather_cursor(batches: list[Batch], options: Options) -> Cursor:

@@ -11,7 +11,13 @@ import torch
 
 from config.errors import OptionError
 from config.options import Options
-from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
+from config.plan import (
+    data_parallel_groups,
+    derive_accumulation,
+    learning_rate_factor,
+    mixture_weights,
+    validation_files,
+)
 from config.schedule import check_schedule
 
 POSITIVE = (
@@ -111,6 +117,8 @@ def check_data(options: Options) -> None:
         )
     if options.train_mixture:
         mixture_weights(options.train_mixture)
+    if options.validation_file:
+        validation_files(options.validation_file)
 
 
 def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
-from config.plan import mixture_weights
+from config.plan import mixture_weights, validation_files
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 
@@ -35,16 +35,16 @@ class Source:
     weight: float = 1.0  # in a mixture: its weight in the sequences of an epoch
 
 
-def find_sources(options: Options) -> tuple[list[Source], Source | None]:
-    """The training sources (several for a mixture), and the validation source if there is one. Raises OptionError.
+def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
+    """The training sources (several for a mixture), and the source of each validation set. Raises OptionError.
 
     Files that are new are read once, because the key is a hash of their content.
     """
     if options.dataset_name:
         return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
     cache_dir = cache_directory(options.data_cache_dir)
-    validation = options.validation_file
-    held_out = _find_files("validation_file", validation, cache_dir) if validation else None
+    sets = validation_files(options.validation_file) if options.validation_file else {}
+    held_out = {name: _find_files("validation_file", files, cache_dir) for name, files in sets.items()}
     if options.train_mixture:
         weights = mixture_weights(options.train_mixture)
         found = ((_find_files("train_mixture", name, cache_dir), weight) for name, weight in weights.items())
@@ -52,7 +52,7 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
     if options.train_file:
         return [_find_files("train_file", options.train_file, cache_dir, options.streaming)], held_out
     files = demo_files()
-    return [Source("the Python standard library", _hash(files), tuple(files))], None
+    return [Source("the Python standard library", _hash(files), tuple(files))], {}
 
 
 def cache_directory(data_cache_dir: str) -> Path:
@@ -98,7 +98,7 @@ def _find_files(option: str, value: str, cache_dir: Path, streaming: bool = Fals
     return Source(f"{option} {value}", key, tuple(files))
 
 
-def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], Source | None]:
+def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], dict[str, Source]]:
     """The splits train and validation of a data set. The second may not exist."""
     try:
         splits = datasets.load_dataset(name, config_name, streaming=streaming)
@@ -118,7 +118,7 @@ def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[
         for split in ("train", "validation")
     )
     assert train
-    return [train], validation
+    return [train], {"eval": validation} if validation else {}
 
 
 def _hash_once(files: list[Path], cache_dir: Path) -> str:

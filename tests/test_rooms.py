@@ -519,5 +519,7 @@ def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
     assert metrics.recorder.__doc__
     assert all(f"    {name}" in metrics.recorder.__doc__ for name in training)
     assert training["tokens_per_second"] > 0
-    assert evaluation.keys() == {"step", "epoch", "tokens_seen", "eval_loss", "eval_perplexity", "eval_tokens"}
+    names = {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens"}
+    assert evaluation.keys() == {"step", "epoch", "tokens_seen", *names}
+    assert all(f"    {name}" in metrics.recorder.__doc__ for name in names)
     assert evaluation["eval_perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
