@@ -99,11 +99,12 @@ def main(argv: list[str]) -> None:
 
     # === 4. Batches, logging, saving. ===============================================================================
     if rank == 0:
-        checkpoint.clean_output_dir(options, progress.step)
+        checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
+    selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     stop_requested = runtime.listen_for_stop_signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
@@ -114,6 +115,9 @@ def main(argv: list[str]) -> None:
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
     for step in range(progress.step + 1, plan.total_steps + 1):
+        if selection.over:
+            recorder.print(selection.reason())
+            break
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
@@ -165,10 +169,14 @@ def main(argv: list[str]) -> None:
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
-            recorder.evaluation(step, evaluate(wrapped, data, tokenizer, options, recorder))
-        if stop or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
+            evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
+            recorder.evaluation(step, evaluation)
+            selection.evaluated(step, evaluation)
+        ended = step == plan.total_steps or selection.over
+        if stop or ended or (options.save_steps and step % options.save_steps == 0):
             cursor = gather_cursor(step_batches, options)
-            progress = checkpoint.Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
+            skips, best = int(skipped.item()), selection.saved(step)
+            progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress, identity)
         if stop:
@@ -177,9 +185,10 @@ def main(argv: list[str]) -> None:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step == plan.total_steps:
+    if progress.step == plan.total_steps or selection.over:
+        exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
-        recorder.print(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
+        recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
     else:

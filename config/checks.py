@@ -16,9 +16,9 @@ from config.plan import (
     derive_accumulation,
     learning_rate_factor,
     mixture_weights,
-    validation_files,
 )
 from config.schedule import check_schedule
+from config.validation import check_metric
 
 POSITIVE = (
     "per_device_train_batch_size",
@@ -33,6 +33,7 @@ POSITIVE = (
     "logging_steps",
     "ddp_timeout",
     "dataloader_prefetch_factor",
+    "early_stopping_patience",
 )
 
 NOT_NEGATIVE = (
@@ -47,6 +48,7 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "eval_steps",
     "save_steps",
+    "early_stopping_threshold",
 )
 
 # Options for FSDP only, and why DDP cannot have them.
@@ -117,8 +119,7 @@ def check_data(options: Options) -> None:
         )
     if options.train_mixture:
         mixture_weights(options.train_mixture)
-    if options.validation_file:
-        validation_files(options.validation_file)
+    check_metric(options)
 
 
 def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:

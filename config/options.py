@@ -198,6 +198,14 @@ class Options:
         LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
     )
     eval_steps: int = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
+    load_best_model_at_end: bool = option(
+        LOGGING, False, "Export the evaluated checkpoint with the best metric, not the last one."
+    )
+    metric_for_best_model: str | None = option(LOGGING, None, "Metric that decides. Default: eval_loss.")
+    early_stopping_patience: int | None = option(
+        LOGGING, None, "Evaluations in a row without improvement, after which training ends. Default: never."
+    )
+    early_stopping_threshold: float = option(LOGGING, 0.0, "By how much the metric must fall to count as improved.")
     report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
     disable_tqdm: bool | None = option(
         LOGGING,

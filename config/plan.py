@@ -1,16 +1,12 @@
 """The arithmetic of a run: ranks, micro-batches, global batches and steps."""
 
 import dataclasses
-import json
 import math
-import re
-from pathlib import Path
 
 from config.errors import OptionError
 from config.options import Options
 from config.schedule import check_schedule_steps
-
-NAME = re.compile(r"[\w-]+")  # of a validation set
+from config.validation import check_intervals
 
 
 def mixture_weights(value: str) -> dict[str, float]:
@@ -28,43 +24,6 @@ def mixture_weights(value: str) -> dict[str, float]:
                 f"train_mixture {source}: pass NAME=WEIGHT with a weight above 0, as in a.jsonl=0.7,b.jsonl=0.3"
             )
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
-
-
-def validation_files(value: str) -> dict[str, str]:
-    """The files of each validation set, by the start of the names of its metrics. Raises OptionError.
-
-    --validation_file names one set, `eval`: a file, or several with commas between them. Or it names each set, as
-    NAME=FILE,NAME=FILE or as a JSON mapping, where a list holds the files of a set. A set NAME is `eval_NAME`, as in
-    transformers.
-    """
-    parts = [tuple(part.split("=", 1)) for part in value.split(",")]
-    if value.lstrip().startswith("{"):
-        try:
-            parts = [
-                (name, ",".join(files) if isinstance(files, list) else files)
-                for name, files in json.loads(value, object_pairs_hook=list)
-            ]
-        except (ValueError, TypeError) as error:
-            raise OptionError(f"validation_file {value}: pass a JSON mapping of names to files: {error}") from error
-    elif len(parts[0]) == 1 or Path(value).expanduser().exists() or not NAME.fullmatch(parts[0][0]):
-        return {"eval": value}  # a path may have a = in it
-    sets: dict[str, str] = {}
-    for name, *files in parts:
-        if (
-            not files
-            or not isinstance(files[0], str)
-            or not files[0]
-            or not NAME.fullmatch(name)
-            or f"eval_{name}" in sets
-        ):
-            raise OptionError(
-                f"validation_file {value}: pass each set once, as NAME=FILE\n"
-                "a name has letters, digits, _ and -; a directory or a quoted glob holds several files"
-            )
-        sets[f"eval_{name}"] = files[0]
-    if not sets:
-        raise OptionError(f"validation_file {value}: pass a JSON mapping of names to files: it is empty")
-    return sets
 
 
 def mesh_shape(options: Options, world_size: int) -> tuple[int, int, int]:
@@ -134,13 +93,15 @@ class Plan:
 def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
     """The plan for so many training sequences.
 
-    Raises OptionError if they do not fill one global batch, or if the schedule does not fit into the steps.
+    Raises OptionError if they do not fill one global batch, if the schedule does not fit into the steps, or if
+    checkpoints to choose from are not evaluated.
     """
     assert options.block_size
     data_parallel_size = world_size // options.model_parallel_size
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     global_batch_size = micro_batch * accumulation * data_parallel_size
     if options.streaming:
+        check_intervals(options)
         check_schedule_steps(options, options.max_steps)
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = sequences // global_batch_size
@@ -151,5 +112,6 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
             f"{sequences} sequences of block_size {options.block_size}\npass more text, or a smaller batch"
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
+    check_intervals(options)
     check_schedule_steps(options, steps)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)

@@ -19,6 +19,7 @@ from config.checks import check_data
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
+from config.validation import check_validation
 from data.cache import Prepared, cache_key, prepare_source
 from data.packing import Packing
 from data.records import read
@@ -78,6 +79,7 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     to_prepare = [] if options.streaming else zip(sources, renderings, strict=True)
     training = [prepare(source, rendering, percentage=percentage) for source, rendering in to_prepare]
     validation = {name: prepare(source, rendering_of(source), percentage=0) for name, source in held_out.items()}
+    check_validation(options, exists=bool(validation or (percentage and training)))
     if options.streaming:
         return _stream(name, sources[0], renderings[0], packing, options.seed, validation)
     return _read_prepared(name, sources, packing, training, validation)

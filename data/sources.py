@@ -17,7 +17,8 @@ from tqdm import tqdm
 from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
-from config.plan import mixture_weights, validation_files
+from config.plan import mixture_weights
+from config.validation import validation_files
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 

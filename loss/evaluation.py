@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from config.errors import OptionError
 from config.options import Options
 from config.plan import data_parallel_rank_and_size
+from config.validation import best_metric
 from data.batches import IGNORE_INDEX, Batch, next_tokens, to_device, validation_batches
 from data.loader import make_loader
 from data.prepare import Data
@@ -23,10 +25,16 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of each validation set (metrics/recorder.py defines them) by name. Every rank must call.
 
-    They are equal on all ranks. A set in which nothing is a target has NaN.
+    They are equal on all ranks. A set in which nothing is a target has NaN. Raises OptionError if the metric that
+    chooses the best model cannot be computed.
     """
     metrics: dict[str, float] = {}
     bytes_of_token = bytes_of_tokens(tokenizer) if options.objective == "sft" else None
+    if bytes_of_token is None and (best_metric(options) or "").endswith("bits_per_byte"):
+        raise OptionError(
+            f"metric_for_best_model {best_metric(options)}: the bytes of this tokenizer's tokens are not known\n"
+            "pass --metric_for_best_model with a loss, which is the lowest at the same step"
+        )
     for name, dataset in data.validation.items():
         totals = torch.zeros(3, dtype=torch.float64, device=recorder.device)  # loss, targets and their bytes of text
         with recorder.pause("evaluate"):

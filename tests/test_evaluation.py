@@ -2,14 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -17,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
-from config.plan import Plan, validation_files
+from config.plan import Plan
+from config.validation import validation_files
 from data.prepare import prepare_data
 from data.sequences import PreparedDataset
 from loss.evaluation import evaluate
@@ -111,13 +110,6 @@ class TwoNats(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, **others: Tensor) -> Tensor:
         return 2.0 * (labels[:, 1:] != -100).sum()
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def evaluated(options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

@@ -752,9 +752,9 @@ BUGS = [
             Change("train.py", "    data = prepare_objective(objective, data, wrapped, options, device)\n", ""),
             Change(
                 "train.py",
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step)\n",
+                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
                 "    data = prepare_objective(objective, data, wrapped, options, device)\n"
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step)\n",
+                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
             ),
         ),
         "tests/test_preference.py::test_resumed_to_the_bit[kept]",
