@@ -35,7 +35,7 @@ from data.loader import make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
-from loss.evaluation import forward_no_grad
+from loss.evaluation import evaluate
 from loss.objective import build_objective, prepare_objective
 from model.adapt import adapt_model
 from model.build import build_model, generate_completion, load_config_and_tokenizer
@@ -98,21 +98,25 @@ def main(argv: list[str]) -> None:
 
     # === 4. Batches, logging, saving. ===============================================================================
     if rank == 0:
-        checkpoint.clean_output_dir(options, progress.step)
+        checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
     recorder.start(progress.step, progress.tokens_seen)
     saver = checkpoint.Saver(options)
+    selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     signals = runtime.Signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if progress.step == 0 and data.validation:
-        recorder.evaluation(0, *evaluate(wrapped, data.validation, options, recorder))
+        recorder.evaluation(0, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
     for step in range(progress.step + 1, plan.total_steps + 1):
+        if selection.over:
+            recorder.print(selection.reason())
+            break
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
@@ -164,10 +168,14 @@ def main(argv: list[str]) -> None:
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
-            recorder.evaluation(step, *evaluate(wrapped, data.validation, options, recorder))
-        if stop or save or step == plan.total_steps or (options.save_steps and step % options.save_steps == 0):
+            evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
+            recorder.evaluation(step, evaluation)
+            selection.evaluated(step, evaluation)
+        ended = step == plan.total_steps or selection.over
+        if stop or save or ended or (options.save_steps and step % options.save_steps == 0):
             cursor = gather_cursor(step_batches, options)
-            progress = checkpoint.Progress(step, recorder.tokens_seen, int(skipped.item()), cursor)
+            skips, best = int(skipped.item()), selection.saved(step)
+            progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best)
             with recorder.pause("save"):
                 saver.save(model, optimizer, progress, identity)
             signals.save = False
@@ -177,9 +185,10 @@ def main(argv: list[str]) -> None:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step >= plan.total_steps:
+    if progress.step >= plan.total_steps or selection.over:
+        exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
-        recorder.print(f"saved {options.output_dir}: the model, its tokenizer, metrics.jsonl and checkpoints")
+        recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
     else:
@@ -221,20 +230,6 @@ def training_batches(
     # One loader for all epochs. Its workers are forked once, at the first batch. Later there is a thread that saves,
     # and a fork would inherit its locks.
     yield from make_loader(dataset, indices(), options, options.dataloader_num_workers)
-
-
-def evaluate(
-    wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, recorder: metrics.Recorder
-) -> tuple[float, int]:
-    """The mean loss of all targets of `dataset`, and their number. Every rank must call."""
-    totals = torch.zeros(2, dtype=torch.float64, device=recorder.device)  # loss and targets
-    with recorder.pause("evaluate"):
-        for batch, loss in forward_no_grad(wrapped, dataset, options, recorder.device):
-            totals[0] += loss
-            totals[1] += batch["targets"]
-    dist.all_reduce(totals)
-    loss, targets = totals.tolist()
-    return loss / max(1, targets), int(targets) // options.model_parallel_size  # as many ranks counted each target
 
 
 def gather_cursor(batches: list[Batch], options: Options) -> Cursor:

@@ -17,11 +17,17 @@ UNFINISHED = (".saving-*", ".exporting-*")  # left by an interrupted save or exp
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and the directories that interrupted saves have left."""
+def prune(output_dir: Path, limit: int | None, best_step: int) -> None:
+    """Remove the oldest checkpoints beyond `limit`, and the directories that interrupted saves have left.
+
+    The newest and the best checkpoint stay, as in transformers: with a limit of 1, these two.
+    """
     for path in (path for pattern in UNFINISHED for path in output_dir.glob(pattern)):
         shutil.rmtree(path)
-    for path in list_checkpoints(output_dir)[limit:] if limit else []:
+    newest_first = list_checkpoints(output_dir)
+    kept = [path for path in newest_first[1:] if step_of(path) == best_step]
+    others = [path for path in newest_first[1:] if path not in kept]
+    for path in others[max(0, limit - 1 - len(kept)) :] if limit else []:
         # The manifest goes first: without it, a half removed directory is no checkpoint.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)

@@ -34,15 +34,27 @@ class RunIdentity:
 
 
 @dataclasses.dataclass
+class Best:
+    """The best evaluations so far, by a metric that is better when it is lower (checkpoint/best.py)."""
+
+    metric: str | None = None
+    step: int = 0  # of the best checkpoint; 0: no checkpoint was evaluated yet
+    value: float | None = None  # of the metric at that step
+    lowest: float | None = None  # value of all evaluations, also at steps without a checkpoint
+    without_improvement: int = 0  # evaluations in a row, up to now
+
+
+@dataclasses.dataclass
 class Progress:
     """How far a run is."""
 
     step: int = 0  # optimizer steps done
     tokens_seen: int = 0  # input tokens of those steps, over all ranks
     skipped_steps: int = 0  # steps among them that changed nothing, because their gradient was not usable
-    cursor: list[list[int]] = dataclasses.field(
-        default_factory=list
-    )  # of a stream: its last sequences (data/stream.py)
+    # The last sequences of a stream (data/stream.py).
+    cursor: list[list[int]] = dataclasses.field(default_factory=list)
+    learning_rate: float | None = None  # of this step
+    best: Best = dataclasses.field(default_factory=Best)
 
 
 def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel) -> RunIdentity:

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, WEIGHT_FILES, is_ours, list_checkpoints, size_and_hash
-from checkpoint.identity import Progress, RunIdentity
+from checkpoint.identity import Best, Progress, RunIdentity
 from checkpoint.ranks import broadcast_object
 from checkpoint.rng import restore_rng, seed_rank
 from checkpoint.state import named_parameters, optimizer_state
@@ -94,7 +94,9 @@ def load_checkpoint(
         if was != now:
             remedy = field.metadata["remedy"].format(was)
             raise OptionError(f"resume_from_checkpoint {path}: {field.name} was {was} and is {now} now\n{remedy}")
-    progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
+    # A checkpoint of an older version lacks the newest fields.
+    known = [field.name for field in dataclasses.fields(Progress) if field.name in saved]
+    progress = Progress(**{name: saved[name] for name in known} | {"best": Best(**saved.get("best", {}))})
 
     moments, _ = optimizer_state(optimizer)
     for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):

@@ -84,7 +84,7 @@ def _lock(output_dir: Path) -> IO[str]:
     return lock
 
 
-def clean_output_dir(options: Options, step: int) -> None:
+def clean_output_dir(options: Options, step: int, best_step: int) -> None:
     """Prepare output_dir for a run that starts after `step`. For rank 0, after all checks have passed.
 
     A new run with --overwrite_output_dir removes the files of the old run, and no others. A resumed run renames the
@@ -101,7 +101,7 @@ def clean_output_dir(options: Options, step: int) -> None:
     for path in list_checkpoints(output_dir):
         if step_of(path) > step:
             path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")
-    prune(output_dir, options.save_total_limit)
+    prune(output_dir, options.save_total_limit, best_step)
 
 
 def _run_files(output_dir: Path) -> tuple[list[Path], list[Path]]:

@@ -62,7 +62,7 @@ class Saver:
     def save(
         self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress, identity: RunIdentity
     ) -> None:
-        """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`.
+        """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`, but not the best.
 
         Waits for the previous checkpoint and for the copy. With `async_save` false it waits for the files, too, and
         needs no copy (12 bytes per parameter over all ranks). Raises OptionError on all ranks if one cannot write.
@@ -149,7 +149,7 @@ def _write(snapshot: Snapshot, options: Options, group: dist.ProcessGroup) -> No
             fsync(directory)
         saving.rename(final)
         fsync(output_dir)
-        prune(output_dir, options.save_total_limit)
+        prune(output_dir, options.save_total_limit, snapshot.state["progress"]["best"]["step"])
 
     run_together(write_state, group)
     for name, tensors in (("model", snapshot.parameters), ("optimizer", snapshot.moments)):

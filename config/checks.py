@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import shutil
 import sys
@@ -12,8 +11,10 @@ from pathlib import Path
 import torch
 
 from config.errors import OptionError
-from config.options import EPOCH, INTERVALS, SCHEDULE_PARAMETERS, Options
+from config.options import EPOCH, INTERVALS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
+from config.schedule import check_schedule
+from config.validation import check_metric
 
 POSITIVE = (
     "per_device_train_batch_size",
@@ -27,6 +28,7 @@ POSITIVE = (
     "save_total_limit",
     "ddp_timeout",
     "dataloader_prefetch_factor",
+    "early_stopping_patience",
 )
 
 NOT_NEGATIVE = (
@@ -39,6 +41,7 @@ NOT_NEGATIVE = (
     "show_examples",
     "trace_steps",
     "dataloader_num_workers",
+    "early_stopping_threshold",
 )
 
 # Options for FSDP only, and why DDP cannot have them.
@@ -67,13 +70,6 @@ def check(options: Options, world_size: int) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
-    if options.lr_scheduler_type == "constant" and options.warmup_steps:
-        raise OptionError(
-            f"warmup_steps {options.warmup_steps:g}: --lr_scheduler_type constant has no warmup\n"
-            "pass --lr_scheduler_type constant_with_warmup, or remove --warmup_steps"
-        )
-    if options.lr_scheduler_kwargs is not None:
-        _check_schedule(options, options.lr_scheduler_kwargs)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
         raise OptionError(f"num_train_epochs {options.num_train_epochs}: pass more than 0, or pass --max_steps")
     _check_model_and_objective(options)
@@ -91,6 +87,7 @@ def check(options: Options, world_size: int) -> None:
         )
     micro_batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     options.learning_rate *= learning_rate_factor(options, micro_batch * accumulation * data_parallel_size)
+    check_schedule(options)
 
 
 def check_data(options: Options) -> None:
@@ -139,6 +136,7 @@ def check_data(options: Options) -> None:
                 f"chat_template_kwargs {options.chat_template_kwargs}: pass a JSON mapping, as "
                 "'{\"enable_thinking\": false}'"
             )
+    check_metric(options)
 
 
 def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
@@ -148,22 +146,6 @@ def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
             f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
             "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a "
             f"lower --learning_rate than {options.learning_rate}, or look for sequences without targets"
-        )
-
-
-def _check_schedule(options: Options, text: str) -> None:
-    known = SCHEDULE_PARAMETERS.get(options.lr_scheduler_type, ())
-    try:
-        parameters = json.loads(text)
-        right = set(parameters) <= set(known) and parameters.pop("warmup_type", "log") in ("log", "linear")
-        right = right and all(0 <= value < math.inf for value in parameters.values())
-    except (ValueError, TypeError, AttributeError):
-        right = False
-    if not right:
-        keys = f"a JSON mapping of {', '.join(known)}\nwarmup_type is log or linear, the others are numbers from 0"
-        raise OptionError(
-            f"lr_scheduler_kwargs {text}: --lr_scheduler_type {options.lr_scheduler_type} takes "
-            f"{keys if known else 'none; remove --lr_scheduler_kwargs'}"
         )
 
 

@@ -36,7 +36,7 @@ from config.deepspeed_keys import (
     shown,
 )
 from config.errors import OptionError
-from config.options import SCHEDULE_PARAMETERS, Options
+from config.options import DEEPSPEED_SCHEDULES, Options
 from config.plan import data_parallel_groups
 from config.run_file import read_json
 
@@ -265,8 +265,8 @@ def _scheduler(file: DeepSpeedFile) -> None:
             if key.startswith(f"{RATES}."):
                 file.explain(key, f"no effect: {left_to_option(file.options, 'lr_scheduler_type')}")
         return
-    if not isinstance(kind, str) or kind not in SCHEDULE_PARAMETERS:
-        raise file.error("scheduler.type", f"pass {', '.join(SCHEDULE_PARAMETERS)}, or remove the section")
+    if not isinstance(kind, str) or kind not in DEEPSPEED_SCHEDULES:
+        raise file.error("scheduler.type", f"pass {', '.join(DEEPSPEED_SCHEDULES)}, or remove the section")
     file.set_option("scheduler.type", "lr_scheduler_type", kind)
     steps = f"{RATES}.warmup_num_steps"
     if steps not in file.values or file.value(steps) is not None:
@@ -286,7 +286,7 @@ def _scheduler(file: DeepSpeedFile) -> None:
     elif highest in file.values:
         file.explain(highest, f"no effect: the highest rate of {kind} is that of the optimizer")
     parameters: dict[str, Any] = {}
-    for name in SCHEDULE_PARAMETERS[kind]:
+    for name in DEEPSPEED_SCHEDULES[kind]:
         key = f"{RATES}.{name}"
         value = file.value(key) if name == "warmup_type" else file.number(key)
         if value is not None:

@@ -53,7 +53,23 @@ MAY_DIFFER_BETWEEN_NODES = {
 RENAMED = {"max_targetless_share": "max_targetless_fraction", "dataset_dir": "dataset_info"}
 
 # The keys of lr_scheduler_kwargs. The highest rate is learning_rate, and the length of the warmup is warmup_steps.
-SCHEDULE_PARAMETERS = {
+# The schedules of transformers' get_scheduler, with its names and keys:
+TRANSFORMERS_SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "constant": (),
+    "constant_with_warmup": (),
+    "warmup_stable_decay": (
+        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
+    ),
+}
+# The schedules of DeepSpeed, with its names and keys:
+DEEPSPEED_SCHEDULES = {
     "WarmupLR": ("warmup_type", "warmup_min_lr"),
     "WarmupDecayLR": ("warmup_type", "warmup_min_lr", "total_num_steps"),
     "WarmupCosineLR": ("warmup_type", "warmup_min_ratio", "cos_min_ratio", "total_num_steps"),
@@ -125,9 +141,22 @@ class Options:
     )
     learning_rate: float = option(OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup.")
     lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
-    ] = option(OPTIMIZER, "linear", "Schedule after the warmup (constant: none). Warmup*: DeepSpeed's.")
-    lr_scheduler_kwargs: str | None = option(OPTIMIZER, None, "JSON with the parameters of a DeepSpeed schedule.")
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "constant",
+        "constant_with_warmup",
+        "warmup_stable_decay",
+        "WarmupLR",
+        "WarmupDecayLR",
+        "WarmupCosineLR",
+    ] = option(OPTIMIZER, "linear", "Schedule of transformers, or Warmup*: of DeepSpeed.")
+    lr_scheduler_kwargs: str | None = option(OPTIMIZER, None, "JSON with the parameters of the schedule.")
+    min_lr: float | None = option(OPTIMIZER, None, "Learning rate at which a schedule with a lowest rate ends.")
     warmup_steps: float = option(OPTIMIZER, 0.0, "Steps of warmup. Below 1: a fraction of all steps.")
     scale_learning_rate: Literal["none", "sqrt", "linear"] = option(
         OPTIMIZER, "none", "Multiply learning_rate by global batch / reference_batch_size, or its root."
@@ -191,6 +220,14 @@ class Options:
         LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
     )
     eval_steps: float = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
+    load_best_model_at_end: bool = option(
+        LOGGING, False, "Export the evaluated checkpoint with the best metric, not the last one."
+    )
+    metric_for_best_model: str | None = option(LOGGING, None, "Metric that decides. Default: eval_loss.")
+    early_stopping_patience: int | None = option(
+        LOGGING, None, "Evaluations in a row without improvement, after which training ends. Default: never."
+    )
+    early_stopping_threshold: float = option(LOGGING, 0.0, "By how much the metric must fall to count as improved.")
     report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
     disable_tqdm: bool | None = option(
         LOGGING,

@@ -5,6 +5,8 @@ import math
 
 from config.errors import OptionError
 from config.options import EPOCH, INTERVALS, Options
+from config.schedule import check_schedule_steps
+from config.validation import check_intervals
 
 
 def mixture_weights(value: str) -> dict[str, float]:
@@ -91,7 +93,8 @@ class Plan:
 def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
     """The plan for so many training sequences. Sets the intervals of `options` that are fractions or epochs to steps.
 
-    Raises OptionError if the sequences do not fill one global batch.
+    Raises OptionError if they do not fill one global batch, if the schedule does not fit into the steps, or if
+    checkpoints to choose from are not evaluated.
     """
     assert options.block_size
     data_parallel_size = world_size // options.model_parallel_size
@@ -99,6 +102,8 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
     global_batch_size = micro_batch * accumulation * data_parallel_size
     if options.streaming:
         _set_intervals(options, 0, options.max_steps)
+        check_intervals(options)
+        check_schedule_steps(options, options.max_steps)
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = sequences // global_batch_size
     if steps_per_epoch == 0:
@@ -109,6 +114,8 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
     _set_intervals(options, steps_per_epoch, steps)
+    check_intervals(options)
+    check_schedule_steps(options, steps)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)
 
 

@@ -22,6 +22,7 @@ from config.checks import check_data
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
+from config.validation import check_validation
 from data.cache import Prepared, cache_key, prepare_source
 from data.packing import Packing
 from data.records import RawRecord, Source, read
@@ -50,8 +51,8 @@ class Data:
     stop_tokens: list[int]  # special tokens that end documents and turns, and are trained on
     unused: dict[str, int]  # columns that hold something but are not used, and in how many records
     train: PreparedDataset | Mixture | StreamingDataset
-    validation: PreparedDataset | Mixture | None
-    counts: dict[str, Split]
+    validation: dict[str, PreparedDataset | Mixture]  # by the start of the names of its metrics: eval, or eval_NAME
+    counts: dict[str, Split]  # of train, and of all validation sets together
 
 
 def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -86,7 +87,8 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     percentage = 0 if held_out else options.validation_split_percentage
     to_prepare = [] if options.streaming else zip(sources, renderings, strict=True)
     training = [prepare(source, rendering, percentage=percentage) for source, rendering in to_prepare]
-    validation = prepare(held_out, rendering_of(held_out), percentage=0) if held_out else None
+    validation = {name: prepare(source, rendering_of(source), percentage=0) for name, source in held_out.items()}
+    check_validation(options, exists=bool(validation or (percentage and training)))
     stops = {
         token
         for source, one in zip(sources, renderings, strict=True)
@@ -109,6 +111,9 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
     held_out = data.counts.get("validation")
     validation = f"{held_out.documents:,} documents, {held_out.sequences:,} sequences" if held_out else "none"
     unused = ", ".join(f"{name} ({records:,})" for name, records in sorted(data.unused.items()))
+    if len(data.validation) > 1:
+        sets = (f"{len(dataset):,} {name.removeprefix('eval_')}" for name, dataset in data.validation.items())
+        validation += f": {', '.join(sets)}"
     if "train" not in data.counts:
         sequences = f"of up to {block_size} tokens, packing {data.packing}"
         lines = {"tokenizer": data.tokenizer, "data": data.source, "sequences": sequences, "validation": validation}
@@ -187,10 +192,15 @@ def _report_template(renderings: list[Rendering]) -> None:
 
 
 def _stream(
-    tokenizer: str, source: Source, rendering: Rendering, packing: Packing, seed: int, held_out: Prepared | None
+    tokenizer: str,
+    source: Source,
+    rendering: Rendering,
+    packing: Packing,
+    seed: int,
+    held_out: dict[str, Prepared],
 ) -> Data:
     """Training sequences that are made during training, and prepared validation sequences."""
-    keys = [cache_key(source, rendering, packing, percentage=0)] + ([held_out.fingerprint] if held_out else [])
+    keys = [cache_key(source, rendering, packing, percentage=0), *(part.fingerprint for part in held_out.values())]
     return Data(
         source=f"{source.name}, streamed",
         tokenizer=tokenizer,
@@ -199,25 +209,27 @@ def _stream(
         stop_tokens=[],  # prepare_data adds those that the template shows
         unused=Counter(encoder(rendering)(list(islice(read(source), 1)))[0].unused),
         train=StreamingDataset(source, rendering, packing, seed),
-        validation=PreparedDataset(held_out.folder / "train", packing.padded_length) if held_out else None,
-        counts={"validation": held_out.counts["train"]} if held_out else {},
+        validation=_datasets(held_out, packing),
+        counts=_counts(held_out),
     )
 
 
 def _read_prepared(
-    tokenizer: str, sources: list[Source], packing: Packing, training: list[Prepared], held_out: Prepared | None
+    tokenizer: str,
+    sources: list[Source],
+    packing: Packing,
+    training: list[Prepared],
+    held_out: dict[str, Prepared],
 ) -> Data:
     """Prepared training and validation sequences: those of `held_out`, or the validation splits of the sources."""
     weights = [source.weight for source in sources if source.weight]
-    fingerprints = [part.fingerprint for part in training] + ([held_out.fingerprint] if held_out else [])
+    fingerprints = [part.fingerprint for part in [*training, *held_out.values()]]
     train = [PreparedDataset(part.folder / "train", packing.padded_length) for part in training]
-    counts = {"train": total([part.counts["train"] for part in training])}
-    validation: list[PreparedDataset] = []
-    if held_out:
-        validation = [PreparedDataset(held_out.folder / "train", packing.padded_length)]
-        counts["validation"] = held_out.counts["train"]
-    elif "validation" in training[0].counts:
-        validation = [PreparedDataset(part.folder / "validation", packing.padded_length) for part in training]
+    counts = {"train": total([part.counts["train"] for part in training])} | _counts(held_out)
+    validation = _datasets(held_out, packing)
+    if "validation" in training[0].counts:
+        splits = [PreparedDataset(part.folder / "validation", packing.padded_length) for part in training]
+        validation = {"eval": splits[0] if len(splits) == 1 else Mixture(splits)}
         counts["validation"] = total([part.counts["validation"] for part in training])
     return Data(
         source=", ".join(source.name for source in sources),
@@ -227,9 +239,17 @@ def _read_prepared(
         stop_tokens=sorted({token for part in training for token in part.stop_tokens}),
         unused=sum((Counter(part.unused) for part in training), Counter()),
         train=train[0] if len(train) == 1 else Mixture(train, weights or None),
-        validation=None if not validation else validation[0] if len(validation) == 1 else Mixture(validation),
+        validation=validation,
         counts=counts,
     )
+
+
+def _datasets(held_out: dict[str, Prepared], packing: Packing) -> dict[str, PreparedDataset | Mixture]:
+    return {name: PreparedDataset(part.folder / "train", packing.padded_length) for name, part in held_out.items()}
+
+
+def _counts(held_out: dict[str, Prepared]) -> dict[str, Split]:
+    return {"validation": total([part.counts["train"] for part in held_out.values()])} if held_out else {}
 
 
 if __name__ == "__main__":

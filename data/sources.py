@@ -21,6 +21,7 @@ from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
 from config.plan import mixture_weights
+from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.records import COMPRESSIONS, READERS, Source, file_format, parsed, read
 
@@ -49,14 +50,15 @@ NOT_FOR_TRAINING = re.compile(r"(?:^|[^a-z])(test|valid|validation|val|dev|eval)
 SAVED = ("state.json", "dataset_dict.json")  # either is in a directory that save_to_disk of `datasets` wrote
 
 
-def find_sources(options: Options) -> tuple[list[Source], Source | None]:
-    """The training sources (several for a mixture), and the validation source if there is one. Raises OptionError.
+def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
+    """The training sources (several for a mixture), and the source of each validation set. Raises OptionError.
 
     Files that are new are read once, because the key is a hash of their content.
     """
     if options.dataset_name:
         return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
-    held_out = _find_files("validation_file", options.validation_file, options) if options.validation_file else None
+    sets = validation_files(options.validation_file) if options.validation_file else {}
+    held_out = {name: _find_files("validation_file", files, options) for name, files in sets.items()}
     if options.train_mixture:
         weights = mixture_weights(options.train_mixture)
         found = ((_find_files("train_mixture", name, options), weight) for name, weight in weights.items())
@@ -68,7 +70,7 @@ def find_sources(options: Options) -> tuple[list[Source], Source | None]:
         sources = [_find_entry(entry, options) for entry in entries]
     else:
         files = demo_files()
-        return [Source("the Python standard library", _hash(files), tuple(files))], None
+        return [Source("the Python standard library", _hash(files), tuple(files))], {}
     _report_twice(sources, held_out)
     return sources, held_out
 
@@ -174,17 +176,17 @@ def _listed(opening: str, names: list[str]) -> str:
     return f"{opening}{len(names)} ({', '.join(names[:3])}{more})" if names else ""
 
 
-def _report_twice(sources: list[Source], held_out: Source | None) -> None:
+def _report_twice(sources: list[Source], held_out: dict[str, Source]) -> None:
     """Say which files are read twice: by two names, or for training and for validation."""
     seen: set[tuple[int, int]] = set()
-    for source in [*sources, *([held_out] if held_out else [])]:
+    for source in [*sources, *held_out.values()]:
         again = []
         for file in source.files:
             identity = (file.stat().st_dev, file.stat().st_ino)
             again += [file.name] if identity in seen else []
             seen.add(identity)
         if again:
-            what = "is training data, too" if source is held_out else "is read twice"
+            what = "is training data, too" if source in held_out.values() else "is read twice"
             _say(f"{source.name}: {_listed('', again)} {what}; name each file once if that is not meant")
 
 
@@ -209,7 +211,7 @@ def _find_entry(entry: Entry, options: Options) -> Source:
     return replace(source, key=f"{source.key} {entry.key()}", entry=entry, weight=None)
 
 
-def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], Source | None]:
+def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], dict[str, Source]]:
     """The splits train and validation of a data set. The second may not exist."""
     splits = _load_dataset("dataset_name", name, config_name, streaming)
     if "train" not in splits:
@@ -218,14 +220,14 @@ def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[
             "files by --train_file"
         )
     if others := [split for split in splits if split not in ("train", "validation")]:
-        validation = "" if "validation" in splits else "; no split is named validation"
-        _say(f"dataset_name {name}: does not use {_listed('', others)}{validation}")
-    train, validation_source = (
+        missing = "" if "validation" in splits else "; no split is named validation"
+        _say(f"dataset_name {name}: does not use {_listed('', others)}{missing}")
+    train, validation = (
         _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {config_name}") if split in splits else None
         for split in ("train", "validation")
     )
     assert train
-    return [train], validation_source
+    return [train], {"eval": validation} if validation else {}
 
 
 def _of_split(name: str, splits: Any, split: str, key: str) -> Source:

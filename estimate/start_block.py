@@ -1,5 +1,7 @@
 """The start block: what is about to run, in lines for people."""
 
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from estimate.stages import memory_forecast, stage_name
 from metrics.hardware import gpu_memory
 from model.layers import decoder_layers, decoder_matrices
 from model.weights import Weights
+from optim.schedule import learning_rate
 
 
 def describe_run(
@@ -55,12 +58,26 @@ def describe_run(
         "learning rate": learning_rate_line(options, plan.global_batch_size),
         "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
         "output": str(options.output_dir),
-        "start": f"resumed from {resumed_from}" if resumed_from else "from the beginning",
+        "start": start_line(options, plan, resumed_from),
     }
+    if options.eval_steps and not data.validation:
+        lines["validation"] = f"none, so eval_steps {options.eval_steps} has no effect"
     block = "\n".join(f"{key:<13} {value}" for key, value in lines.items())
     if options.show_examples:
         block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
     return block
+
+
+def start_line(options: Options, plan: Plan, resumed_from: Path | None) -> str:
+    """Where the run starts. After a resume, also whether its schedule continues that of the checkpoint."""
+    if not resumed_from:
+        return "from the beginning"
+    progress = json.loads((resumed_from / "state.json").read_text())["progress"]
+    step, was = progress["step"], progress.get("learning_rate")
+    now = learning_rate(step, plan.total_steps, options)
+    if was is None or math.isclose(was, now, rel_tol=1e-6):
+        return f"resumed from {resumed_from}"
+    return f"resumed from {resumed_from}; step {step} had the learning rate {was:g}, and has {now:g} in this schedule"
 
 
 def strategy_line(model: PreTrainedModel, options: Options, ranks: int) -> str:

@@ -24,11 +24,8 @@ def add_reference(data: Data, wrapped: nn.Module, model: nn.Module, options: Opt
     returned fingerprint depends on the weights, so a run cannot resume with another reference.
     """
     fingerprint = hashlib.sha256(f"{data.fingerprint} {fingerprint_weights(model)}".encode()).hexdigest()
-    splits = {
-        name: dataset
-        for name, dataset in (("train", data.train), ("validation", data.validation))
-        if isinstance(dataset, PreparedDataset | Mixture)
-    }
+    datasets = {"train": data.train} | {f"validation{name[4:]}": part for name, part in data.validation.items()}
+    splits = {name: part for name, part in datasets.items() if isinstance(part, PreparedDataset | Mixture)}
 
     def compute() -> dict[str, Tensor]:
         reference = {name: torch.zeros(2, len(dataset)) for name, dataset in splits.items()}

@@ -1,16 +1,61 @@
-"""The forward pass without gradients, over a whole data set."""
+"""Evaluation: the forward pass without gradients over whole data sets, and the metrics that come of it."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from config.errors import OptionError
 from config.options import Options
 from config.plan import data_parallel_rank_and_size
-from data.batches import Batch, to_device, validation_batches
+from config.validation import best_metric
+from data.batches import IGNORE_INDEX, Batch, next_tokens, to_device, validation_batches
 from data.loader import make_loader
+from data.prepare import Data
 from data.sequences import Mixture, PreparedDataset
+from loss.token_bytes import bytes_of_tokens
+from metrics.recorder import Recorder
+
+
+def evaluate(
+    wrapped: nn.Module, data: Data, tokenizer: PreTrainedTokenizerBase, options: Options, recorder: Recorder
+) -> dict[str, float]:
+    """The metrics of each validation set (metrics/recorder.py defines them) by name. Every rank must call.
+
+    They are equal on all ranks. A set in which nothing is a target has NaN. Raises OptionError if the metric that
+    chooses the best model cannot be computed.
+    """
+    metrics: dict[str, float] = {}
+    bytes_of_token = bytes_of_tokens(tokenizer) if options.objective == "sft" else None
+    if bytes_of_token is None and (best_metric(options) or "").endswith("bits_per_byte"):
+        raise OptionError(
+            f"metric_for_best_model {best_metric(options)}: the bytes of this tokenizer's tokens are not known\n"
+            "pass --metric_for_best_model with a loss, which is the lowest at the same step"
+        )
+    for name, dataset in data.validation.items():
+        totals = torch.zeros(3, dtype=torch.float64, device=recorder.device)  # loss, targets and their bytes of text
+        with recorder.pause("evaluate"):
+            for batch, loss in forward_no_grad(wrapped, dataset, options, recorder.device):
+                totals[0] += loss
+                totals[1] += batch["targets"]
+                if bytes_of_token is not None:
+                    tokens = next_tokens(batch["labels"])
+                    totals[2] += bytes_of_token[tokens[tokens != IGNORE_INDEX]].sum()
+        dist.all_reduce(totals)
+        loss_sum, targets, text = totals.tolist()
+        mean = loss_sum / targets if targets else math.nan
+        targets //= options.model_parallel_size  # as many ranks counted each target
+        metrics[f"{name}_loss"] = mean
+        if options.objective == "dpo":
+            metrics[f"{name}_pairs"] = int(targets)
+            continue
+        metrics[f"{name}_perplexity"] = math.exp(min(mean, 700.0))
+        metrics[f"{name}_bits_per_byte"] = loss_sum / math.log(2) / text if text else math.nan
+        metrics[f"{name}_tokens"] = int(targets)
+    return metrics
 
 
 def forward_no_grad(

@@ -23,14 +23,18 @@ training comes every `logging_steps` optimizer steps:
 A record of an evaluation:
 
     step, epoch, tokens_seen   as for training; step 0 is before training
-    eval_loss                  nats per target token of all validation sequences
+    eval_loss                  nats per target token of all validation sequences; null if there is no target
     eval_perplexity            e to the power of eval_loss
+    eval_bits_per_byte         bits of all targets per byte of their text in UTF-8; a special token (EOS) has bits and
+                               no text; null if the tokenizer is of no kind that loss/token_bytes.py knows
     eval_tokens                target tokens evaluated
 
-With --objective dpo, it has these instead of the last three:
+With --objective dpo, it has these instead of the last four:
 
     eval_loss                  nats per pair of all validation pairs; ln 2 = 0.693 if no answer is preferred
     eval_pairs                 pairs evaluated
+
+With several validation sets (--validation_file code=a.jsonl,web=b.jsonl), each set has its own: eval_code_loss, ...
 """
 
 import contextlib
@@ -155,15 +159,17 @@ class Recorder:
         self.started, self.tokens_at_last_record, self.step_at_last_record = now, self.tokens_seen, step
         self.waited = self.evaluating = self.saving = 0.0
 
-    def evaluation(self, step: int, loss: float, targets: int) -> None:
-        """Write a record of an evaluation: the mean `loss` of `targets` tokens or pairs."""
-        if self.objective == "dpo":
-            self._write(step, eval_loss=loss, eval_pairs=targets)
-            self.print(f"step {step}: validation loss {loss:.4f}, {targets:,} pairs")
-            return
-        perplexity = math.exp(min(loss, 700.0))
-        self._write(step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=targets)
-        self.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {targets:,} tokens")
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a record of an evaluation: the metrics of all validation sets, by name."""
+        self._write(step, **metrics)
+        for name in (name.removesuffix("_loss") for name in metrics if name.endswith("_loss")):
+            line = f"step {step}: validation{name[4:].replace('_', ' ', 1)} loss {metrics[f'{name}_loss']:.4f}"
+            if self.objective == "dpo":
+                self.print(f"{line}, {metrics[f'{name}_pairs']:,} pairs")
+                continue
+            perplexity, bits = metrics[f"{name}_perplexity"], metrics[f"{name}_bits_per_byte"]
+            known = "" if math.isnan(bits) else f", {bits:.3f} bits per byte"
+            self.print(f"{line}, perplexity {perplexity:,.2f}{known}, {metrics[f'{name}_tokens']:,} tokens")
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""

@@ -2,46 +2,51 @@
 
 import json
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
-from config.options import SCHEDULE_PARAMETERS, Options
+import torch
+from transformers import get_scheduler
+
+from config.options import DEEPSPEED_SCHEDULES, Options
+from config.schedule import schedule_parameters, warmup_of
 
 
 def learning_rate(step: int, total_steps: int, options: Options) -> float:
-    """The learning rate of `step`, counted from 1, of `total_steps`. It equals that of transformers' `get_scheduler`.
+    """The learning rate of `step`, counted from 1, of `total_steps`.
 
-    It depends on the step only, so a resumed run restores nothing. After a linear warmup from 0, the rate is constant,
-    or decays to 0 linearly or along half a cosine (Loshchilov and Hutter 2017). The schedules of DeepSpeed have other
-    shapes, which _deepspeed_rate describes.
+    It depends on the step only, so a resumed run restores nothing. The schedules are those of transformers'
+    `get_scheduler`, and three of DeepSpeed, which _deepspeed_rate describes.
     """
-    warmup = options.warmup_steps if options.warmup_steps >= 1 else options.warmup_steps * total_steps
-    warmup = math.ceil(warmup)
-    if options.lr_scheduler_type == "constant":
-        return options.learning_rate
-    if options.lr_scheduler_type in SCHEDULE_PARAMETERS:
-        return _deepspeed_rate(step, max(2, warmup), total_steps, options)
-    done = step - 1
-    if done < warmup:
-        return options.learning_rate * done / warmup
-    progress = (done - warmup) / max(1, total_steps - warmup)
-    match options.lr_scheduler_type:
-        case "constant_with_warmup":
-            return options.learning_rate
-        case "linear":
-            return options.learning_rate * (1 - progress)
-        case _:  # cosine
-            return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    kind, warmup, parameters = options.lr_scheduler_type, warmup_of(options, total_steps), schedule_parameters(options)
+    if kind in DEEPSPEED_SCHEDULES:
+        return _deepspeed_rate(step, max(2, warmup), total_steps, options.learning_rate, kind, parameters)
+    factor = _transformers_factor(kind, options.learning_rate, warmup, total_steps, json.dumps(parameters))
+    return options.learning_rate * factor(step - 1)
 
 
-def _deepspeed_rate(step: int, warmup: int, total_steps: int, options: Options) -> float:
+@cache
+def _transformers_factor(
+    kind: str, highest: float, warmup: int, total_steps: int, parameters: str
+) -> Callable[[int], float]:
+    """The function of transformers from the steps done to the rate, as a fraction of the `highest` rate."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=highest)  # get_scheduler reads its rate
+    given = json.loads(parameters)
+    steps = None if "num_stable_steps" in given else total_steps
+    return get_scheduler(kind, optimizer, warmup, steps, given).lr_lambdas[0]
+
+
+def _deepspeed_rate(
+    step: int, warmup: int, total_steps: int, highest: float, kind: str, parameters: dict[str, Any]
+) -> float:
     """The rate of the schedule of this name in DeepSpeed 0.19, exactly.
 
     DeepSpeed updates a schedule after each step and starts it at 0, so the first two steps have the lowest rate. Warmup
     is logarithmic unless `warmup_type` is linear. WarmupLR is constant after it, WarmupDecayLR decays linearly to the
     lowest rate, and WarmupCosineLR along half a cosine to `cos_min_ratio` x the highest rate.
     """
-    parameters = json.loads(options.lr_scheduler_kwargs or "{}")
-    total = parameters.get("total_num_steps", total_steps)
-    highest, kind, done = options.learning_rate, options.lr_scheduler_type, step - 2
+    total, done = parameters.get("total_num_steps", total_steps), step - 2
     lowest = parameters.get("warmup_min_lr", 0.0)
     if kind == "WarmupCosineLR":
         lowest = parameters.get("warmup_min_ratio", 0.0) * highest

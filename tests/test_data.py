@@ -90,7 +90,7 @@ def test_data_set_directory(
     write(directory / "validation.jsonl", documents[150:])
     options.dataset_name = str(directory)
     data = prepare_data(options, tokenizer)
-    for sequences, texts in ((data.train, documents[:150]), (data.validation, documents[150:])):
+    for sequences, texts in ((data.train, documents[:150]), (data.validation["eval"], documents[150:])):
         tokens = tokens_of(sequences)
         assert tokens == expected_tokens(tokenizer, texts)[: len(tokens)]
 
@@ -164,7 +164,7 @@ def test_split_is_by_document(
     data = prepare_data(options, tokenizer)
     assert (data.counts["train"].documents, data.counts["validation"].documents) == (180, 20)
     assert tokens_of(data.train) == expected_tokens(tokenizer, documents[:180])
-    assert tokens_of(data.validation) == expected_tokens(tokenizer, documents[180:])
+    assert tokens_of(data.validation["eval"]) == expected_tokens(tokenizer, documents[180:])
 
 
 def test_embedded_split_is_by_file(
@@ -182,7 +182,7 @@ def test_embedded_split_is_by_file(
     assert number
     held_out = [path.read_bytes().decode(errors="replace") for path in files[-number:]]
     assert data.counts["train"].documents + number == len(files) - data.counts["train"].empty_documents
-    assert tokens_of(data.validation) == expected_tokens(tokenizer, held_out)
+    assert tokens_of(data.validation["eval"]) == expected_tokens(tokenizer, held_out)
 
 
 def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

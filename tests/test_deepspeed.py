@@ -23,7 +23,7 @@ from config.command_line import parse
 from config.deepspeed import without_comments
 from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
-from config.options import SCHEDULE_PARAMETERS, Options
+from config.options import DEEPSPEED_SCHEDULES, Options
 from data.ledger import read
 from data.prepare import prepare_data
 from metrics.records import read_records
@@ -270,7 +270,11 @@ def test_keys_set_options(content: Any, argv: list[object], expected: dict[str, 
         ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, [], "betas 0.9: pass two numbers"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, [], 'lr "fast": pass a number of at least 0'),
         ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type "OneCycle": pass WarmupLR, WarmupDecayLR'),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, [], "warmup_type is log or linear"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}},
+            [],
+            "warmup_type cubic: pass log, linear",
+        ),
         (
             {"compression_training": {"weight_quantization": {"enabled": True}}},
             [],
@@ -466,7 +470,7 @@ def test_schedules(kind: Any, warmup: int, parameters: dict[str, Any], rates: li
     assert [learning_rate(step, 12, options) for step in range(1, 13)] == pytest.approx(rates, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", SCHEDULE_PARAMETERS)
+@pytest.mark.parametrize("kind", DEEPSPEED_SCHEDULES)
 @pytest.mark.parametrize("warmup_type", ["log", "linear"])
 @pytest.mark.parametrize("total", [3, 9, 20])
 def test_schedules_are_those_of_deepspeed(kind: Any, warmup_type: str, total: int) -> None:

@@ -64,7 +64,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--activation_memory_budget", "0.5", "--torch_compile", "--gradient_checkpointing"],
             "activation_memory_budget 0.5: cannot be combined with gradient_checkpointing, which saves a layer's input",
         ),
-        (["--lr_scheduler_kwargs", '{"a": 1}'], 'lr_scheduler_kwargs {"a": 1}: --lr_scheduler_type cosine takes none'),
+        (["--lr_scheduler_kwargs", '{"a": 1}'], 'lr_scheduler_kwargs {"a": 1}: a: unknown\n--lr_scheduler_type cosine'),
         (
             ["--lr_scheduler_type", "WarmupLR", "--lr_scheduler_kwargs", '{"total_num_steps": 9}'],
             "--lr_scheduler_type WarmupLR takes a JSON mapping of warmup_type, warmup_min_lr",

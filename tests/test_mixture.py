@@ -36,10 +36,10 @@ def mixture(files: list[Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
     weights = f"{files[0]}=0.4,{files[1]}=0.6"
     data = prepare_data(Options(train_mixture=weights, data_cache_dir=str(tmp_path), block_size=32), tokenizer)
     assert isinstance(data.train, Mixture)
-    assert isinstance(data.validation, Mixture)
+    assert isinstance(data.validation["eval"], Mixture)
     assert (data.counts["train"].sequences, data.counts["validation"].sequences) == (
         len(data.train),
-        len(data.validation),
+        len(data.validation["eval"]),
     )
     return data.train
 

@@ -11,15 +11,23 @@ import re
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    TrainingArguments,
+    get_scheduler,
+    optimization,
+)
 
 import ddp
 import fsdp
@@ -28,7 +36,7 @@ from config.checks import check
 from config.command_line import parse
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
-from config.options import GROUPS, RENAMED, Options
+from config.options import DEEPSPEED_SCHEDULES, GROUPS, RENAMED, TRANSFORMERS_SCHEDULES, Options
 from config.plan import plan_run
 from data.batches import IGNORE_INDEX, collate, next_tokens
 from estimate.flops import flops_per_token
@@ -62,17 +70,127 @@ def test_twins_use_torch_alone() -> None:
             assert set(imports) - sys.stdlib_module_names <= {"torch", "transformers", twin.__name__}, path
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize("warmup", [0, 3, 0.25])
-def test_schedule_is_that_of_transformers(kind: str, warmup: float) -> None:
+SCHEDULES: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")),
+    *((kind, {}) for kind in ("polynomial", "inverse_sqrt")),
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("polynomial", {"lr_end": 0.01, "power": 2}),
+    ("inverse_sqrt", {"timescale": 7}),
+    *((kind, {"min_lr": 0.05}) for kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 1}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2}),
+    ("warmup_stable_decay", {"num_decay_steps": 4}),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "min_lr_ratio": 0.1, "decay_type": "1-sqrt"}),
+    ("warmup_stable_decay", {"num_decay_steps": 5, "warmup_type": "cosine", "decay_type": "linear"}),
+    ("warmup_stable_decay", {"num_decay_steps": 3, "num_stable_steps": 20, "num_cycles": 1}),
+    ("warmup_stable_decay", {"num_decay_steps": 3, "num_stable_steps": 2, "min_lr_ratio": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "parameters"), SCHEDULES, ids=str)
+@pytest.mark.parametrize("warmup", [0, 3, 0.3])
+def test_schedule_is_that_of_transformers(kind: str, parameters: dict[str, Any], warmup: float) -> None:
+    """Each step of 12, of every schedule, with the warmup that TrainingArguments derives."""
     options = Options(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=0.5)  # type: ignore[arg-type]
+    options.lr_scheduler_kwargs = json.dumps(parameters)
+    if kind != "constant":
+        check(options, world_size=1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    warmup_steps = int(warmup) if warmup >= 1 else int(12 * warmup)
-    theirs = get_scheduler(kind, optimizer, warmup_steps, 12)
+    steps = TrainingArguments(warmup_steps=warmup).get_warmup_steps(12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that num_stable_steps is used where the number of all steps is given, too
+        theirs = get_scheduler(kind, optimizer, steps, 12, parameters)
     for step in range(1, 13):
         assert learning_rate(step, 12, options) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
+
+
+def test_schedules_have_the_names_and_keys_of_transformers() -> None:
+    """Of the installed version. Two are left out, because their rate depends on the loss."""
+    theirs = {
+        kind.value: tuple(inspect.signature(schedule).parameters)
+        for kind, schedule in optimization.TYPE_TO_SCHEDULER_FUNCTION.items()
+        if kind.value not in ("reduce_lr_on_plateau", "greedy")
+    }
+    assert theirs.keys() == TRANSFORMERS_SCHEDULES.keys()
+    ours = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # set by the trainer
+    for kind, keys in TRANSFORMERS_SCHEDULES.items():
+        assert set(keys) == set(theirs[kind]) - set(ours), kind
+    assert {*TRANSFORMERS_SCHEDULES, *DEEPSPEED_SCHEDULES} == set(
+        get_args(get_type_hints(Options)["lr_scheduler_type"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("cosine_with_min_lr", {}),
+        ("cosine_warmup_with_min_lr", {}),
+        ("polynomial", {}),
+        ("warmup_stable_decay", {"num_decay_steps": 300}),
+    ],
+)
+def test_min_lr_is_where_a_schedule_ends(kind: str, more: dict[str, Any]) -> None:
+    argv = ["--lr_scheduler_type", kind, "--learning_rate", "0.5", "--min_lr", "0.02", "--max_steps", "1000"]
+    options = parse([*argv, "--lr_scheduler_kwargs", json.dumps(more)])
+    check(options, world_size=1)
+    assert learning_rate(1000, 1000, options) == pytest.approx(0.02, rel=0.03)
+    assert min(learning_rate(step, 1000, options) for step in range(500, 1001)) >= 0.02 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["cosine", '{"min_lr": 1e-6}'], 'lr_scheduler_kwargs {"min_lr": 1e-6}: min_lr: unknown\n--lr_scheduler_type '),
+        (["linear", '{"a": 1}'], "--lr_scheduler_type linear takes none; remove --lr_scheduler_kwargs"),
+        (["cosine", "num_cycles=2"], "--lr_scheduler_type cosine takes a JSON mapping of num_cycles"),
+        (["cosine", "[1]"], "--lr_scheduler_type cosine takes a JSON mapping of num_cycles"),
+        (["cosine", '{"num_cycles": "2"}'], "num_cycles 2: pass a number from 0"),
+        (["cosine", '{"num_cycles": true}'], "num_cycles True: pass a number from 0"),
+        (["cosine_with_min_lr", "{}"], "cosine_with_min_lr: it needs one lowest learning rate\npass --min_lr"),
+        (["cosine_with_min_lr", '{"min_lr": 0, "min_lr_rate": 0}'], "it needs one lowest learning rate"),
+        (
+            ["cosine_with_min_lr", '{"min_lr": 1}'],
+            "learning_rate 0.006: --lr_scheduler_type cosine_with_min_lr ends at",
+        ),
+        (["cosine_with_min_lr", '{"min_lr_rate": 2}'], "min_lr_rate 2: pass a fraction of learning_rate"),
+        (["cosine_with_min_lr", '{"min_lr_rate": 0}', "--min_lr", "0"], "min_lr_rate of lr_scheduler_kwargs sets it"),
+        (["cosine_with_min_lr", "{}", "--min_lr", "1"], "min_lr 1: pass 0 to learning_rate, 0.006"),
+        (["cosine_with_min_lr", "{}", "--min_lr", "nan"], "min_lr nan: pass 0 to learning_rate"),
+        (["cosine", "{}", "--min_lr", "1e-4"], "pass --lr_scheduler_type cosine_with_min_lr, or remove --min_lr"),
+        (["linear", "{}", "--min_lr", "1e-4"], "pass --lr_scheduler_type polynomial, or remove --min_lr"),
+        (["WarmupLR", "{}", "--min_lr", "1e-4"], "pass --lr_scheduler_type one of cosine_with_min_lr, "),
+        (
+            ["polynomial", "{}", "--learning_rate", "1e-8"],
+            "learning_rate 1e-08: --lr_scheduler_type polynomial ends at",
+        ),
+        (["inverse_sqrt", '{"timescale": 0}'], "timescale 0: pass a number of steps above 0"),
+        (["warmup_stable_decay", '{"decay_type": "sqrt"}'], "decay_type sqrt: pass linear, cosine, 1-sqrt"),
+        (["warmup_stable_decay", '{"num_decay_steps": 0.1}'], "num_decay_steps 0.1: pass a whole number of steps"),
+        (["warmup_stable_decay", "{}"], """as in --lr_scheduler_kwargs '{"num_decay_steps": 200}'"""),
+        (
+            ["warmup_stable_decay", '{"num_decay_steps": 2000}'],
+            "warmup 100 + decay 2000 steps are more than the 2000 of",
+        ),
+        (
+            ["warmup_stable_decay", '{"num_decay_steps": 100, "num_stable_steps": 100}'],
+            "warmup 100 + decay 100 + stable 100 steps leave 1700 of 2000 with a learning rate of 0\nremove num_stable",
+        ),
+    ],
+    ids=str,
+)
+def test_schedules_that_are_refused(argv: list[str], expected: str) -> None:
+    def start() -> None:
+        options = parse(["--lr_scheduler_type", argv[0], "--lr_scheduler_kwargs", *argv[1:]])
+        check(options, world_size=1)
+        plan_run(options, sequences=100, world_size=1)
+
+    with pytest.raises(OptionError) as error:
+        start()
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
 
 
 def test_decay_is_for_matrices_alone(model_dir: Path) -> None:
@@ -401,5 +519,7 @@ def test_schema_of_metrics(tiny: list[object], tmp_path: Path) -> None:
     assert metrics.recorder.__doc__
     assert all(f"    {name}" in metrics.recorder.__doc__ for name in training)
     assert training["tokens_per_second"] > 0
-    assert evaluation.keys() == {"step", "epoch", "tokens_seen", "eval_loss", "eval_perplexity", "eval_tokens"}
+    names = {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens"}
+    assert evaluation.keys() == {"step", "epoch", "tokens_seen", *names}
+    assert all(f"    {name}" in metrics.recorder.__doc__ for name in names)
     assert evaluation["eval_perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))

@@ -611,11 +611,11 @@ BUGS = [
         "The validation loss depends on the batch size and the number of ranks.",
         (
             Change(
-                "train.py",
+                "loss/evaluation.py",
                 "totals[0] += loss\n",
                 'totals[0] += loss / batch["targets"]\n',
             ),
-            Change("train.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
+            Change("loss/evaluation.py", 'totals[1] += batch["targets"]', "totals[1] += 1"),
         ),
         curve_test("DDP-4x4"),
         source="NVIDIA/Megatron-LM#7207",
@@ -625,7 +625,7 @@ BUGS = [
         "loss",
         "Each rank evaluates its shard of the sequences, but the sums are not all-reduced.",
         "The validation loss covers a fraction of the sequences, and this fraction depends on the number of ranks.",
-        one("train.py", "    dist.all_reduce(totals)\n", ""),
+        one("loss/evaluation.py", "    dist.all_reduce(totals)\n", ""),
         curve_test("DDP-2x8"),
     ),
     Bug(
@@ -752,9 +752,9 @@ BUGS = [
             Change("train.py", "    data = prepare_objective(objective, data, wrapped, options, device)\n", ""),
             Change(
                 "train.py",
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step)\n",
+                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
                 "    data = prepare_objective(objective, data, wrapped, options, device)\n"
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step)\n",
+                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
             ),
         ),
         "tests/test_preference.py::test_resumed_to_the_bit[kept]",
