@@ -97,10 +97,9 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
     different collectives, train on other sequences than they should, or write a checkpoint that no node has in full.
     Raises OptionError on every rank.
     """
-    may_differ = MAY_DIFFER_BETWEEN_NODES
-    if options.model_parallel_size > 1:  # a compiled layer that is recomputed repeats other collectives
-        may_differ = may_differ - {"torch_compile"}
-    run = {name: value for name, value in dataclasses.asdict(options).items() if name not in may_differ}
+    run = {name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES}
+    # Where ranks split layers, a compiled layer that is recomputed repeats other collectives than an eager one.
+    run["torch_compile"] = options.torch_compile and options.model_parallel_size > 1
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
     sees_lock = (Path(options.output_dir) / ".lock").exists()
     runs, sights = zip(*gather_objects((run, sees_lock)), strict=True)

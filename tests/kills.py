@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from metrics.records import read_records
 from tests.launch import ROOT, Ranks
 
 
@@ -52,13 +53,18 @@ def at_line(file: str, text: str, count: int, rank: int, act: Callable[[], None]
     sys.settrace(trace)
 
 
-def kill_at_random(draw: random.Random, output_dir: Path, seconds: float, ranks: Ranks) -> None:
-    """Kill one rank, or all at once, up to `seconds` after they have written their first metrics; or they are done."""
+def kill_at_random(draw: random.Random, output_dir: Path, steps: int, seconds: float, ranks: Ranks) -> None:
+    """Kill one rank, or all at once, in a random step of a run of `steps` steps that take `seconds` together.
+
+    The step is drawn, and not the time, so that the kill comes before the end on a busy machine, too.
+    """
     victims = draw.choice([ranks, [draw.choice(ranks)]])
-    delay = draw.uniform(0, seconds)
+    step, delay = draw.randrange(steps), draw.uniform(0, seconds / steps)
     metrics = output_dir / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    while not (metrics.exists() and metrics.stat().st_mtime_ns > before) and ranks[0].is_alive():
+    while ranks[0].is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+        time.sleep(0.01)
+    while ranks[0].is_alive() and not any(record["step"] >= step for record in read_records(metrics)):
         time.sleep(0.01)
     time.sleep(delay)
     for victim in victims:

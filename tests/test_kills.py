@@ -87,7 +87,7 @@ def survive(
     argv = [*options, "--strategy", strategy, "--output_dir", run, *RESUME]
     attempts: list[Outcome] = []
     while not attempts or (len(attempts) < kills and attempts[-1].exit_codes != [0, 0]):
-        attempts.append(train(2, argv, meanwhile=partial(kill_at_random, draw, run, unbroken[1])))
+        attempts.append(train(2, argv, meanwhile=partial(kill_at_random, draw, run, 20, unbroken[1])))
         assert "damaged" not in attempts[-1].output
     train_ok(2, *argv)
     assert_identical(run, unbroken[0])
