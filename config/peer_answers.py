@@ -139,6 +139,15 @@ def resume(value: str, given: Given) -> Words | None:
     return {} if value.lower() in FALSE else None
 
 
+def deepspeed(value: str, given: Given) -> Words | None:
+    """DeepSpeed's own switch, beside its option deepspeed_config. None for a file."""
+    if value.lower() in TRUE and "deepspeed_config" not in given:
+        raise OptionError(
+            f"deepspeed {value}: it is a file\npass --deepspeed FILE, or use --strategy and other options"
+        )
+    return {} if value.lower() in (*TRUE, *FALSE) else None
+
+
 def local_rank(value: str, given: Given) -> Words:
     """Nothing, if a launcher passes what LOCAL_RANK says in any case."""
     rank = os.environ.get("LOCAL_RANK", "0" if os.environ.get("WORLD_SIZE", "1") == "1" else None)

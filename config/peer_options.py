@@ -178,7 +178,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         refused("all records are used", "pass a shorter file, or --max_steps"),
     ),
     (
-        "overwrite_cache load_from_cache_file preprocessing_batch_size lazy_tokenize packing_num_proc "
+        "overwrite_cache load_from_cache_file preprocessing_batch_size lazy_tokenize lazy_preprocess packing_num_proc "
         "data_shared_file_system",
         no_effect("prepared data is stored by content, so it is never stale"),
     ),
@@ -199,7 +199,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("truncation_mode truncation_strategy", Answer({"keep_start": "", "right": ""}, CUT)),
     (
-        "max_prompt_length max_completion_length max_target_length",
+        "max_source_length max_prompt_length max_completion_length max_target_length",
         refused("prompt and answer share --block_size", "pass --block_size N"),
     ),
     (
@@ -397,6 +397,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("sequence_parallel_size context_parallel_size ulysses_size", alias("context_parallel")),
     ("tensor_parallel_size tp_size deepspeed_autotp_size", alias("tensor_parallel")),
     ("pipeline_parallel_size pp_size expert_parallel_size", only("1", "there is no pipeline or expert parallelism")),
+    ("deepspeed_config", alias("deepspeed")),
     ("zero_hpz_partition_size", refused("hybrid sharding is --replicas", "pass --replicas N")),
     (
         "zero_stage",
@@ -431,7 +432,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Answer({"bf16": "--bf16 true", "no": "--bf16 false"}, "--bf16 is on or off", "pass --bf16 true"),
     ),
     ("fp16_opt_level fp16_backend half_precision_backend", no_effect("there is no fp16")),
-    ("tf32", only("false", "fp32 matrix products are exact", "pass --bf16 true, which is faster than TF32")),
+    ("tf32", only("false", "fp32 matrix products are exact", "remove it; --bf16 true is faster")),
     ("fp8", Answer({"true": "--float8 true", "false": "--float8 false"})),
     (
         "gradient_checkpointing_kwargs",
@@ -564,6 +565,11 @@ FAMILIES = {name: answer for names, answer in TABLE for name in names.split() if
 VALUES = {
     "optim": Answer({"adamw_torch": "--optim adamw_torch_fused", "adamw": "--optim adamw_torch_fused"}),
     "packing": Answer(translate=answers.packing, shown="`true`: `--packing documents`; `false`: `--packing none`"),
+    "deepspeed": Answer(
+        fact="deepspeed_config names the file",
+        translate=answers.deepspeed,
+        shown="a file, or a switch beside `deepspeed_config`",
+    ),
     "resume_from_checkpoint": Answer(fact="nothing is resumed", translate=answers.resume, shown="`true`: pass auto"),
     "report_to": Answer({"[]": "--report_to none", "": "--report_to none"}),
 }

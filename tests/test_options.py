@@ -249,6 +249,7 @@ def test_accepted(argv: list[object], expected: dict[str, object]) -> None:
         (["--nproc_per_node=8"], "nproc_per_node 8: it belongs to a launcher, before train.py\nstart with torchrun"),
         (["--resume_from_checkpoint", "True"], "resume_from_checkpoint True: it is a checkpoint directory, or auto"),
         (["--logging_dir"], "argument --logging_dir: expected one argument"),
+        (["--deepspeed"], "deepspeed true: it is a file\npass --deepspeed FILE"),
         (["--block_size"], "argument --block_size: expected one argument"),
         (["--block_size", "--seed", "1"], "argument --block_size: expected one argument"),
         (["--save_steps", "1.5"], "1.5: pass a number of steps, a fraction of all steps below 1, or epoch"),
@@ -451,7 +452,12 @@ def test_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse(["--train_mixture", "a=1,~/b=2"]).train_mixture == "a=1,/home/me/b=2"
     (tmp_path / "ds.json").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse(["--deepspeed=~/ds.json"]).deepspeed == f"{tmp_path}/ds.json"
+    for argv in (
+        ["--deepspeed=~/ds.json"],
+        ["--deepspeed", "~/ds.json"],
+        ["--deepspeed", "--deepspeed_config=~/ds.json"],
+    ):
+        assert parse(argv).deepspeed == f"{tmp_path}/ds.json"
     assert parse(["~/run.yaml"]).output_dir == f"{tmp_path}/out"
     assert set(PATHS) | LISTS <= OURS
 
