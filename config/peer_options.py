@@ -70,7 +70,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("cache_dir", refused("the hub's cache decides", "set the environment variable HF_HOME")),
     (
-        "model_revision hub_revision",
+        "model_revision",
         Answer(
             {"main": "", "master": ""},
             "a hub id means its main revision",
@@ -131,8 +131,9 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "trainable_parameters unfrozen_parameters",
         only("0", FULL),
     ),
+    ("freeze_llm freeze_language_model", only("false", FULL)),
     (
-        "freeze_llm freeze_vit freeze_aligner freeze_vision_tower freeze_multi_modal_projector freeze_language_model",
+        "freeze_vit freeze_aligner freeze_vision_tower freeze_multi_modal_projector",
         no_effect("there is a language model only, and all of it is trained"),
     ),
     (
@@ -159,7 +160,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         refused("validation data is named by --validation_file", "pass --validation_file FILE"),
     ),
     ("dataset_train_split", only("train", "the split train is trained on")),
-    ("dataset_test_split", no_effect("the split validation is evaluated if there is one")),
+    ("dataset_test_split", only("validation", "the split validation is evaluated", "pass --validation_file FILE")),
     (
         "split_dataset_ratio val_size val_set_size test_split_size test_size",
         Answer(
@@ -407,7 +408,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         ),
     ),
     ("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph", no_effect(DDP_DETAILS)),
-    ("device_map", Answer({"auto": ""}, "each rank has one GPU", "start with torchrun --nproc_per_node=N")),
+    ("device_map", refused("each rank has one GPU", "remove it, and start with torchrun --nproc_per_node=N train.py")),
     ("use_cpu no_cuda", only("false", "a visible GPU is used", "set CUDA_VISIBLE_DEVICES= in the environment")),
     ("use_mps_device use_ipex tpu_num_cores", Answer({"false": "", "0": ""}, "the device is a CUDA GPU or the CPU")),
     (
@@ -433,7 +434,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("fp16_opt_level fp16_backend half_precision_backend", no_effect("there is no fp16")),
     ("tf32", only("false", "fp32 matrix products are exact", "remove it; --bf16 true is faster")),
-    ("fp8", Answer({"true": "--float8 true", "false": "--float8 false"})),
+    ("fp8", only("false", "float8 is off", "pass --float8, which scales per tensor")),
     (
         "gradient_checkpointing_kwargs",
         Answer(fact=REENTRANT, translate=answers.gradient_checkpointing_kwargs, shown="no effect: " + REENTRANT),
