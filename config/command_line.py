@@ -23,8 +23,8 @@ from config.run_file import RUN_FILES, read_run_file
 USAGE = "train.py [run.json | run.yaml] [--OPTION VALUE ...]"
 
 INTRODUCTION = (
-    "Train a causal language model. Brackets show the default of an option. A BOOL without a value means true. If its "
-    "default is true, --no_OPTION sets it to false. docs/options.md explains more."
+    "Train a causal language model. Brackets show the default of an option. A BOOL without a value means true, and "
+    "--no_OPTION means false. docs/options.md explains more."
 )
 
 DEMO_LINE = (
@@ -111,7 +111,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         switch = _is_switch(name)
         if not equals:
             follows = bool(words) and _is_value(words[0]) and not (switch and Path(words[0]).suffix in RUN_FILES)
-            if not follows and not switch:
+            if not follows and not switch and name != "deepspeed":  # a switch beside deepspeed_config
                 raise OptionError(f"argument --{name}: expected one argument\n{SEE_HELP}")
             value = words.popleft() if follows else "true"
         if name == "config":
@@ -176,8 +176,6 @@ def _translate(
                 words[option], origin[option] = setting, name
         except OptionError as error:
             problems[name] = str(error)
-        except argparse.ArgumentTypeError as error:
-            problems[name] = f"argument --{name}: {error}\n{SEE_HELP}"
     return words
 
 

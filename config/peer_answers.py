@@ -120,6 +120,13 @@ def packing(value: str, given: Given) -> Words | None:
     """Packing as a switch, whose kind is in packing_strategy, or a kind in the words of TRL."""
     if value.lower() in FALSE:
         return {"packing": "none"}
+    if value.lower() in TRUE and given.get("stage") == "pt":  # of LLaMA-Factory
+        return {"packing": "concat"}
+    if value.lower() in TRUE and "stage" in given and given.get("neat_packing", "").lower() not in TRUE:
+        raise OptionError(
+            f"packing {value}: in LLaMA-Factory, packed records attend to each other without neat_packing\n"
+            "pass --packing documents, where they do not, or concat"
+        )
     kind = PACKING.get(given.get("packing_strategy", "bfd") if value.lower() in TRUE else value)
     return {"packing": kind} if kind else None
 
@@ -137,6 +144,15 @@ def resume(value: str, given: Given) -> Words | None:
             "pass auto, which starts from the beginning if there is no checkpoint"
         )
     return {} if value.lower() in FALSE else None
+
+
+def deepspeed(value: str, given: Given) -> Words | None:
+    """DeepSpeed's own switch, beside its option deepspeed_config. None for a file."""
+    if value.lower() in TRUE and "deepspeed_config" not in given:
+        raise OptionError(
+            f"deepspeed {value}: it is a file\npass --deepspeed FILE, or use --strategy and other options"
+        )
+    return {} if value.lower() in (*TRUE, *FALSE) else None
 
 
 def local_rank(value: str, given: Given) -> Words:

@@ -70,7 +70,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("cache_dir", refused("the hub's cache decides", "set the environment variable HF_HOME")),
     (
-        "model_revision hub_revision",
+        "model_revision",
         Answer(
             {"main": "", "master": ""},
             "a hub id means its main revision",
@@ -131,8 +131,9 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "trainable_parameters unfrozen_parameters",
         only("0", FULL),
     ),
+    ("freeze_llm freeze_language_model", only("false", FULL)),
     (
-        "freeze_llm freeze_vit freeze_aligner freeze_vision_tower freeze_multi_modal_projector freeze_language_model",
+        "freeze_vit freeze_aligner freeze_vision_tower freeze_multi_modal_projector",
         no_effect("there is a language model only, and all of it is trained"),
     ),
     (
@@ -159,7 +160,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         refused("validation data is named by --validation_file", "pass --validation_file FILE"),
     ),
     ("dataset_train_split", only("train", "the split train is trained on")),
-    ("dataset_test_split", no_effect("the split validation is evaluated if there is one")),
+    ("dataset_test_split", only("validation", "the split validation is evaluated", "pass --validation_file FILE")),
     (
         "split_dataset_ratio val_size val_set_size test_split_size test_size",
         Answer(
@@ -178,7 +179,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         refused("all records are used", "pass a shorter file, or --max_steps"),
     ),
     (
-        "overwrite_cache load_from_cache_file preprocessing_batch_size lazy_tokenize packing_num_proc "
+        "overwrite_cache load_from_cache_file preprocessing_batch_size lazy_tokenize lazy_preprocess packing_num_proc "
         "data_shared_file_system",
         no_effect("prepared data is stored by content, so it is never stale"),
     ),
@@ -199,7 +200,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("truncation_mode truncation_strategy", Answer({"keep_start": "", "right": ""}, CUT)),
     (
-        "max_prompt_length max_completion_length max_target_length",
+        "max_source_length max_prompt_length max_completion_length max_target_length",
         refused("prompt and answer share --block_size", "pass --block_size N"),
     ),
     (
@@ -397,6 +398,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("sequence_parallel_size context_parallel_size ulysses_size", alias("context_parallel")),
     ("tensor_parallel_size tp_size deepspeed_autotp_size", alias("tensor_parallel")),
     ("pipeline_parallel_size pp_size expert_parallel_size", only("1", "there is no pipeline or expert parallelism")),
+    ("deepspeed_config", alias("deepspeed")),
     ("zero_hpz_partition_size", refused("hybrid sharding is --replicas", "pass --replicas N")),
     (
         "zero_stage",
@@ -406,7 +408,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         ),
     ),
     ("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph", no_effect(DDP_DETAILS)),
-    ("device_map", Answer({"auto": ""}, "each rank has one GPU", "start with torchrun --nproc_per_node=N")),
+    ("device_map", refused("each rank has one GPU", "remove it, and start with torchrun --nproc_per_node=N train.py")),
     ("use_cpu no_cuda", only("false", "a visible GPU is used", "set CUDA_VISIBLE_DEVICES= in the environment")),
     ("use_mps_device use_ipex tpu_num_cores", Answer({"false": "", "0": ""}, "the device is a CUDA GPU or the CPU")),
     (
@@ -431,8 +433,8 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Answer({"bf16": "--bf16 true", "no": "--bf16 false"}, "--bf16 is on or off", "pass --bf16 true"),
     ),
     ("fp16_opt_level fp16_backend half_precision_backend", no_effect("there is no fp16")),
-    ("tf32", only("false", "fp32 matrix products are exact", "pass --bf16 true, which is faster than TF32")),
-    ("fp8", Answer({"true": "--float8 true", "false": "--float8 false"})),
+    ("tf32", only("false", "fp32 matrix products are exact", "remove it; --bf16 true is faster")),
+    ("fp8", only("false", "float8 is off", "pass --float8, which scales per tensor")),
     (
         "gradient_checkpointing_kwargs",
         Answer(fact=REENTRANT, translate=answers.gradient_checkpointing_kwargs, shown="no effect: " + REENTRANT),
@@ -564,6 +566,11 @@ FAMILIES = {name: answer for names, answer in TABLE for name in names.split() if
 VALUES = {
     "optim": Answer({"adamw_torch": "--optim adamw_torch_fused", "adamw": "--optim adamw_torch_fused"}),
     "packing": Answer(translate=answers.packing, shown="`true`: `--packing documents`; `false`: `--packing none`"),
+    "deepspeed": Answer(
+        fact="deepspeed_config names the file",
+        translate=answers.deepspeed,
+        shown="a file, or a switch beside `deepspeed_config`",
+    ),
     "resume_from_checkpoint": Answer(fact="nothing is resumed", translate=answers.resume, shown="`true`: pass auto"),
     "report_to": Answer({"[]": "--report_to none", "": "--report_to none"}),
 }

@@ -118,6 +118,6 @@ def _as_text(file: str, option: str, value: Any) -> str:
     if isinstance(value, dict | list):
         text, kind = json.dumps(value, default=str), "mapping" if isinstance(value, dict) else "list"
         if option in OURS and value and not option.endswith("_kwargs"):
-            raise OptionError(f"{file}: {option} {text}: it takes one value, not a {kind}\nwrite one value")
+            raise OptionError(f"{file}: {option} {text}: it takes one value, not a {kind}")
         return text
     return json.dumps(value) if isinstance(value, bool) else str(value)

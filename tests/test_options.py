@@ -200,6 +200,8 @@ def test_docs_have_the_table() -> None:
         (["--packing", "False"], {"packing": "none"}),
         (["--packing", "bfd"], {"packing": "documents"}),
         (["--packing", "none"], {"packing": "none"}),
+        (["--stage", "pt", "--packing", "true"], {"packing": "concat"}),
+        (["--stage", "sft", "--packing", "true", "--neat_packing", "true"], {"packing": "documents"}),
         (["--assistant_only_loss", "--completion_only_loss", "true"], {}),
         (["--mixed_precision", "no"], {}),
         (["--torch_compile_backend", "inductor"], {"torch_compile": True}),
@@ -249,6 +251,9 @@ def test_accepted(argv: list[object], expected: dict[str, object]) -> None:
         (["--nproc_per_node=8"], "nproc_per_node 8: it belongs to a launcher, before train.py\nstart with torchrun"),
         (["--resume_from_checkpoint", "True"], "resume_from_checkpoint True: it is a checkpoint directory, or auto"),
         (["--logging_dir"], "argument --logging_dir: expected one argument"),
+        (["--stage", "sft", "--packing", "true"], "packing true: in LLaMA-Factory, packed records attend to each"),
+        (["--freeze_llm", "true"], "freeze_llm true: all parameters are trained"),
+        (["--deepspeed"], "deepspeed true: it is a file\npass --deepspeed FILE"),
         (["--block_size"], "argument --block_size: expected one argument"),
         (["--block_size", "--seed", "1"], "argument --block_size: expected one argument"),
         (["--save_steps", "1.5"], "1.5: pass a number of steps, a fraction of all steps below 1, or epoch"),
@@ -451,7 +456,12 @@ def test_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse(["--train_mixture", "a=1,~/b=2"]).train_mixture == "a=1,/home/me/b=2"
     (tmp_path / "ds.json").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse(["--deepspeed=~/ds.json"]).deepspeed == f"{tmp_path}/ds.json"
+    for argv in (
+        ["--deepspeed=~/ds.json"],
+        ["--deepspeed", "~/ds.json"],
+        ["--deepspeed", "--deepspeed_config=~/ds.json"],
+    ):
+        assert parse(argv).deepspeed == f"{tmp_path}/ds.json"
     assert parse(["~/run.yaml"]).output_dir == f"{tmp_path}/out"
     assert set(PATHS) | LISTS <= OURS
 
@@ -487,9 +497,9 @@ def test_a_run_in_the_words_of_transformers(tiny: list[object], tmp_path: Path) 
     """It saves and evaluates at the end of each epoch, and nowhere else."""
     (tmp_path / "run.yaml").write_text(
         f"do_train: true\nsave_strategy: epoch\neval_strategy: epoch\nlogging_strategy: epoch\nnum_train_epochs: 2\n"
-        f"optim: adamw_torch\nper_device_train_batch_size: 8\noutput_dir: {tmp_path}/run\nreport_to: []\n"
+        f"optim: adamw_torch\nper_device_train_batch_size: 128\noutput_dir: {tmp_path}/run\nreport_to: []\n"
     )
-    names = ("max_steps", "save_steps", "eval_steps", "logging_steps", "output_dir", "per_device_train_batch_size")
+    names = ("max_steps", "save_steps", "logging_steps", "global_batch_size", "per_device_train_batch_size")
     pairs = zip(tiny[::2], tiny[1::2], strict=True)
     options = [word for name, value in pairs if str(name)[2:] not in names for word in (name, value)]
     train_ok(1, *options, tmp_path / "run.yaml")
