@@ -12,12 +12,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from config.deepspeed import read_deepspeed_file
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
 from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, Options
-from config.peer_answers import ANY, FALSE, TRUE, accepted_words, check_accelerate, parse_words
-from config.peer_options import VALUES, explain, find_answer, translate
+from config.peers.answers import ANY, FALSE, TRUE, accepted_words, check_accelerate, parse_words
+from config.peers.deepspeed import read_deepspeed_file
+from config.peers.names import VALUES, explain, find_answer, translate
 from config.run_file import RUN_FILES, read_run_file
 
 USAGE = "train.py [run.json | run.yaml] [--OPTION VALUE ...]"
@@ -41,7 +41,7 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
 
     An option on the command line wins over the run files, and a later run file over an earlier one. All win over
     DEMO_RECIPE, which is used if no model is named, and DEMO_RECIPE wins over `defaults`. Options of other trainers
-    are translated or refused (config/peer_options.py). A DeepSpeed file is read, and its table printed. Its batch
+    are translated or refused (config/peers/names.py). A DeepSpeed file is read, and its table printed. Its batch
     arithmetic needs `world_size`, the number of ranks; without ranks, pass None.
     Raises OptionError for unknown options, a value of the wrong type or an unreadable file.
     """

@@ -190,7 +190,9 @@ class Options:
         STRATEGY, None, "Default: nccl on GPUs, else gloo. gloo lets ranks share a GPU."
     )
     ddp_timeout: int = option(STRATEGY, 1800, "Seconds after which a collective fails.")
-    deepspeed: str | None = option(STRATEGY, None, "DeepSpeed file; its keys become options (config/deepspeed.py).")
+    deepspeed: str | None = option(
+        STRATEGY, None, "DeepSpeed file; its keys become options (config/peers/deepspeed.py)."
+    )
 
     bf16: bool = option(
         PRECISION, torch.cuda.is_available(), "Compute in bf16 over fp32 parameters. With a GPU, the default is true."

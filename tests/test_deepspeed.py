@@ -1,4 +1,4 @@
-"""Proves config/deepspeed.py, config/deepspeed_keys.py, config/__main__.py, and schedules of optim/schedule.py.
+"""Proves config/peers/deepspeed.py and deepspeed_keys.py, config/__main__.py, and schedules of optim/schedule.py.
 
 Each key of a DeepSpeed file sets an option, is refused or is explained. A run has the loss curve of DeepSpeed itself.
 """
@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from config.checks import check
 from config.command_line import parse
-from config.deepspeed import without_comments
-from config.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from config.errors import OptionError
 from config.options import DEEPSPEED_SCHEDULES, Options
+from config.peers.deepspeed import without_comments
+from config.peers.deepspeed_keys import DECIDING_OPTION, DIRECT, NO_EFFECT, REFUSED, UNKNOWN
 from data.ledger import read
 from data.prepare import prepare_data
 from metrics.records import read_records

@@ -1,4 +1,4 @@
-"""Proves config/peer_options.py, config/peer_answers.py, config/run_file.py, and words in config/command_line.py.
+"""Proves config/peers/names.py, config/peers/answers.py, config/run_file.py, and words in config/command_line.py.
 
 Every option of other trainers is translated with the same meaning, or answered in a line. Every form of a run file is
 read as its author means it, or refused with file and line.
@@ -15,13 +15,13 @@ import pytest
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from config import peer_options
 from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import EPOCH, LISTS, PATHS, Options
-from config.peer_answers import ANY, FSDP_CONFIG, SHARDING, Answer, check_accelerate
-from config.peer_options import ANSWERS, FAMILIES, TABLE, VALUES, find_answer
+from config.peers import names
+from config.peers.answers import ANY, FSDP_CONFIG, SHARDING, Answer, check_accelerate
+from config.peers.names import ANSWERS, FAMILIES, TABLE, VALUES, find_answer
 from config.plan import plan_run
 from metrics.records import read_records
 from tests.launch import ROOT, train_ok
@@ -146,8 +146,8 @@ def test_table_is_sound() -> None:
 
 
 def test_docs_have_the_table() -> None:
-    """docs/options.md shows what peer_options.table() returns."""
-    assert peer_options.table() in (ROOT / "docs" / "options.md").read_text()
+    """docs/options.md shows what names.table() returns."""
+    assert names.table() in (ROOT / "docs" / "options.md").read_text()
 
 
 @pytest.mark.parametrize(

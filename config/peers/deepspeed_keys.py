@@ -177,7 +177,7 @@ NO_EFFECT = {
 
 UNKNOWN = "not known here, without effect"
 
-# Further keys that have an effect, each handled by code of its own in config/deepspeed.py.
+# Further keys that have an effect, each handled by code of its own in config/peers/deepspeed.py.
 FOLLOWED = (
     "steps_per_print",
     "tensor_parallel.autotp_size",

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.deepspeed_keys import (
+from config.errors import OptionError
+from config.options import DEEPSPEED_SCHEDULES, Options
+from config.peers.deepspeed_keys import (
     ABSENT,
     ACTIVATIONS,
     ADAM,
@@ -35,8 +37,6 @@ from config.deepspeed_keys import (
     left_to_option,
     shown,
 )
-from config.errors import OptionError
-from config.options import DEEPSPEED_SCHEDULES, Options
 from config.plan import data_parallel_groups
 from config.run_file import read_json
 

@@ -1,6 +1,6 @@
 """How an option of another trainer is answered: accepted values, what they mean here, and the values that need code.
 
-config/peer_options.py has the answers themselves.
+config/peers/names.py has the answers themselves.
 """
 
 import contextlib

@@ -7,9 +7,9 @@ accepted only if it means the same here. docs/options.md shows the table.
 
 import dataclasses
 
-from config import peer_answers as answers
 from config.errors import OptionError
-from config.peer_answers import ANY, Answer, Given, Words, alias, no_effect, only, refused
+from config.peers import answers
+from config.peers.answers import ANY, Answer, Given, Words, alias, no_effect, only, refused
 
 CUT = "a conversation is cut there, text goes on in the next sequence"
 
