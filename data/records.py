@@ -89,12 +89,21 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     if isinstance(raw.content, dict):
         return raw.content
     try:
-        record = json.loads(raw.content)
+        record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
     return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a key comes twice, because only the last value would be used."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} comes twice in an object")
+    return values
 
 
 def _read(source: Source, start: Position) -> Iterator[RawRecord]:
