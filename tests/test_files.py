@@ -200,7 +200,10 @@ def test_a_bad_record_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prepared or streamed, in this process or in another one: the error has file and line of the record."""
+    """Prepared by this process or by others, or streamed: the error has file and line of the record.
+
+    tests/test_stream.py does it in a process of the loader.
+    """
     monkeypatch.setattr("data.cache.CHUNK", 2000)
     line, expected = BAD_RECORDS[kind]
     path = tmp_path / "text.jsonl"
@@ -210,7 +213,7 @@ def test_a_bad_record_is_named(
     with pytest.raises(OptionError, match=f"^{place}.*{expected}"):
         prepare_data(options, tokenizer)
     path.write_text('{"text": "one two three"}\n' * 9 + line + "\n")
-    options.streaming, options.dataloader_num_workers, options.per_device_train_batch_size = True, workers - 1, 20
+    options.streaming, options.dataloader_num_workers, options.per_device_train_batch_size = True, 0, 20
     train = prepare_data(options, tokenizer).train
     assert isinstance(train, StreamingDataset)
     place = re.escape(f"{path}: line 10")
