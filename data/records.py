@@ -91,7 +91,9 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     try:
         record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}") from error
+        encoding = isinstance(error, UnicodeDecodeError)
+        remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW" if encoding else ""
+        raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}{remedy}") from error
     if not isinstance(record, dict):
         raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
     return record

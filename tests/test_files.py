@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "wide.csv": (TABLE.encode("utf-16"), "is in UTF-16"),
     "latin.txt": (b"one\ntwo caf\xe9\n", r"byte 11 is 0xe9, so it is not in UTF-8\n.*LATIN1.*\niconv -f LATIN1 "),
     "latin.csv": (b"text\ncaf\xe9\n", "byte 8 is 0xe9, so it is not in UTF-8"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: cannot be read as JSON: .*0xe9"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: cannot be read as JSON: .*0xe9.*\n.*iconv -f "),
     "latin.json": (b'[{"text": "a"},\n{"text": "\xe9"}]\n', "line 2: cannot be read as JSON: .*0xe9"),
     "zeros.txt": (b"one\ntwo\0three", "byte 7 is 0x00, so it is no text"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "byte 0 is 0x89, so it is not in UTF-8"),
