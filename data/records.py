@@ -90,12 +90,23 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     if isinstance(raw.content, dict):
         return without_padding(raw.content)
     try:
-        record = json.loads(raw.content)
+        record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}") from error
+        encoding = isinstance(error, UnicodeDecodeError)
+        remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW" if encoding else ""
+        raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}{remedy}") from error
     if not isinstance(record, dict):
         raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
     return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a key comes twice, because only the last value would be used."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} comes twice in an object")
+    return values
 
 
 def _read(source: Source, start: Position) -> Iterator[RawRecord]:
