@@ -138,7 +138,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _checkpoints_of_others(output_dir: Path) -> list[Path]:
-    """What is named like a checkpoint of another trainer, and is none of this one, perhaps renamed."""
+    """Paths with the names of other trainers' checkpoints, without the renamed checkpoints of this one."""
     named = _glob(output_dir, *CHECKPOINTS_OF_OTHERS)
     return [path for path in named if not (path.name.startswith("checkpoint-") and is_ours(path))]
 

@@ -183,7 +183,8 @@ class Recorder:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
         if self.board is not None:
-            self.board.close()
+            with writing(self.path.parent / "tensorboard"):
+                self.board.close()
 
     def _write(self, step: int, **values: Any) -> None:
         if not self.writes:

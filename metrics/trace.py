@@ -58,6 +58,8 @@ class Trace:
         with writing(path):
             self.folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(path))
+            if not path.exists():  # the profiler prints an error and goes on
+                raise OSError("the profiler could not write it")
         lines = [
             f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,.0f} bytes"
             for kind, (count, size) in sorted(collectives(profiler).items())

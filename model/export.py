@@ -96,6 +96,21 @@ def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[s
     for name, tensors in files.items():
         try:
             save_file(tensors, directory / name, metadata=METADATA)
+            _sort_metadata(directory / name)
         except SafetensorError as error:  # of the operating system: a full disk
             raise OSError(first_line(error)) from error
     return {tensor: name for name, tensors in files.items() for tensor in tensors}
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a file: safetensors writes them in a random order, and equal models are to be equal files.
+
+    The file begins with the size of its header in 8 bytes. The header is JSON, padded with spaces.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": METADATA}
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(content) == size, "the same entries have the same length"
+        file.seek(8)
+        file.write(content)

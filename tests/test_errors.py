@@ -402,8 +402,8 @@ def test_other_files_do_not_matter(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "mine")
     before = content(tmp_path)
-    for more in ({}, {"overwrite_output_dir": True}):
-        options = Options(output_dir=str(tmp_path), **more)
+    for overwrite in (False, True):
+        options = Options(output_dir=str(tmp_path), overwrite_output_dir=overwrite)
         lock = claim_output_dir(options, 0)
         clean_output_dir(options, 0)
         assert lock

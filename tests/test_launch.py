@@ -42,9 +42,10 @@ ALONE = (0, 1, 0, "1", "localhost", "0")
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment, without the variables of any launcher."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
-    monkeypatch.setattr(os, "environ", {name: value for name, value in kept.items() if name not in TORCH})
-    return os.environ  # type: ignore[misc]
+    launchers = (*TORCH, "SLURM", "OMPI", "PMI")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
 
 
 @pytest.mark.parametrize(
