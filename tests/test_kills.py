@@ -26,6 +26,7 @@ RESUME = ["--resume_from_checkpoint", "auto"]
 def busy(tiny: list[object]) -> list[object]:
     """A run that does everything often: it saves, prunes and evaluates, over the ends of two epochs of 8 steps."""
     steps = ["--max_steps", 20, "--save_steps", 3, "--eval_steps", 4, "--save_total_limit", 2]
+    steps += ["--metric_for_best_model", "eval_loss"]
     batches = ["--global_batch_size", 96, "--per_device_train_batch_size", 24, "--per_device_eval_batch_size", 40]
     return [*tiny, *steps, *batches, "--lr_scheduler_type", "cosine", "--ledger", "--ddp_timeout", 30]
 
