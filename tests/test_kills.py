@@ -189,9 +189,10 @@ def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tm
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]
-    places = [("loss_sum += loss", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5), ("totals[0] +=", 3)]
-    for attempt, (line, count) in enumerate(places):
-        outcome = train(2, argv, before=partial(die_at_line, "train.py", line, count, attempt % 2))
+    steps = [("loss_sum += loss", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5)]
+    places = [*(("train.py", line, count) for line, count in steps), ("loss/evaluation.py", "totals[0] +=", 3)]
+    for attempt, (file, line, count) in enumerate(places):
+        outcome = train(2, argv, before=partial(die_at_line, file, line, count, attempt % 2))
         assert outcome.exit_codes[attempt % 2] == -signal.SIGKILL, outcome.output
     train_ok(2, *argv)
     assert_identical(run, unbroken)
