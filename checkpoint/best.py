@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST
 from checkpoint.identity import Best, Progress
-from checkpoint.load import problems
+from checkpoint.load import load_tensors, problems
 from checkpoint.ranks import broadcast_object
 from config.errors import OptionError
 from config.options import Options
@@ -86,7 +85,7 @@ def load_best_model(options: Options, model: PreTrainedModel, best: Best) -> str
             "to export the last model, resume without --load_best_model_at_end"
         )
     path = _path(options, best)
-    dcp.load(unique_tensors(model), storage_reader=dcp.HuggingFaceStorageReader(str(path / "model")))
+    load_tensors(path / "model", unique_tensors(model))
     return f"the model of {path.name}, the best with {best.metric} {best.value:.4f}"
 
 

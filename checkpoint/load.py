@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, WEIGHT_FILES, is_ours, list_checkpoints, size_and_hash
@@ -100,7 +101,7 @@ def load_checkpoint(
 
     moments, _ = optimizer_state(optimizer)
     for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / name)))
+        load_tensors(path / name, tensors)
     parameters = named_parameters(optimizer)
     for name, step in state["optimizer_steps"].items():
         optimizer.state[parameters[name]]["step"].fill_(step)
@@ -111,3 +112,8 @@ def load_checkpoint(
     else:
         seed_rank(identity.seed, progress.step, rank)
     return progress
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Load `model/` or `optimizer/` of a checkpoint into `tensors`, in place. Every rank must call."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))

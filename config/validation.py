@@ -9,6 +9,8 @@ from config.options import Options
 
 NAME = re.compile(r"[\w-]+")  # of a validation set
 
+ASK = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")  # options that compare evaluations
+
 
 def validation_files(value: str) -> dict[str, str]:
     """The files of each validation set, by the start of the names of its metrics. Raises OptionError.
@@ -30,13 +32,8 @@ def validation_files(value: str) -> dict[str, str]:
         return {"eval": value}  # a path may have a = in it
     sets: dict[str, str] = {}
     for name, *files in parts:
-        if (
-            not files
-            or not isinstance(files[0], str)
-            or not files[0]
-            or not NAME.fullmatch(name)
-            or f"eval_{name}" in sets
-        ):
+        named = NAME.fullmatch(name) and f"eval_{name}" not in sets
+        if not named or not files or not isinstance(files[0], str) or not files[0]:
             raise OptionError(
                 f"validation_file {value}: pass each set once, as NAME=FILE\n"
                 "a name has letters, digits, _ and -; a directory or a quoted glob holds several files"
@@ -49,9 +46,10 @@ def validation_files(value: str) -> dict[str, str]:
 
 def best_metric(options: Options) -> str | None:
     """The metric by which evaluations are compared, lower is better; None if no option asks to compare them."""
-    asked = options.load_best_model_at_end or options.early_stopping_patience
-    name = options.metric_for_best_model or ("eval_loss" if asked else None)
-    return name if name is None or name.startswith("eval_") else f"eval_{name}"
+    if not any(getattr(options, name) for name in ASK):
+        return None
+    name = options.metric_for_best_model or "loss"
+    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 def check_metric(options: Options) -> None:
@@ -82,7 +80,7 @@ def check_intervals(options: Options) -> None:
 def check_validation(options: Options, exists: bool) -> None:
     """Refuse to compare evaluations if there is no validation data. Raises OptionError."""
     if best_metric(options) and not exists:
-        asked = "early_stopping_patience" if options.early_stopping_patience else "load_best_model_at_end"
+        asked = next(name for name in ASK if getattr(options, name))
         raise OptionError(
             f"{asked}: there is no validation data, so nothing is evaluated\n"
             "pass --validation_file, or a --validation_split_percentage above 0"

@@ -313,8 +313,10 @@ def _write_sequences(
         had_eos=int(np.count_nonzero(records["had"] & Had.EOS)),
     )
     if split.sequences == 0:
+        whole = part == slice(None)  # there is no validation split
         raise OptionError(
-            f"{source.name}: the {folder.name} split has {split.tokens} tokens, less than one sequence of block_size "
-            f"{packing.block_size}\npass more text, a smaller --block_size or another --validation_split_percentage"
+            f"{source.name}: {'it' if whole else f'the {folder.name} split'} has {split.tokens} tokens, less than one "
+            f"sequence of block_size {packing.block_size}\npass more text, a smaller --block_size"
+            f"{'' if whole else ' or another --validation_split_percentage'}"
         )
     return split

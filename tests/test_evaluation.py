@@ -52,6 +52,15 @@ def test_a_path_with_a_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert validation_files("lr=1.jsonl") == {"eval": "lr=1.jsonl"}
 
 
+def test_a_set_that_is_too_small(tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path) -> None:
+    options = Options(data_cache_dir=str(tmp_path), train_file=str(train_file), block_size=64)
+    options.validation_file = write(tmp_path / "short.jsonl", {"text": "the"})
+    with pytest.raises(
+        OptionError, match=r"validation_file .*: it has \d tokens, less than one sequence of block_size 64"
+    ):
+        prepare_data(options, tokenizer)
+
+
 @pytest.mark.parametrize(
     "value",
     [

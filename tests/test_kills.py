@@ -26,6 +26,7 @@ RESUME = ["--resume_from_checkpoint", "auto"]
 def busy(tiny: list[object]) -> list[object]:
     """A run that does everything often: it saves, prunes and evaluates, over the ends of two epochs of 8 steps."""
     steps = ["--max_steps", 20, "--save_steps", 3, "--eval_steps", 4, "--save_total_limit", 2]
+    steps += ["--metric_for_best_model", "eval_loss"]
     batches = ["--global_batch_size", 96, "--per_device_train_batch_size", 24, "--per_device_eval_batch_size", 40]
     return [*tiny, *steps, *batches, "--lr_scheduler_type", "cosine", "--ledger", "--ddp_timeout", 30]
 
@@ -188,9 +189,10 @@ def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tm
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]
-    places = [("loss_sum += loss", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5), ("totals[0] +=", 3)]
-    for attempt, (line, count) in enumerate(places):
-        outcome = train(2, argv, before=partial(die_at_line, "train.py", line, count, attempt % 2))
+    steps = [("loss_sum += loss", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5)]
+    places = [*(("train.py", line, count) for line, count in steps), ("loss/evaluation.py", "totals[0] +=", 3)]
+    for attempt, (file, line, count) in enumerate(places):
+        outcome = train(2, argv, before=partial(die_at_line, file, line, count, attempt % 2))
         assert outcome.exit_codes[attempt % 2] == -signal.SIGKILL, outcome.output
     train_ok(2, *argv)
     assert_identical(run, unbroken)

@@ -41,7 +41,7 @@ from config.plan import plan_run
 from data.batches import IGNORE_INDEX, collate, next_tokens
 from estimate.flops import flops_per_token
 from estimate.stages import stage_name
-from estimate.start_block import activations_line, sharded
+from estimate.start_block import activations_line, sharded, start_line
 from loss.cross_entropy import token_loss_sum
 from metrics.records import read_records
 from model.build import load_config_and_tokenizer
@@ -277,6 +277,24 @@ def test_constant_has_no_warmup() -> None:
         with pytest.raises(OptionError, match=message):
             check(parse([*constant, *model, "--warmup_steps", "3"]), world_size=1)
     check(parse(["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "3"]), world_size=1)
+
+
+def test_a_resume_says_if_its_schedule_does_not_continue(tmp_path: Path) -> None:
+    """More steps of warmup_stable_decay continue a run before its decay; after the decay, the rate would rise."""
+    argv = ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 20}']
+    argv += ["--learning_rate", "0.5", "--warmup_steps", "10", "--max_steps"]
+    first, longer = parse([*argv, "100"]), parse([*argv, "200"])
+    plan = plan_run(longer, sequences=1000, world_size=1)
+    assert start_line(longer, plan, None) == "from the beginning"
+    for step, more in (
+        (80, ""),
+        (95, f"; step 95 had the learning rate {learning_rate(95, 100, first):g}, and has 0.5"),
+    ):
+        progress = {"step": step, "learning_rate": learning_rate(step, 100, first)}
+        (tmp_path / "state.json").write_text(json.dumps({"progress": progress}))
+        assert start_line(longer, plan, tmp_path) == f"resumed from {tmp_path}{more}{' in this schedule' * bool(more)}"
+    (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": 95}}))  # of an older version
+    assert start_line(longer, plan, tmp_path) == f"resumed from {tmp_path}"
 
 
 def test_epochs_win_over_the_recipe() -> None:

@@ -95,7 +95,11 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
 @pytest.mark.parametrize(
     ("file", "line", "count"),
     [
-        ("train.py", "totals[0] +=", 8),  # of the evaluation after step 5; the one before training has 6 batches
+        (
+            "loss/evaluation.py",
+            "totals[0] +=",
+            8,
+        ),  # of the evaluation after step 5; the one before training has 6 batches
         ("checkpoint/save.py", "saving.rename(final)", 1),
     ],
     ids=["evaluation", "save"],
