@@ -88,6 +88,10 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[list[Any], int]]] = {
         {"instruction": "a", "input": "b", "output": "good", "system": "be brief", "history": [["hi", "hello"]]},
         ([[SYSTEM, user("hi"), assistant("hello"), user("a\nb"), GOOD]], 0),
     ),
+    "`instruction`, `context`, `response`": (
+        {"instruction": "a", "context": "b", "response": "good"},
+        ([[user("a\nb"), GOOD]], 0),
+    ),
     "`query`, `response`, `history`": ({"query": "add", "response": "good", "history": [["hi", "hello"]]}, ANSWERED),
     "`prompt`, `query`, `response`": (
         {"prompt": "a", "query": "b", "response": "good"},
@@ -212,6 +216,16 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
             ],
             [user("a"), assistant("<think>b</think>\n", tool_calls=[CALL])],
         ),
+        (
+            [
+                {
+                    "from": "function_call",
+                    "value": 'b<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+                    '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+                }
+            ],
+            [assistant("b", tool_calls=[CALL, CALL])],
+        ),
         # OpenAI, its old API, and an answer without a key content.
         (
             [
@@ -236,7 +250,7 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
             [user("a b"), assistant("", reasoning_content="c")],
         ),
     ],
-    ids=["ms-swift", "LLaMA-Factory", "OpenAI", "parts"],
+    ids=["ms-swift", "LLaMA-Factory", "tags", "OpenAI", "parts"],
 )
 def test_messages(messages: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert read_messages(messages, "messages", "here").messages == expected
@@ -282,7 +296,7 @@ def test_arguments_are_encoded_once(tokenizer: PreTrainedTokenizerBase) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "train": 0}]}]}, "marks one of its"),
         ({"messages": [{"role": "user", "from": "gpt", "content": "a"}]}, "message 0 has role and from, which differ"),
         (
-            {"messages": [{"from": "function_call", "value": "add(1)"}]},
+            {"messages": [{"from": "function_call", "value": "add(\n1)"}]},
             "message 0 must call a tool with JSON, and is add",
         ),
         (
