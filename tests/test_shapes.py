@@ -187,6 +187,27 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
         assert 0 < sum(trained) < len(trained)
 
 
+@pytest.mark.parametrize(
+    ("record", "expected", "unused"),
+    [
+        ({"prompt": ASKED, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, []),
+        ({"prompt": "add", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, []),
+        ({"prompt": "else", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, ["prompt"]),
+        ({"messages": [user("a")], "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, ["messages"]),
+        ({"prompt": ASKED, "chosen": "good", "rejected": BAD}, PAIR, []),
+        ({"messages": json.dumps(ASKED), "chosen": "good", "rejected": "bad, too", "score": 0}, PAIR, ["score"]),
+    ],
+)
+def test_pairs(record: dict[str, Any], expected: tuple[list[Any], int], unused: list[str]) -> None:
+    """Answers may repeat the prompt, be messages or texts. A prompt that is no part of them is reported."""
+    conversations, not_used = read_record("preference", record, "here")
+    assert not_used == unused
+    for conversation, messages in zip(conversations, expected[0], strict=True):
+        assert isinstance(conversation, Conversation)
+        assert conversation.messages == messages
+        assert [conversation.trains_on(index) for index in range(4)] == [False, False, False, True]
+
+
 # --- Messages -------------------------------------------------------------------------------------------------------
 
 
