@@ -72,13 +72,19 @@ def read_messages(value: Any, column: str, place: str, role_of_text: str | None 
         value = {"role": role_of_text, "content": value}
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise OptionError(f"{place}: {column} must be a list of messages, and is {str(value)[:100]}")
+        kinds = "text or a list of messages" if role_of_text else "a list of messages"
+        raise OptionError(f"{place}: {column} must be {kinds}, and is {brief(value)}")
     turns = Turns()
     of = "" if column in ("messages", "conversations", "conversation") else f" of {column}"
     for index, message in enumerate(value):
         for one in _split_round(message):
             _add(turns, one, f"{place}: message {index}{of}")
     return turns
+
+
+def brief(value: Any) -> str:
+    """The beginning of a value, on one line, for messages."""
+    return " ".join(str(value).split())[:100]
 
 
 def _split_round(message: dict[str, Any]) -> Messages:
@@ -102,7 +108,7 @@ def _add(turns: Turns, given: dict[str, Any], where: str) -> None:
     has_content = bool({"content", "value"} & message.keys())
     role, content = _one_of(message, ("role", "from"), where), _one_of(message, ("content", "value"), where)
     if not isinstance(role, str):
-        raise OptionError(f"{where} must have a role and a content, and is {str(given)[:100]}")
+        raise OptionError(f"{where} must have a role and a content, and is {brief(given)}")
     mark = _mark(message, where)
     if role.replace("-", "_") in CALL_ROLES:
         content, message["tool_calls"] = _calls_of_text(content, where)
@@ -125,7 +131,7 @@ def _add(turns: Turns, given: dict[str, Any], where: str) -> None:
             message[key] = _text(message[key], where)
     content = _text(content, where) if isinstance(content, list) else content
     if not isinstance(content, str | None):
-        raise OptionError(f"{where} must have a role and a content, and is {str(given)[:100]}")
+        raise OptionError(f"{where} must have a role and a content, and is {brief(given)}")
     if content is None and not message.get("tool_calls"):
         raise OptionError(f"{where}, of role {role}, has no content")
     # A null content stays, and so does a missing one, because templates treat them differently.
@@ -148,7 +154,7 @@ def _mark(message: dict[str, Any], where: str) -> bool | None:
     given = {key: value for key in MARKS if (value := message.pop(key, None)) is not None}
     for key, value in given.items():
         if value not in (0, 1):
-            raise OptionError(f"{where}: {key} is {str(value)[:100]}; only true, false, 0 and 1 can be followed")
+            raise OptionError(f"{where}: {key} is {brief(value)}; only true, false, 0 and 1 can be followed")
     if len({bool(value) for value in given.values()}) > 1:
         raise OptionError(f"{where} has marks that contradict each other: {given}")
     return bool(next(iter(given.values()))) if given else None
@@ -172,25 +178,28 @@ def _text(parts: list[Any], where: str) -> str:
 
 
 def _calls_of_text(value: Any, where: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """The thought before the tool calls, or None, and the calls: an object with name and arguments, or a list of these.
+    """The text before the tool calls, or None, and the calls: an object with name and arguments, or a list of these.
 
-    LLaMA-Factory and ms-swift write them as JSON, which may follow a thought.
+    LLaMA-Factory and ms-swift write them as JSON. A thought may come before it, or any text before JSON in <tool_call>.
     """
-    thought = None
+    before = None
     if isinstance(value, str):
-        match = re.fullmatch(r"(\s*<think>.*</think>\s*)?(.*)", value, re.DOTALL)
+        tagged = re.fullmatch(r"(.*?)((<tool_call>(?:(?!</tool_call>).)*</tool_call>\s*)+)", value, re.DOTALL)
+        match = tagged or re.fullmatch(r"(\s*<think>.*</think>\s*)?(.*)", value, re.DOTALL)
         assert match
-        thought = match[1]
+        before = match[1] or None
+        texts = re.findall(r"<tool_call>(.*?)</tool_call>", match[2], re.DOTALL) if tagged else [match[2]]
         try:
-            value = json.loads(match[2])
+            values = [json.loads(text) for text in texts]
         except ValueError as error:
-            raise OptionError(f"{where} must call a tool with JSON, and is {match[2][:100]}: {error}") from error
+            raise OptionError(f"{where} must call a tool with JSON, and is {brief(match[2])}: {error}") from error
+        value = values if tagged else values[0]
     calls = value if isinstance(value, list) else [value]
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise OptionError(f"{where} must call a tool with its name and its arguments, and is {str(call)[:100]}")
+            raise OptionError(f"{where} must call a tool with its name and its arguments, and is {brief(call)}")
     functions = [{key: call[key] for key in call if key != "id"} for call in calls]
-    return thought, _tool_calls(
+    return before, _tool_calls(
         [
             {"type": "function", **({"id": call["id"]} if "id" in call else {}), "function": function}
             for call, function in zip(calls, functions, strict=True)
@@ -206,7 +215,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise OptionError(f"{where}: tool_calls is not JSON: {error}") from error
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise OptionError(f"{where}: tool_calls must be a list of objects, and is {str(calls)[:100]}")
+        raise OptionError(f"{where}: tool_calls must be a list of objects, and is {brief(calls)}")
     return [
         {**call, "function": _function(call["function"], where)}
         if isinstance(call.get("function"), dict)
@@ -224,7 +233,7 @@ def _function(function: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         decoded = json.loads(arguments or "{}")
     except ValueError as error:
-        raise OptionError(f"{where}: the arguments of a tool call are not JSON: {arguments[:100]}") from error
+        raise OptionError(f"{where}: the arguments of a tool call are not JSON: {brief(arguments)}") from error
     if not isinstance(decoded, dict):
-        raise OptionError(f"{where}: the arguments of a tool call must be a JSON object, and are {arguments[:100]}")
+        raise OptionError(f"{where}: the arguments of a tool call must be a JSON object, and are {brief(arguments)}")
     return {**function, "arguments": Arguments(decoded, arguments or "{}")}

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from chat.messages import Messages, Turns, read_messages
+from chat.messages import Messages, Turns, brief, read_messages
 from config.errors import OptionError
 
 QUESTIONS = ("instruction", "prompt", "query", "question", "input")
@@ -153,7 +153,7 @@ class _Columns:
         self.read.add(name)
         value = self.values.get(name, missing)
         if not isinstance(value, str):
-            raise OptionError(f"{self.place}: {name} must be text, and is {str(value)[:100]}")
+            raise OptionError(f"{self.place}: {name} must be text, and is {brief(value)}")
         return value
 
     def decoded(self, *names: str) -> Any:
@@ -180,7 +180,7 @@ class _Columns:
         if tools is None:
             return None
         if not isinstance(tools, list):
-            raise OptionError(f"{self.place}: tools must be a list, and is {str(tools)[:100]}")
+            raise OptionError(f"{self.place}: tools must be a list, and is {brief(tools)}")
         return [
             {"type": "function", "function": tool}
             if isinstance(tool, dict) and "name" in tool and not {"type", "function"} & tool.keys()
@@ -209,7 +209,7 @@ def _question(columns: _Columns) -> Turns:
     if not any(name in columns.values for name in QUESTIONS):
         columns.text("instruction")
     parts = [columns.text(first, missing=""), columns.text("query", "question", missing="")]
-    parts.append(columns.text("input", missing=""))
+    parts.append(columns.text("input", "context", missing=""))
     return _joined(turns, Turns([{"role": "user", "content": "\n".join(filter(None, parts))}]))
 
 
@@ -220,7 +220,7 @@ def _history(columns: _Columns) -> Turns:
     for number, pair in enumerate(rounds if isinstance(rounds, list) else [rounds]):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str | None) for text in pair):
             raise OptionError(
-                f"{columns.place}: history must be pairs of a question and an answer, and {number} is {str(pair)[:100]}"
+                f"{columns.place}: history must be pairs of a question and an answer, and {number} is {brief(pair)}"
             )
         turns.messages += [
             {"role": role, "content": text}
@@ -258,7 +258,7 @@ def _chosen_and_rejected(columns: _Columns, chosen: str, rejected: str) -> list[
     """The conversations of two columns, which hold answers or conversations with the prompt at their beginning."""
     answers = {name: columns.take(name) for name in (chosen, rejected)}
     if not any(isinstance(answer, str) for answer in answers.values()):
-        sides = [read_messages(answer, name, columns.place) for name, answer in answers.items()]
+        sides = [read_messages(answer, name, columns.place, "assistant") for name, answer in answers.items()]
         if any(side.messages and side.messages[0]["role"] in ("user", "system", "developer") for side in sides):
             if not isinstance(columns.values.get("prompt"), list):
                 return _with_common_beginning(columns, *sides)

@@ -32,10 +32,10 @@ def check_traces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     if not messages or not tokenizer.chat_template:
         return []
     template = tokenizer.get_chat_template(tools=tools)
-    for message in messages:
+    for index, message in enumerate(messages):
         if message["role"] not in ROLES.values() and not _mentions(template, message["role"]):
             raise OptionError(
-                f"a message has the unknown role {message['role']}\n"
+                f"message {index} has the unknown role {message['role']}\n"
                 f"known are {', '.join(dict.fromkeys([*ROLES, *CALL_ROLES]))}, and what the chat template names"
             )
 

@@ -102,8 +102,16 @@ def test_pairs_stay_together(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
             "dpo",
             "line 1: chosen and rejected are answers, but the record has no prompt",
         ),
-        ({"prompt": "a", "chosen": "a", "rejected": 3}, "dpo", "line 1: rejected must be a list of messages, and is 3"),
-        ({"chosen": ["a"], "rejected": ["b"]}, "dpo", "line 1: chosen must be a list of messages, and is ['a']"),
+        (
+            {"prompt": "a", "chosen": "a", "rejected": 3},
+            "dpo",
+            "line 1: rejected must be text or a list of messages, and is 3",
+        ),
+        (
+            {"chosen": ["a"], "rejected": ["b"]},
+            "dpo",
+            "line 1: chosen must be text or a list of messages, and is ['a']",
+        ),
     ],
 )
 def test_records_that_will_not_do(

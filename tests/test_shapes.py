@@ -88,6 +88,10 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[list[Any], int]]] = {
         {"instruction": "a", "input": "b", "output": "good", "system": "be brief", "history": [["hi", "hello"]]},
         ([[SYSTEM, user("hi"), assistant("hello"), user("a\nb"), GOOD]], 0),
     ),
+    "`instruction`, `context`, `response`": (
+        {"instruction": "a", "context": "b", "response": "good"},
+        ([[user("a\nb"), GOOD]], 0),
+    ),
     "`query`, `response`, `history`": ({"query": "add", "response": "good", "history": [["hi", "hello"]]}, ANSWERED),
     "`prompt`, `query`, `response`": (
         {"prompt": "a", "query": "b", "response": "good"},
@@ -183,6 +187,27 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
         assert 0 < sum(trained) < len(trained)
 
 
+@pytest.mark.parametrize(
+    ("record", "expected", "unused"),
+    [
+        ({"prompt": ASKED, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, []),
+        ({"prompt": "add", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, []),
+        ({"prompt": "else", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, ["prompt"]),
+        ({"messages": [user("a")], "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, PAIR, ["messages"]),
+        ({"prompt": ASKED, "chosen": "good", "rejected": BAD}, PAIR, []),
+        ({"messages": json.dumps(ASKED), "chosen": "good", "rejected": "bad, too", "score": 0}, PAIR, ["score"]),
+    ],
+)
+def test_pairs(record: dict[str, Any], expected: tuple[list[Any], int], unused: list[str]) -> None:
+    """Answers may repeat the prompt, be messages or texts. A prompt that is no part of them is reported."""
+    conversations, not_used = read_record("preference", record, "here")
+    assert not_used == unused
+    for conversation, messages in zip(conversations, expected[0], strict=True):
+        assert isinstance(conversation, Conversation)
+        assert conversation.messages == messages
+        assert [conversation.trains_on(index) for index in range(4)] == [False, False, False, True]
+
+
 # --- Messages -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +237,16 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
             ],
             [user("a"), assistant("<think>b</think>\n", tool_calls=[CALL])],
         ),
+        (
+            [
+                {
+                    "from": "function_call",
+                    "value": 'b<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+                    '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+                }
+            ],
+            [assistant("b", tool_calls=[CALL, CALL])],
+        ),
         # OpenAI, its old API, and an answer without a key content.
         (
             [
@@ -236,7 +271,7 @@ def test_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shape: str, co
             [user("a b"), assistant("", reasoning_content="c")],
         ),
     ],
-    ids=["ms-swift", "LLaMA-Factory", "OpenAI", "parts"],
+    ids=["ms-swift", "LLaMA-Factory", "tags", "OpenAI", "parts"],
 )
 def test_messages(messages: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert read_messages(messages, "messages", "here").messages == expected
@@ -282,7 +317,7 @@ def test_arguments_are_encoded_once(tokenizer: PreTrainedTokenizerBase) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "train": 0}]}]}, "marks one of its"),
         ({"messages": [{"role": "user", "from": "gpt", "content": "a"}]}, "message 0 has role and from, which differ"),
         (
-            {"messages": [{"from": "function_call", "value": "add(1)"}]},
+            {"messages": [{"from": "function_call", "value": "add(\n1)"}]},
             "message 0 must call a tool with JSON, and is add",
         ),
         (
