@@ -124,7 +124,7 @@ BUGS = [
         "data",
         "Documents are concatenated without an EOS token between them, so the model never trains on the end of a text.",
         "The loss looks normal. The model never stops generating.",
-        one("data/tokens.py", "bos * raw.begins + ids + eos * raw.ends", "bos * raw.begins + ids"),
+        one("data/tokens.py", "before * raw.begins + ids + after * raw.ends", "before * raw.begins + ids"),
         "tests/test_data.py::test_no_token_is_lost[None-.jsonl]",
     ),
     Bug(
@@ -168,7 +168,7 @@ BUGS = [
         "The mask selects the answer, but not the token that ends the turn. The template writes this token after the "
         "answer.",
         "None in the loss. The model answers, and then does not stop.",
-        one("chat/template.py", "spans.append((start, end + len(closing)))", "spans.append((start, end))"),
+        one("chat/template.py", "words[1] + len(_closing(renderings, index, words))", "words[1]"),
         "tests/test_chat.py::test_what_is_learned",
         source="huggingface/trl#5988",
     ),
