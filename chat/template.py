@@ -129,7 +129,7 @@ def check_traces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     messages, marks = [], {}
     for index, message in enumerate(conversation.messages):
         mark = f"\ue000{index}\ue000"
-        has_words = any(message.get(key) for key in (*WORDS, "tool_calls"))
+        has_words = bool(message.get("content") or message.get("tool_calls"))
         messages.append(next(_reworded(message, mark)) if has_words else message)
         if has_words:
             marks[index] = mark
@@ -274,7 +274,7 @@ def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     if not alone.strip():
         raise OptionError(
             "chat_template: it writes nothing after an answer, so the model could not learn to stop\n"
-            "pass another --chat_template"
+            "pass a --chat_template that ends an answer, with EOS or another special token"
         )
     if not renderings.has_prompts():
         # The template writes the prompt for an answer never, or always. If always, it ends this text and the prompt.

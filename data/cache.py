@@ -33,7 +33,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, chunks, read, size_of
 from data.sequences import Split
 from data.sources import Source
-from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, document_lengths, encoder, parsed, readable
+from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, parsed, readable
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -136,7 +136,7 @@ def _write(
     about = {
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
-        "stop_tokens": [token for token, _ in stop_tokens if token in rendering.tokenizer.added_tokens_decoder],
+        "stop_tokens": [token for token, _ in stop_tokens if can_stop(rendering.tokenizer, token)],
         "counts": {name: asdict(split) for name, split in counts.items()},
     }
     (folder / "about.json").write_text(json.dumps(about, indent=2))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ LLAMA = r"""
   {%- else %}{{ m.content | trim + '<|eot|>' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"""
+LLAMA_2 = r"""
+{%- for m in messages %}
+  {%- if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}
+  {%- else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}
+{%- endfor %}"""
+GRANITE = r"""
+{%- for m in messages %}{{ '<|role|>' + m.role + '<|/role|>' + m.content + '<|end_of_text|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|role|>assistant<|/role|>' }}{% endif %}"""
 ALWAYS = r"""
 {%- for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n' + (m.content or '') }}
   {%- for call in m.tool_calls or [] %}{{ '<|call|>' + (call.function | tojson) + '<|/call|>' }}{% endfor %}
@@ -77,7 +86,7 @@ ALWAYS = r"""
 {%- endfor %}{{ '<|header|>assistant<|/header|>\n' }}"""
 ALWAYS_SHORT = r"""
 {%- for m in messages %}{{ (' ' + m.content + eos_token) if m.role == 'assistant' else '<|u|>' + m.content + '<|/u|>' }}
-{%- endfor %}{{ '<|a|>' if messages[-1].role == 'user' or true }}"""
+{%- endfor %}{{ '<|a|>' }}"""
 NEVER = r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"""
 DEFAULT_SYSTEM = (
     r"""{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}""" + CHATML
@@ -204,6 +213,8 @@ EXPECTED: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         TOOL,
         ['{"name": "add", "arguments": {"a": 1}}<|eom|>', "it is 2<|eot|>", "hello<|eot|>"],
     ),
+    "Llama 2: BOS before each question": (LLAMA_2, TWO, [" hello <eos>", " hello <eos>"]),
+    "Granite": (GRANITE, SYSTEM, ["hello<|end_of_text|>", "hello<|end_of_text|>"]),
     "always a prompt": (ALWAYS, TWO, ["hello<|eot|>", "hello<|eot|>"]),
     "always a prompt, two in a row": (ALWAYS, IN_A_ROW, ["hello<|eot|>", "you<|eot|>"]),
     "always a prompt, begins with an answer": (ALWAYS, GREETING, ["welcome<|eot|>", "hello<|eot|>", "hello<|eot|>"]),
@@ -291,9 +302,8 @@ def test_families(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     tools = TOOLS if messages in (TOOL, TEXT_TOOL) else None
     with_tokens(tokenizer, template)
     ids, trained_on = encode_messages(Conversation(messages, tools), tokenizer, {"strftime_now": "2026-01-02"})
-    rendered = tokenizer.apply_chat_template(messages, tools, tokenize=False, strftime_now=lambda _: "2026-01-02")
-    if template != LLAMA:  # whose date has another format
-        assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == ids
+    date = datetime(2026, 1, 2).strftime
+    assert tokenizer.apply_chat_template(messages, tools, strftime_now=date)["input_ids"] == ids
     assert runs(tokenizer, ids, trained_on) == expected
 
 
@@ -403,6 +413,8 @@ def test_variables_reach_every_rendering(tokenizer: PreTrainedTokenizerBase, tmp
         texts.append(runs(tokenizer, ids, trained_on))
     whole = ["<think>\n\n</think>\n\nhello<|im_end|>"]
     assert texts == [whole, ["hello<|im_end|>"], whole]
+    ids, trained_on = encode_messages(Conversation(TWO), tokenizer, {"enable_thinking": False})  # QwenLM/Qwen3#1826
+    assert runs(tokenizer, ids, trained_on) == ["hello<|im_end|>"] * 2
     assert len(list((tmp_path / "cache").glob("data-*/about.json"))) == 3
 
 
@@ -486,11 +498,13 @@ def test_the_date_is_fixed(
         (HARMONY, ["<|call|>", "<|return|>"]),
         (COMMAND, ["<|STOP|>"]),
         (with_markers(PLAIN), ["<|im_end|>"]),
+        (with_markers(PLAIN).replace("'<|im_end|>' }}{% endg", "'<|im_end|>\\n' }}{% endg"), ["<|im_end|>"]),
     ],
 )
 def test_stop_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, stops: list[str]) -> None:
     """Prepared or streamed, the finished model stops at what ends a turn, whatever follows it in the template."""
     with_tokens(tokenizer, template)
+    tokenizer.add_tokens(["\n"])  # as Gemma's has
     expected = sorted(tokenizer.convert_tokens_to_ids(stop) for stop in stops)
     for more in ({}, {"streaming": True, "max_steps": 1}):
         assert prepare_records([{"messages": ONE}], tokenizer, tmp_path, **more).stop_tokens == expected
