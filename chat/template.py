@@ -8,6 +8,7 @@ they write around a turn, and in how they write earlier turns. So a turn is foun
 rendered again with other words in one message, and the two texts are equal up to these words and after them.
 """
 
+import difflib
 import inspect
 import json
 import re
@@ -95,11 +96,9 @@ def check_variables(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, 
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
     known = names_in(tokenizer) - reserved
     if unknown := [name for name in variables if name not in known]:
-        closest = ", ".join(sorted(known)) or "none"
-        raise OptionError(
-            f"chat_template_kwargs {text}: the chat template does not read {', '.join(unknown)}\n"
-            f"it reads {closest}; remove the others"
-        )
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it reads {', '.join(sorted(known))}; remove the others"
+        raise OptionError(f"chat_template_kwargs {text}: the chat template does not read {', '.join(unknown)}\n{hint}")
     try:
         _with_date(variables)
     except (TypeError, ValueError) as error:
@@ -248,7 +247,7 @@ def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     if not alone.strip():
         raise OptionError(
             "chat_template: it writes nothing after an answer, so the model could not learn to stop\n"
-            "pass another --chat_template"
+            "pass a --chat_template that ends an answer, with EOS or another special token"
         )
     if not renderings.has_prompts():
         # The template writes the prompt for an answer never, or always. If always, it ends this text and the prompt.

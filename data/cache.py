@@ -32,7 +32,7 @@ from config.errors import OptionError
 from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
-from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, document_lengths, encoder, readable
+from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -139,7 +139,7 @@ def _write(
     about = {
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
-        "stop_tokens": [token for token, _ in stop_tokens if token in rendering.tokenizer.added_tokens_decoder],
+        "stop_tokens": [token for token, _ in stop_tokens if can_stop(rendering.tokenizer, token)],
         "unused": unused,
         "counts": {name: asdict(split) for name, split in counts.items()},
     }

@@ -90,15 +90,20 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     validation = {name: prepare(source, rendering_of(source), percentage=0) for name, source in held_out.items()}
     check_validation(options, exists=bool(validation or (percentage and training)))
     stops = {
-        token
-        for source, one in zip(sources, renderings, strict=True)
-        for token in stop_tokens(one, firsts[source.name])
+        stop for source, one in zip(sources, renderings, strict=True) for stop in stop_tokens(one, firsts[source.name])
     }
     if options.streaming:
         data = _stream(name, sources[0], renderings[0], packing, options.seed, validation)
     else:
         data = _read_prepared(name, sources, packing, training, validation)
-    return replace(data, stop_tokens=sorted(stops.union(data.stop_tokens)))
+    stops.update(data.stop_tokens)
+    if not stops and os.environ.get("RANK", "0") == "0":
+        print(
+            f"chat_template: no special token ends a turn, so the finished model stops at {tokenizer.eos_token} only\n"
+            "pass a --chat_template that ends a turn with a special token",
+            file=sys.stderr,
+        )
+    return replace(data, stop_tokens=sorted(stops))
 
 
 def tokens_per_sequence(data: Data, block_size: int) -> int:

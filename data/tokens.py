@@ -33,6 +33,7 @@ PROBES: list[Messages] = [
     [QUESTION, {"role": "assistant", "content": "answer"}],
     [{"role": "system", "content": "system"}, QUESTION, {"role": "assistant", "content": "answer"}],
     [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
 ]
 
 Record = dict[str, Any]
@@ -203,8 +204,17 @@ def stop_tokens(rendering: Rendering, first: RawRecord | None) -> list[int]:
     for conversation in [*map(Conversation, PROBES), record]:
         with suppress(OptionError):
             ids, trained_on = encode_messages(conversation, tokenizer, rendering.variables)
-            found += [token for token, trained in zip(ids, trained_on, strict=True) if trained][-1:]
-    return sorted({token for token in found if token in tokenizer.added_tokens_decoder})
+            trained = [token for token, on in zip(ids, trained_on, strict=True) if on]
+            found += [token for token in trained if tokenizer.decode(token).strip()][
+                -1:
+            ]  # markers may hold a "\n", too
+    return sorted({token for token in found if can_stop(tokenizer, token)})
+
+
+def can_stop(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token may end what the model writes: an added token, but not one of white space, as Gemma has them."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and bool(str(added).strip())
 
 
 def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:

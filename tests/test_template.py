@@ -1,8 +1,10 @@
-"""Proves chat/template.py and its use in data/: chat templates of every kind, what is trained on, and special tokens."""
+"""Proves chat/template.py and its use in data/: chat templates of every kind, and special tokens."""
 
 import json
 import re
 import shutil
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +67,31 @@ LLAMA = r"""
 {{- '<|header|>system<|/header|>\n\nToday: ' + date_string + '<|eot|>' }}
 {%- for m in messages %}
   {{- '<|header|>' + m.role + '<|/header|>\n\n' }}
-  {%- if m.tool_calls %}{{ (m.tool_calls[0].function | tojson) + '<|eom|>' }}{% else %}{{ m.content | trim + '<|eot|>' }}
-  {%- endif %}
+  {%- if m.tool_calls %}{{ (m.tool_calls[0].function | tojson) + '<|eom|>' }}
+  {%- else %}{{ m.content | trim + '<|eot|>' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"""
+LLAMA_2 = r"""
+{%- for m in messages %}
+  {%- if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}
+  {%- else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}
+{%- endfor %}"""
+GRANITE = r"""
+{%- for m in messages %}{{ '<|role|>' + m.role + '<|/role|>' + m.content + '<|end_of_text|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|role|>assistant<|/role|>' }}{% endif %}"""
 ALWAYS = r"""
 {%- for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n' + (m.content or '') }}
-  {%- for call in m.tool_calls or [] %}{{ '<|call|>' + (call.function | tojson) + '<|/call|>' }}{% endfor %}{{ '<|eot|>' }}
+  {%- for call in m.tool_calls or [] %}{{ '<|call|>' + (call.function | tojson) + '<|/call|>' }}{% endfor %}
+  {{- '<|eot|>' }}
 {%- endfor %}{{ '<|header|>assistant<|/header|>\n' }}"""
 ALWAYS_SHORT = r"""
 {%- for m in messages %}{{ (' ' + m.content + eos_token) if m.role == 'assistant' else '<|u|>' + m.content + '<|/u|>' }}
-{%- endfor %}{{ '<|a|>' if messages[-1].role == 'user' or true }}"""
+{%- endfor %}{{ '<|a|>' }}"""
 NEVER = r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"""
 DEFAULT_SYSTEM = (
     r"""{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}""" + CHATML
 )
-NEEDS_SYSTEM = (
-    r"""{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}""" + DEFAULT_SYSTEM
-)
+NEEDS_SYSTEM = r"""{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}""" + PLAIN
 THINKING = r"""
 {%- set ns = namespace(last=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -111,7 +120,8 @@ R1 = r"""
   {%- if m.role == 'user' %}{% set ns.tool = false %}{{ '<|User|>' + m.content }}
   {%- elif m.role == 'tool' %}{% set ns.tool = true %}{{ '<|output|>' + m.content + '<|/output|>' }}
   {%- elif m.content is none %}
-    {%- for call in m.tool_calls %}{{ '<|Assistant|><|call|>' + call.function.name + '\n' + call.function.arguments + '<|/call|>' }}
+    {%- for call in m.tool_calls %}{{ '<|Assistant|><|call|>' + call.function.name + '\n' }}
+      {{- call.function.arguments + '<|/call|>' }}
     {%- endfor %}{{ '<|eos|>' }}
   {%- else %}
     {{- ('<|outputs_end|>' if ns.tool else '<|Assistant|>') + m.content.split('</think>')[-1] + '<|eos|>' }}
@@ -203,6 +213,8 @@ EXPECTED: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         TOOL,
         ['{"name": "add", "arguments": {"a": 1}}<|eom|>', "it is 2<|eot|>", "hello<|eot|>"],
     ),
+    "Llama 2: BOS before each question": (LLAMA_2, TWO, [" hello <eos>", " hello <eos>"]),
+    "Granite": (GRANITE, SYSTEM, ["hello<|end_of_text|>", "hello<|end_of_text|>"]),
     "always a prompt": (ALWAYS, TWO, ["hello<|eot|>", "hello<|eot|>"]),
     "always a prompt, two in a row": (ALWAYS, IN_A_ROW, ["hello<|eot|>", "you<|eot|>"]),
     "always a prompt, begins with an answer": (ALWAYS, GREETING, ["welcome<|eot|>", "hello<|eot|>", "hello<|eot|>"]),
@@ -215,7 +227,7 @@ EXPECTED: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     # Without a prompt, the model has to write the header, too.
     "never a prompt": (NEVER, TWO, ["<|im_start|>assistant\nhello<|im_end|>"] * 2),
     "default system": (DEFAULT_SYSTEM, TWO, ["hello<|im_end|>", "hello<|im_end|>"]),
-    "needs a system message": (NEEDS_SYSTEM, SYSTEM, ["hello<|im_end|>", "hello<|im_end|>"]),
+    "needs a system message": (without_markers(NEEDS_SYSTEM), SYSTEM, ["hello<|im_end|>", "hello<|im_end|>"]),
     "empty answer": (CHATML, EMPTY, ["<|im_end|>", "hello<|im_end|>"]),
     "thinking, no thoughts": (THINKING, TWO, ["hello<|im_end|>", "<think>\n\n</think>\n\nhello<|im_end|>"]),
     "thinking, empty answer": (THINKING, EMPTY, ["<|im_end|>", "<think>\n\n</think>\n\nhello<|im_end|>"]),
@@ -290,14 +302,13 @@ def test_families(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     tools = TOOLS if messages in (TOOL, TEXT_TOOL) else None
     with_tokens(tokenizer, template)
     ids, trained_on = encode_messages(Conversation(messages, tools), tokenizer, {"strftime_now": "2026-01-02"})
-    rendered = tokenizer.apply_chat_template(messages, tools, tokenize=False, strftime_now=lambda _: "2026-01-02")
-    if template != LLAMA:  # whose date has another format
-        assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == ids
+    date = datetime(2026, 1, 2).strftime
+    assert tokenizer.apply_chat_template(messages, tools, strftime_now=date)["input_ids"] == ids
     assert runs(tokenizer, ids, trained_on) == expected
 
 
 def test_the_prompt_is_that_of_inference(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What is before the last answer is the prompt that apply_chat_template gives, whenever the template allows it."""
+    """The tokens before the last answer are the prompt that apply_chat_template gives, if the template allows it."""
     for template, messages in ((CHATML, SYSTEM), (PHI, TWO), (GEMMA, TWO), (OPENS_THINKING, REASONING), (V3, TWO)):
         with_tokens(tokenizer, template)
         ids, trained_on = encode_messages(Conversation(messages), tokenizer)
@@ -344,11 +355,10 @@ def test_an_answer_at_the_first_token(tokenizer: PreTrainedTokenizerBase) -> Non
 def test_refusals_name_the_record(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Whatever a template raises, with markers or without, is one error with the record's place, and no probe fails."""
     good, bad = {"messages": TWO}, {"messages": [{"role": "developer", "content": "x"}, *TWO]}
-    raising = "{% if m.role == 'developer' %}{{ raise_exception('unknown role') }}{% endif %}"
-    dividing = "{% if m.role == 'developer' %}{{ 1 // 0 }}{% endif %}"
+    raising, dividing = refusing("m.role == 'developer'"), "{{ 1 // (messages[0].role != 'developer') }}"
     for template in (with_markers(PLAIN), CHATML):
-        for refusal, words in ((raising, "unknown role"), (dividing, "integer division or modulo by zero")):
-            with_tokens(tokenizer, template.replace("messages %}", "messages %}" + refusal, 1))
+        for refusal, words in ((raising, "no"), (dividing, "integer division or modulo by zero")):
+            with_tokens(tokenizer, refusal + template)
             with pytest.raises(OptionError) as error:
                 prepare_records([good, bad], tokenizer, tmp_path)
             assert "chat.jsonl: line 2: chat_template: it refuses a conversation of developer, user" in str(error.value)
@@ -356,11 +366,15 @@ def test_refusals_name_the_record(tokenizer: PreTrainedTokenizerBase, tmp_path: 
             assert len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("template", [with_markers(NEEDS_SYSTEM.replace("{{ m", "BEGIN{{ m")), NEEDS_SYSTEM])
-def test_probes_refuse_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str) -> None:
+def refusing(condition: str) -> str:
+    """The beginning of a template that refuses a message m in this condition."""
+    return f"{{% for m in messages if {condition} %}}{{{{ raise_exception('no') }}}}{{% endfor %}}"
+
+
+@pytest.mark.parametrize("markers", [with_markers, without_markers])
+def test_probes_refuse_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, markers: Any) -> None:
     """A template that refuses every probe renders the records."""
-    refuses_probes = "{% for m in messages %}{% if m.content in ['question', 'a'] %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-    with_tokens(tokenizer, refuses_probes + template)
+    with_tokens(tokenizer, refusing("m.content in ['question', 'a']") + markers(NEEDS_SYSTEM))
     data = prepare_records([{"messages": SYSTEM}], tokenizer, tmp_path)
     assert data.counts["train"].documents == 1
     assert data.stop_tokens == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -368,8 +382,7 @@ def test_probes_refuse_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 
 def test_a_turn_that_cannot_be_found(tokenizer: PreTrainedTokenizerBase) -> None:
     """A template that renders these words and no others leaves nothing to compare."""
-    only = "{% for m in messages %}{% if m.content not in ['hi', 'hello'] %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-    with_tokens(tokenizer, only + CHATML)
+    with_tokens(tokenizer, refusing("m.content not in ['hi', 'hello']") + CHATML)
     with pytest.raises(OptionError, match="cannot find where turn 1 of a conversation begins and ends"):
         encode_messages(Conversation(ONE), tokenizer)
 
@@ -400,14 +413,16 @@ def test_variables_reach_every_rendering(tokenizer: PreTrainedTokenizerBase, tmp
         texts.append(runs(tokenizer, ids, trained_on))
     whole = ["<think>\n\n</think>\n\nhello<|im_end|>"]
     assert texts == [whole, ["hello<|im_end|>"], whole]
+    ids, trained_on = encode_messages(Conversation(TWO), tokenizer, {"enable_thinking": False})  # QwenLM/Qwen3#1826
+    assert runs(tokenizer, ids, trained_on) == ["hello<|im_end|>"] * 2
     assert len(list((tmp_path / "cache").glob("data-*/about.json"))) == 3
 
 
 @pytest.mark.parametrize(
     ("template", "given", "complaint"),
     [
-        (THINKING, '{"enable_thinkin": 1}', "does not read enable_thinkin\nit reads bos_token, enable_thinking;"),
-        (THINKING, '{"messages": []}', "does not read messages"),
+        (THINKING, '{"enable_thinkin": 1}', "does not read enable_thinkin\ndid you mean enable_thinking?"),
+        (CHATML, '{"documents": []}', "does not read documents\nit reads bos_token; remove the others"),
         (THINKING, '{"add_generation_prompt": true}', "does not read add_generation_prompt"),
         (LLAMA, '{"strftime_now": "today"}', "strftime_now is a date, as 2026-01-31"),
         (LLAMA, '{"strftime_now": 3}', "strftime_now is a date, as 2026-01-31"),
@@ -426,7 +441,7 @@ def test_variables_that_will_not_do(
 
 def test_variables_are_a_json_mapping() -> None:
     for text in ("enable_thinking", "[1]", "false"):
-        with pytest.raises(OptionError, match="chat_template_kwargs .*: pass a JSON mapping"):
+        with pytest.raises(OptionError, match=r"chat_template_kwargs .*: pass a JSON mapping"):
             check_data(parse(["--chat_template_kwargs", text]))
     check_data(parse(["--chat_template_kwargs", "{}"]))
 
@@ -483,17 +498,28 @@ def test_the_date_is_fixed(
         (HARMONY, ["<|call|>", "<|return|>"]),
         (COMMAND, ["<|STOP|>"]),
         (with_markers(PLAIN), ["<|im_end|>"]),
+        (with_markers(PLAIN).replace("'<|im_end|>' }}{% endg", "'<|im_end|>\\n' }}{% endg"), ["<|im_end|>"]),
     ],
 )
 def test_stop_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, stops: list[str]) -> None:
     """Prepared or streamed, the finished model stops at what ends a turn, whatever follows it in the template."""
     with_tokens(tokenizer, template)
+    tokenizer.add_tokens(["\n"])  # as Gemma's has
     expected = sorted(tokenizer.convert_tokens_to_ids(stop) for stop in stops)
     for more in ({}, {"streaming": True, "max_steps": 1}):
         assert prepare_records([{"messages": ONE}], tokenizer, tmp_path, **more).stop_tokens == expected
     for more in ({}, {"streaming": True, "max_steps": 1}):
         strings = prepare_records([{"prompt": "a", "completion": "b"}], tokenizer, tmp_path, **more)
         assert strings.stop_tokens == [tokenizer.eos_token_id]
+
+
+def test_no_token_ends_a_turn(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "###")
+    data = prepare_records([{"messages": ONE}], tokenizer, tmp_path)
+    assert data.stop_tokens == []
+    assert "no special token ends a turn, so the finished model stops at <eos> only" in capsys.readouterr().err
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -514,9 +540,8 @@ def test_bos_and_eos_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, st
         {"prompt": "one two", "completion": " three<eos>"},
         {"prompt": "<s>one two", "completion": " three<eos>"},
     ]
-    more = {"streaming": True, "max_steps": 1, "packing": "none"} if streaming else {"packing": "none"}
-    data = prepare_records(records, tokenizer, tmp_path, **more)
-    rows = [data.train[index] for index in range(4)] if not streaming else [row for row, _ in zip(data.train, range(4))]
+    data = prepare_records(records, tokenizer, tmp_path, packing="none", streaming=streaming, max_steps=1)
+    rows = list(islice(iter(data.train), 4)) if streaming else [data.train[index] for index in range(4)]
     prompt, completion = tokenizer("one two")["input_ids"], tokenizer(" three<eos>")["input_ids"][1:]
     assert prompt[0] == tokenizer.bos_token_id != prompt[1]
     for row in rows:
@@ -559,7 +584,6 @@ def test_a_token_beyond_the_vocabulary(model_dir: Path, tmp_path: Path) -> None:
     """An added token that the model has no embedding for is no obstacle, until a text contains it."""
     shutil.copytree(model_dir, tmp_path / "model")
     size = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
-    AutoTokenizer.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "<eos>")
