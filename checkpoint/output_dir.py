@@ -84,7 +84,7 @@ def _lock(output_dir: Path) -> IO[str]:
     return lock
 
 
-def clean_output_dir(options: Options, step: int, best_step: int) -> None:
+def clean_output_dir(options: Options, step: int, best_step: int = 0) -> None:
     """Prepare output_dir for a run that starts after `step`. For rank 0, after all checks have passed.
 
     A new run with --overwrite_output_dir removes the files of the old run, and no others. A resumed run renames the

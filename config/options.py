@@ -27,11 +27,12 @@ GROUPS = (
 # Options that take paths, in which ~ is expanded.
 PATHS = (
     *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
-    *("train_file", "train_mixture", "validation_file", "dataset_name", "data_cache_dir", "resume_from_checkpoint"),
+    *("train_file", "train_mixture", "validation_file", "dataset_name", "dataset_info", "data_cache_dir"),
+    "resume_from_checkpoint",
 )
 
 # Options that take several values, with commas between them; in a run file, also a list.
-LISTS = {"train_file", "train_mixture", "validation_file"}
+LISTS = {"train_file", "train_mixture", "validation_file", "dataset"}
 
 # Options that take a number of steps, a fraction of all steps, or EPOCH. plan_run makes each a number of steps.
 INTERVALS = ("logging_steps", "eval_steps", "save_steps")
@@ -50,7 +51,7 @@ MAY_DIFFER_BETWEEN_NODES = {
 }
 
 # Old names of options, still accepted on the command line and in a run file, with a line that says the new name.
-RENAMED = {"max_targetless_share": "max_targetless_fraction", "dataset_dir": "dataset_info"}
+RENAMED = {"max_targetless_share": "max_targetless_fraction"}
 
 # The keys of lr_scheduler_kwargs. The highest rate is learning_rate, and the length of the warmup is warmup_steps.
 # The schedules of transformers' get_scheduler, with its names and keys:

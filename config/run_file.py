@@ -115,6 +115,8 @@ def _as_text(file: str, option: str, value: Any) -> str:
         return ",".join(map(str, value))
     if isinstance(value, dict) and option == "train_mixture":
         return ",".join(f"{source}={weight}" for source, weight in value.items())
+    if isinstance(value, dict) and option == "validation_file":
+        return json.dumps(value)
     if isinstance(value, dict | list):
         text, kind = json.dumps(value, default=str), "mapping" if isinstance(value, dict) else "list"
         if option in OURS and value and not option.endswith("_kwargs"):

@@ -139,6 +139,8 @@ def read_entries(dataset_info: str, names: str) -> list[Entry]:
     """The entries of `names`, separated by commas, in a dataset_info.json or its directory. Raises OptionError."""
     path = Path(dataset_info).expanduser()
     path = path / FILE_NAME if path.is_dir() else path
+    if files := [name for name in names.split(",") if Path(name).expanduser().is_file()]:
+        raise OptionError(f"dataset {files[0]}: is a file, and no name in {path}; pass --train_file {files[0]}")
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

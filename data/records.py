@@ -88,7 +88,7 @@ def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
 def parsed(raw: RawRecord) -> dict[str, Any]:
     """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
     if isinstance(raw.content, dict):
-        return without_padding(raw.content)
+        return raw.content
     try:
         record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -113,7 +113,7 @@ def _read(source: Source, start: Position) -> Iterator[RawRecord]:
     """The records of a source, with the columns of its files or data set."""
     if source.dataset is not None:
         for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
-            yield RawRecord(f"{source.name}: row {row}", record, (0, row + 1, row + 1))
+            yield RawRecord(f"{source.name}: row {row}", without_padding(record), (0, row + 1, row + 1))
         return
     for number in range(start[0], len(source.files)):
         path = source.files[number]
@@ -361,7 +361,7 @@ def _read_rows(path: Path, start: Position) -> Iterator[RawRecord]:
             for record in batch.to_pylist():
                 row += 1
                 if row > first:
-                    yield RawRecord(f"{path}: row {row - 1}", record, (number, row, row))
+                    yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
 
 
 READERS = {

@@ -13,7 +13,8 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from chat.shapes import Conversation
-from chat.template import DATE, check_traces, check_variables, names_in
+from chat.template import DATE, check_variables, names_in
+from chat.traces import check_traces
 from config.checks import check_data
 from config.command_line import parse
 from config.errors import OptionError
@@ -324,7 +325,7 @@ def test_only_some_messages_with_markers(tokenizer: PreTrainedTokenizerBase) -> 
     quiet = with_markers(PLAIN).replace("{% generation %}", "quietly {% generation %}")
     for template, answer in ((with_markers(PLAIN), "hello<|im_end|>"), (quiet, "hello<|im_end|>")):
         with_tokens(tokenizer, template)
-        ids, trained_on = encode_messages(Conversation(TWO, trained_from=2), tokenizer)
+        ids, trained_on = encode_messages(Conversation(TWO, masked=frozenset({1})), tokenizer)
         assert runs(tokenizer, ids, trained_on) == [answer]
         assert trained_on.index(True) > len(ids) // 2
         ids, trained_on = encode_messages(Conversation(TWO), tokenizer)

@@ -149,10 +149,11 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("eval_file validation_path", alias("validation_file")),
     ("dataset_config", alias("dataset_config_name")),
     ("dataset_streaming", alias("streaming")),
+    ("dataset_dir", alias("dataset_info")),
     ("dataset_text_field text_field", alias("text_column")),
     ("dataset_num_proc num_proc", alias("preprocessing_num_workers")),
     (
-        "dataset dataset_dir datasets data_files data_dir",
+        "datasets data_files data_dir",
         refused(DATA_FILE, "pass --train_file FILE; docs/data.md lists the shapes of records"),
     ),
     (
@@ -225,8 +226,20 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("use_chat_template apply_chat_template", only("true", "conversations are rendered by the chat template")),
     ("system default_system", refused("a system message belongs to a record", "write it into the records")),
     (
-        "enable_thinking preserve_thinking",
-        refused("the template gets what the records hold", "pass a --chat_template FILE that decides"),
+        "enable_thinking",
+        Answer(
+            {
+                "true": '--chat_template_kwargs {"enable_thinking":true}',
+                "false": '--chat_template_kwargs {"enable_thinking":false}',
+            },
+            "it is a variable of the chat template",
+        ),
+    ),
+    (
+        "preserve_thinking",
+        refused(
+            "the template decides about earlier reasoning", "pass it in --chat_template_kwargs if the template reads it"
+        ),
     ),
     (
         "completion_only_loss assistant_only_loss",
@@ -237,14 +250,25 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         ),
     ),
     (
-        "train_on_prompt train_on_inputs mask_history",
+        "mask_history",
+        Answer({"true": "--train_on_last_turn true", "false": "--train_on_last_turn false"}),
+    ),
+    (
+        "train_on_prompt train_on_inputs",
         only(
             "false",
             "every answer is trained on, and no prompt",
             "for all tokens, write each record as text in --text_column",
         ),
     ),
-    ("loss_scale", Answer({"default": ""}, "every answer is trained on, with equal weights")),
+    (
+        "loss_scale",
+        Answer(
+            {"default": ""},
+            "every answer is trained on, with equal weights",
+            "pass --train_on_last_turn to train on the last answer only",
+        ),
+    ),
     # Batches
     ("lr", alias("learning_rate")),
     ("epochs num_epochs", alias("num_train_epochs")),
@@ -479,11 +503,11 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         no_effect("there are no callbacks, and output_dir is used as it is given"),
     ),
     ("create_checkpoint_symlink", only("false", "--resume_from_checkpoint auto finds the newest checkpoint")),
-    ("load_best_model_at_end", only("false", "the last model is the final one")),
     (
-        "metric_for_best_model greater_is_better early_stopping_steps early_stopping_patience early_stop_interval",
-        refused("the last model is the final one, and no run stops early"),
+        "greater_is_better",
+        only("false", "each metric is better when it is lower", "remove it; --metric_for_best_model names the metric"),
     ),
+    ("early_stopping_steps early_stop_interval", alias("early_stopping_patience")),
     ("push_to_hub", only("false", UPLOAD, "run `hf upload ID OUTPUT_DIR` after training")),
     ("hub_token push_to_hub_token", dataclasses.replace(no_effect(UPLOAD), secret=True)),
     ("hub_ push_to_hub_ export_hub_model_id", no_effect(UPLOAD)),
