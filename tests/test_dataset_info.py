@@ -100,7 +100,11 @@ CONVERSIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = 
             "chosen": {"from": "gpt", "value": "g"},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        {"prompt": [user("q")], "chosen": [assistant("g")], "rejected": [assistant("b")]},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": [{"from": "gpt", "value": "g"}],
+            "rejected": [{"from": "gpt", "value": "b"}],
+        },
     ),
     "openai": (
         {
