@@ -89,7 +89,7 @@ def options_of(command: str, cache: Path) -> list[str]:
     """The options of a command of train.py or of `python -m`, with a long run made short."""
     words = shlex.split(command)
     words = words[words.index("train.py") + 1 :] if "train.py" in words else words[3:]
-    if not {"--train_file", "--train_mixture", "run.yaml", "--help"} & set(words):
+    if not {"--train_file", "--train_mixture", "--dataset", "run.yaml", "--help"} & set(words):
         words += ["--train_file", "text.jsonl"]
     return words if "--help" in words else [*words, *SHORTER, "--data_cache_dir", str(cache)]
 
