@@ -39,7 +39,7 @@ class Collectives(NamedTuple):
 def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) -> dict[str, Collectives]:
     """The collectives of a step, by kind, for `model` on the meta device; kinds without a call are left out.
 
-    Every stage: one all-reduce of four integers, the counts of the global batch.
+    Every stage: one all-reduce of five integers, the counts of the global batch and the events.
 
     DDP: one all-reduce of all gradients, in buckets, 4 N bytes. With a sharded optimizer, each rank then broadcasts its
     updated shards: W broadcasts of 4 N bytes together.
@@ -64,7 +64,7 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
         split_model, ranks = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
         after_split = predict_collectives(split_model, dataclasses.replace(options, tensor_parallel=1), ranks)
         return _sum(after_split, tensor_parallel_collectives(model, split_model, options))
-    kinds: dict[str, list[int]] = {"all_reduce": [4 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
+    kinds: dict[str, list[int]] = {"all_reduce": [5 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards, compute_bytes = ranks // options.replicas, BF16 if options.bf16 else FP32
     if options.optim == "muon" and shards > 1 and (options.strategy == "fsdp" or options.shard_optimizer):

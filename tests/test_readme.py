@@ -52,6 +52,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
+
+
 @pytest.fixture
 def place(model_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory: it holds what the commands name."""
@@ -66,6 +69,11 @@ def place(model_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "chat.jsonl").write_text(f"{SHAPES[0]}\n{other}\n" * 64)
     (tmp_path / "pairs.jsonl").write_text(f"{PAIRS[0]}\n" * 64)
     (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "Hi", "input": "", "output": "Hello."}] * 64))
+    described = {"file_name": "chat.jsonl", "formatting": "openai", "columns": {"messages": "messages"}}
+    described["tags"] = dict(zip(TAGS, ("role", "content", "user", "assistant"), strict=True))
+    data_sets = {"alpaca_en": {"file_name": "alpaca.json"}, "identity": described}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(data_sets))
     (tmp_path / "run.yaml").write_text("model_name_or_path: DIR\ntrain_file: text.jsonl\noutput_dir: my-model\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
