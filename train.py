@@ -162,17 +162,17 @@ def main(argv: list[str]) -> None:
         wrapped.zero_grad()
         recorder.step(tokens // options.model_parallel_size)  # as many ranks have counted the same sequence
 
-        if step % options.logging_steps == 0 or step == plan.total_steps:
+        ended = step == plan.total_steps
+        if ended or is_due(step, options.logging_steps):
             dist.all_reduce(loss_sum)
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
-        if data.validation and (step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0)):
+        if data.validation and (ended or is_due(step, options.eval_steps)):
             evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
             recorder.evaluation(step, evaluation)
             selection.evaluated(step, evaluation)
-        ended = step == plan.total_steps or selection.over
-        if stop or save or ended or (options.save_steps and step % options.save_steps == 0):
+        if ended or stop or save or selection.over or is_due(step, options.save_steps):
             cursor = gather_cursor(step_batches, options)
             skips, best = int(skipped.item()), selection.saved(step)
             progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best)
@@ -240,6 +240,11 @@ def gather_cursor(batches: list[Batch], options: Options) -> Cursor:
     cursors = [torch.empty_like(cursor) for _ in range(dist.get_world_size())]
     dist.all_gather(cursors, cursor)
     return torch.cat(cursors[:: options.model_parallel_size]).tolist()
+
+
+def is_due(step: int, interval: float) -> bool:
+    """Whether `step` is a multiple of `interval` steps; 0 means never."""
+    return interval > 0 and step % interval == 0
 
 
 def total(batches: list[Batch], name: str) -> Tensor:

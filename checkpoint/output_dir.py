@@ -58,7 +58,13 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
             f"output_dir {output_dir}: this trainer did not write {_names(others)}, and a run would replace them\n"
             "pass another --output_dir"
         )
-    if ours and not (options.resume_from_checkpoint or options.overwrite_output_dir):
+    resumed = options.resume_from_checkpoint
+    if ours and resumed and resumed != "auto" and Path(resumed).resolve().parent != output_dir.resolve():
+        raise OptionError(
+            f"output_dir {output_dir}: it holds another run than {resumed}\n"
+            "pass another --output_dir, or --resume_from_checkpoint auto to continue the run that it holds"
+        )
+    if ours and not (resumed or options.overwrite_output_dir):
         raise OptionError(
             f"output_dir {output_dir}: it holds a run already; pass another directory, or\n"
             "--resume_from_checkpoint auto to continue that run, or --overwrite_output_dir to replace it"

@@ -1,5 +1,6 @@
 """Python objects and file work over all ranks: every rank must call, and all see the same result or error."""
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable
@@ -7,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.files import (
-    fsync_and_hash,
-)
+from checkpoint.files import fsync_and_hash
 from config.errors import OptionError
 
 
 def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The result of `compute`, read from `path` if an earlier run has stored it there. Every rank must call.
 
-    All ranks get the same CPU tensors. Only rank 0 reads and writes. Raises OptionError on all ranks if it cannot.
+    All ranks get the same CPU tensors. Only rank 0 reads and writes. A damaged file is computed again. Raises
+    OptionError on all ranks if rank 0 cannot write.
     """
-    found = broadcast_object(load_file(path) if dist.get_rank() == 0 and path.exists() else None)
+    found = None
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError, SafetensorError):
+            found = load_file(path)
+    found = broadcast_object(found)
     if found is not None:
         return found
     computed = compute()
@@ -29,9 +34,14 @@ def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
     def write() -> None:
         if dist.get_rank() == 0:
             beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            save_file(computed, beside)
-            fsync_and_hash(beside)
-            os.replace(beside, path)
+            try:
+                save_file(computed, beside)
+                fsync_and_hash(beside)
+                os.replace(beside, path)
+            except SafetensorError as error:  # of the operating system: a full disk
+                raise OSError(str(error)) from error
+            finally:
+                beside.unlink(missing_ok=True)
 
     try:
         run_together(write)

@@ -135,7 +135,9 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def started(ranks: int, program: list[str], log: str) -> Iterator[list[subprocess.Popen[str]]]:
+def started(
+    ranks: int, program: list[str], log: str, read_output: bool = False
+) -> Iterator[list[subprocess.Popen[str]]]:
     """A program of this tree on that many processes, rank 0 first; what is left of them at the end is killed.
 
     They, and whatever they start, are one process group. torchrun would give each rank a session of its own: they
@@ -155,7 +157,7 @@ def started(ranks: int, program: list[str], log: str) -> Iterator[list[subproces
                     [sys.executable, *program],
                     cwd=TRAIN.parent,
                     env={**threads, **os.environ, **world, **here},
-                    stdout=subprocess.PIPE if rank == 0 else errors,
+                    stdout=subprocess.PIPE if rank == 0 and read_output else errors,
                     stderr=errors,
                     text=True,
                     process_group=processes[0].pid if processes else 0,
@@ -191,7 +193,7 @@ def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
 
 def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:
     """Another trainer: compare/peers.py."""
-    with started(ranks, ["-m", "compare.peers", variant, *argv], f"{argv[-1]}.log") as processes:
+    with started(ranks, ["-m", "compare.peers", variant, *argv], f"{argv[-1]}.log", read_output=True) as processes:
         printed = processes[0].communicate()[0]
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"speeds"')]
     return Result(median(lines[0]["speeds"]), lines[0]["gib"], lines[0]["first"]) if lines else None

@@ -299,6 +299,22 @@ def test_output_dir_with_a_run(tiny: list[object], finished: Path, model_dir: Pa
     assert content(finished) == before
 
 
+def test_a_checkpoint_of_another_run_does_not_go_on_here(finished: Path, tmp_path: Path) -> None:
+    """Two runs in one directory would be mixed. An empty directory may continue any run."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before, wanted = content(run), str(finished / "checkpoint-2")
+    for overwrite in (False, True):
+        options = Options(output_dir=str(run), resume_from_checkpoint=wanted, overwrite_output_dir=overwrite)
+        with pytest.raises(OptionError, match=r"holds another run than .*checkpoint-2\npass another --output_dir"):
+            claim_output_dir(options, 0)
+        assert content(run) == before | {str(run / ".lock"): b""}
+    for directory, checkpoint in ((tmp_path / "new", wanted), (run, str(run / "checkpoint-2"))):
+        lock = claim_output_dir(Options(output_dir=str(directory), resume_from_checkpoint=checkpoint), 0)
+        assert lock
+        lock.close()
+
+
 def test_overwrite_replaces_the_run_alone(tiny: list[object], finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
