@@ -204,8 +204,11 @@ def _find_entry(entry: Entry, options: Options) -> Source:
             raise OptionError(f"dataset {entry.name}: has no split {entry.split}, only {', '.join(splits)}")
         source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}")
     first = next(read(source), None)
-    if first and (unused := [name for name in parsed(first) if name not in entry.columns.values()]):
+    columns = parsed(first) if first else {}
+    if unused := [name for name in columns if name not in entry.columns.values()]:
         _say(f"dataset {entry.name}: {FILE_NAME} names no use for the columns {', '.join(unused)}")
+    if missing := [name for name in entry.columns.values() if name not in columns]:
+        _say(f"dataset {entry.name}: the first record has no {', '.join(missing)}, which {FILE_NAME} names")
     if entry.num_samples:
         _say(f"dataset {entry.name}: reads the first {entry.num_samples} records, where LLaMA-Factory draws them")
     return replace(source, key=f"{source.key} {entry.key()}", entry=entry, weight=None)

@@ -217,7 +217,8 @@ def test_through_the_preparation(
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(alpaca, indent=1))
     (folder / "b.jsonl").write_text("\n".join(map(json.dumps, shared)))
-    talk = {"formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": OPENAI_TAGS, "file_name": "b.jsonl"}
+    columns = {"messages": "talk", "system": "systme"}
+    talk = {"formatting": "sharegpt", "columns": columns, "tags": OPENAI_TAGS, "file_name": "b.jsonl"}
     (folder / "dataset_info.json").write_text(json.dumps({"one": {"file_name": "a.json"}, "two": talk}))
     data = prepare_data(options_of(folder, "one,two"), tokenizer)
     text = tokenizer.decode(tokens_of(data.train))
@@ -226,7 +227,10 @@ def test_through_the_preparation(
     assert text.count("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\ny<|im_end|>") == 3
     assert all(sequences == quota for sequences, quota in data.train.sources)
     assert data.counts["train"].documents == 8
-    assert "dataset one: dataset_info.json names no use for the columns id\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "dataset one: dataset_info.json names no use for the columns id\n"
+        "dataset two: the first record has no systme, which dataset_info.json names\n"
+    )
     with pytest.raises(OptionError, match=r"dataset three: is not in .*, which has one, two"):
         prepare_data(options_of(folder, "one,three"), tokenizer)
     with pytest.raises(OptionError, match="one data set can be streamed, not one,two"):
