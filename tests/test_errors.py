@@ -147,6 +147,7 @@ def test_impossible_division_shows_the_arithmetic() -> None:
     assert "30 / 8 = 3.75 micro-steps" in message
 
 
+@pytest.mark.slow
 def test_printed_once_by_torchrun(tmp_path: Path) -> None:
     """With the real torchrun, one of two ranks prints the message. The rest is the report of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]

@@ -183,7 +183,8 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
     assert equal_to_the_bit(run / "checkpoint-100", tmp_path / "unbroken" / "checkpoint-100")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:
     """Killed between micro-steps, around the optimizer step, or in an evaluation, a run ends as the unbroken one."""
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")

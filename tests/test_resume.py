@@ -65,7 +65,11 @@ def nothing_read() -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --tensor_parallel 2", marks=pytest.mark.slow)],
+    [
+        "ddp",
+        "fsdp",
+        *(pytest.param(f"fsdp {one}", marks=pytest.mark.slow) for one in ("--optim muon", "--tensor_parallel 2")),
+    ],
 )
 def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp_path: Path, strategy: str) -> None:
     """Parameters, moments, RNG, data order and all rows; with dropout, checkpointing, workers, across epochs."""

@@ -11,13 +11,16 @@ from tests.museum.page import render
 from tests.museum.plant import Reports, plant, run_test
 
 COMPARES_RUNS = [bug for bug in BUGS if "test_same_curve" in bug.killer or "test_bf16_stays_near" in bug.killer]
+QUICK = list({bug.group: bug for bug in reversed(BUGS)}.values())  # the first of each group; CI runs all
 
 
 def name(bug: Bug) -> str:
     return bug.name.replace(" ", "_")
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=name)
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=[] if bug in QUICK else [pytest.mark.slow], id=name(bug)) for bug in BUGS]
+)
 def test_its_test_kills_it(bug: Bug, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Runs of the planted tree are compared with those of the right tree, which are made once for all bugs."""
     reference = request.getfixturevalue("reference") if bug in COMPARES_RUNS else None
