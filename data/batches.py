@@ -48,8 +48,8 @@ def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict
     - `cursor` [B, 6], of a stream only: the position of each sequence in it.
 
     Padding needs no attention mask, because causal attention never looks to the right and the labels there are ignored.
-    It is masked by length and not by token, because many tokenizers pad with EOS, and EOS must be trained on. No
-    sequences at all give one sequence without targets, so that a rank with no data left enters the collectives.
+    It is masked by length and not by token, because many tokenizers pad with EOS, and EOS must be trained on. An
+    empty list gives one padding sequence without targets, so that the rank can still take part in collectives.
 
     If several documents share a sequence, `padded_length` is T, and two more tensors separate the documents:
     `position_ids`, int64 [B, T], start at 0 in each document. `document_ends`, int32 [D], holds a 0 and then the end of

@@ -38,7 +38,7 @@ FORMAT = 6  # raise it when the files of an older version can no longer be read
 
 RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1"), ("had", "u1")])
 
-SYNC = 1.0  # the seconds of work that an interrupted preparation loses at most
+SYNC = 1.0  # seconds between two records of the progress, so an interrupted preparation loses no more
 
 ABANDONED = 7 * 24 * 3600  # the seconds after which an interrupted preparation is removed
 
@@ -226,7 +226,7 @@ def _tokenized(
 
 
 def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
-    """Set up a worker: it uses one core, and it ends whenever and however its parent ends."""
+    """Set up a worker: it uses one core, and it exits when its parent exits."""
     global _encode
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

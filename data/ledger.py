@@ -125,7 +125,9 @@ def problems(output_dir: Path) -> list[str]:
                 found.append(
                     f"sequence {index} is in step {epoch[index][-1]} and again in step {step} of the same epoch"
                 )
-            if index not in range(about["sequences"]) or first_seen.setdefault(index, sequence) != sequence:
+            if index not in range(about["sequences"]):
+                found.append(f"sequence {index} of step {step} is not one of the {about['sequences']} that exist")
+            elif first_seen.setdefault(index, sequence) != sequence:
                 found.append(f"sequence {index} of step {step} has other tokens than before")
             epoch[index].append(step)
     return found

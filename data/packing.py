@@ -1,7 +1,7 @@
 """How the tokens of documents become sequences: arithmetic on lengths, nothing else.
 
-The documents of a split are concatenated. A segment is an interval of these tokens: of one document, or under concat of
-several. A sequence is a list of segments.
+The documents of a split are concatenated. A segment is an interval of these tokens. It belongs to one document, except
+with concat, where it may cover several. A sequence is a list of segments.
 """
 
 from bisect import bisect_left, insort

@@ -34,7 +34,7 @@ SUFFIXES = tuple(
 
 FORMATS = f"{', '.join(suffix for suffix in READERS if suffix not in ('.py', '.parquet'))} or .parquet"
 
-SETTLED = 2.0  # seconds; a younger change may be followed by another one with the same time stamp
+SETTLED = 2.0  # seconds; a file that changed less than this ago is hashed again next time
 
 NOT_DATA = {
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

@@ -1,12 +1,11 @@
 """A stream: sequences that are made during training, for data too large to prepare.
 
 Order. Each pass reads the files in another order, which depends on the seed. Within a file, the order is unchanged:
-sequences are not shuffled. The text is cut into chunks of about 64 KiB. A stream has lanes, as many as a global batch
-has sequences, and chunk c belongs to lane c modulo that number. A global batch has one sequence of each lane, so its
-sequences come from distant places. Each chunk is packed by itself, and its last sequence may be short. No token is left
-out, and none comes twice in a pass. A large .txt file is cut where a chunk ends. At the end of a pass, each lane
-continues with the next pass, so a stream has no epochs. Records without text or without a token to train on are skipped
-and not counted.
+sequences are not shuffled. The text is cut into chunks of about 64 KiB. Chunk c belongs to lane c % global_batch_size.
+Each step takes one sequence from each lane, so the sequences of a global batch come from distant places. Each chunk is
+packed by itself, and its last sequence may be short. No token is left out, and none comes twice in a pass. A large .txt
+file is cut where a chunk ends. At the end of a pass, each lane continues with the next pass, so a stream has no epochs.
+Records without text or without a token to train on are skipped and not counted.
 
 Ranks. A global batch is a function of (seed, step, global batch size) alone. Rank r of N has the lanes r, r + N, and so
 on. Each rank reads all of the text, which is cheap, and tokenizes only the chunks of its lanes, in one process.
@@ -31,9 +30,9 @@ from data.sequences import Sequence
 from data.sources import Source
 from data.tokens import MASKED, Encoded, Rendering, document_lengths, encoder
 
-CHUNK = 1 << 16  # bytes of text that a lane holds, and that it tokenizes again after a resume
+LANE_CHUNK = 1 << 16  # bytes of text that a lane holds, and that it tokenizes again after a resume
 
-BARREN = 1000  # consecutive chunks without a sequence, after which the stream is refused
+MAX_EMPTY_CHUNKS = 1000  # consecutive chunks without a sequence, after which the stream is refused
 
 ENDLESS = 1 << 62  # the number of sequences of a stream
 
@@ -75,38 +74,40 @@ class StreamingDataset(torch.utils.data.IterableDataset[Sequence]):
         encode = encoder(self.rendering)
         last = {cursor[4] % self.global_batch_size: cursor for cursor in self.cursor}
         # Without a cursor, a lane is before the first sequence of its first chunk.
-        mine = {lane: last.get(lane, [0, *START, lane, -1]) for lane in self.lanes}
-        first = min(mine.values(), key=lambda cursor: cursor[4]) if last else [0, *START, 0, -1]
-        dealt = self._chunks(number=first[4], epoch=first[0], position=(first[1], first[2], first[3]))
+        cursors = {lane: last.get(lane, [0, *START, lane, -1]) for lane in self.lanes}
+        first = min(cursors.values(), key=lambda cursor: cursor[4]) if last else [0, *START, 0, -1]
+        all_chunks = self._chunks(number=first[4], epoch=first[0], position=(first[1], first[2], first[3]))
         waiting: dict[int, deque[tuple[int, list[int], list[RawRecord]]]] = {lane: deque() for lane in self.lanes}
 
         def sequences_of(lane: int) -> Iterator[Sequence]:
-            barren = 0
-            while barren < BARREN:
+            empty_chunks = 0
+            while empty_chunks < MAX_EMPTY_CHUNKS:
                 while not waiting[lane]:
-                    number, place, records = next(dealt)
+                    number, place, records = next(all_chunks)
                     owner = number % self.global_batch_size
-                    if owner in waiting and number >= mine[owner][4]:
+                    if owner in waiting and number >= cursors[owner][4]:
                         waiting[owner].append((number, place, records))
                 number, place, records = waiting[lane].popleft()
                 sequences = self._sequences(encode(records))
-                barren = 0 if sequences else barren + 1
+                empty_chunks = 0 if sequences else empty_chunks + 1
                 for index, sequence in enumerate(sequences):
-                    if [number, index] > mine[lane][4:]:
+                    if [number, index] > cursors[lane][4:]:
                         yield sequence._replace(number=number << 20 | index, cursor=(*place, number, index))
-            raise OptionError(f"{self.source.name}: no sequence in {barren} chunks of {CHUNK} bytes; pass other text")
+            raise OptionError(
+                f"{self.source.name}: no sequence in {empty_chunks} chunks of {LANE_CHUNK} bytes; pass other text"
+            )
 
-        turns = [sequences_of(lane) for lane in self.lanes]
+        lane_iterators = [sequences_of(lane) for lane in self.lanes]
         while True:
-            for turn in turns:
-                yield next(turn)
+            for iterator in lane_iterators:
+                yield next(iterator)
 
     def _chunks(self, number: int, epoch: int, position: Position) -> Iterator[tuple[int, list[int], list[RawRecord]]]:
         """Chunks from `number` on, which begins at `position` of a pass, each with the place where it begins."""
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source.files))
             source = replace(self.source, files=tuple(self.source.files[index] for index in order))
-            for records in chunks(read(source, position), CHUNK):
+            for records in chunks(read(source, position), LANE_CHUNK):
                 yield number, [epoch, *position], records
                 number, position = number + 1, records[-1].after
             epoch, position = epoch + 1, START

@@ -1,4 +1,4 @@
-"""The life of a process: its rank and its GPU, the signals that it answers, its errors and its exit.
+"""Process start and exit: the rank and GPU of a process, the signals that it answers, its errors and exit code.
 
 Nothing here knows what a run trains, or reads its options.
 """

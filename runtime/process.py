@@ -1,4 +1,4 @@
-"""The life of a process: its libraries, its errors and its exit."""
+"""Process start and exit: the libraries, the errors of a run, and the exit code."""
 
 import errno
 import os
@@ -20,14 +20,14 @@ from runtime.signals import SAVE_SIGNALS
 def configure_libraries(full_determinism: bool) -> None:
     """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used."""
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
-    transformers.utils.logging.set_verbosity_error()  # its warnings are errors here, or intended
+    transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors
     if full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
         torch.use_deterministic_algorithms(True)
 
 
 def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
-    """Call `main` with the command line, print its error, and exit: 0, 1 for a fault, 2 for a user's mistake.
+    """Call `main` with the command line, print its error, and exit: 0, 1 for a program error, 2 for a user error.
 
     Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.

@@ -34,7 +34,7 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a small text a large one: tens of chunks."""
-    monkeypatch.setattr("data.stream.CHUNK", 2000)
+    monkeypatch.setattr("data.stream.LANE_CHUNK", 2000)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_nothing_is_lost_or_repeated(
 
 def test_a_large_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The fragments of a .txt file are one document if they are in one chunk."""
-    monkeypatch.setattr("data.stream.CHUNK", 1 << 16)
+    monkeypatch.setattr("data.stream.LANE_CHUNK", 1 << 16)
     path = tmp_path / "large.txt"
     path.write_text("one two\n" * 6000)
     stream = stream_of(path, tokenizer, packing="none")
