@@ -129,6 +129,12 @@ def test_what_is_wrong_is_named(one_process: Path, tmp_path: Path) -> None:
     )
     assert len(problems(other)) > 40
     assert "has other tokens than before" in problems(other)[0]
+    unknown = changed(
+        one_process,
+        tmp_path / "unknown",
+        lambda step, sequences: [(10**9, *sequences[0][1:]), *sequences[1:]] if step == 20 else sequences,
+    )
+    assert f"sequence {10**9} of step 20 is not one of the " in problems(unknown)[0]
 
 
 def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] | None]) -> Path:
@@ -139,9 +145,3 @@ def changed(run: Path, copy: Path, change: Callable[[int, list[Any]], list[Any] 
     lines = [line | {"sequences": change(line["step"], line["sequences"])} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["sequences"] is not None))
     return copy
-    unknown = changed(
-        one_process,
-        tmp_path / "unknown",
-        lambda step, sequences: [(10**9, *sequences[0][1:]), *sequences[1:]] if step == 20 else sequences,
-    )
-    assert f"sequence {10**9} of step 20 is not one of the " in problems(unknown)[0]
