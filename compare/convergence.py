@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=3.0, help="Validation loss to come to, in nats per token.")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="Processes, one per GPU.")
     arguments = parser.parse_args()
+    if unknown := set(arguments.variants.split(";")) - VARIANTS.keys():
+        parser.error(f"--variants {min(unknown)}: pass {'; '.join(VARIANTS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended too
     print(f"| | learning rate | steps to {arguments.loss:g} | seconds | loss after {arguments.steps} steps | seconds |")
     print("|---" * 6 + "|", flush=True)

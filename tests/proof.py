@@ -5,6 +5,7 @@ documents of different lengths, in fp32 and deterministic mode, with the same 16
 is one process that takes the global batch in one micro-step.
 """
 
+import argparse
 import dataclasses
 import datetime
 import platform
@@ -368,4 +369,5 @@ def _say(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tests.proof", description=__doc__).parse_args()  # --help trains nothing
     main()

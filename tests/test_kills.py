@@ -120,6 +120,7 @@ def test_a_hundred_random_kills(
         killed += -signal.SIGKILL in attempts[0].exit_codes
 
 
+@pytest.mark.slow
 def test_killed_on_changing_ranks(busy: list[object], tmp_path: Path) -> None:
     """Killed under one world size and strategy, resumed under another, five times: the same rows, curve and weights."""
     unbroken, _ = unbroken_run(busy, tmp_path / "unbroken", "ddp")
