@@ -68,7 +68,7 @@ CASES = [
     Case("single", 1, 2, slow=True),
     Case("DDP", 2, 8),
     Case("DDP", 2, 2),
-    Case("DDP", 4, 4),
+    Case("DDP", 4, 4, slow=True),
     Case("DDP", 4, 1, slow=True),
     Case("DDP, sharded optimizer", 1, 4, SHARDED_OPTIMIZER, slow=True),
     Case("DDP, sharded optimizer", 2, 2, SHARDED_OPTIMIZER),
@@ -81,12 +81,12 @@ CASES = [
     Case("FSDP", 4, 1, FSDP, slow=True),
     Case("FSDP (ZeRO-2)", 2, 4, ZERO2, slow=True),
     Case("FSDP (ZeRO-2)", 4, 2, ZERO2, slow=True),
-    Case("hybrid FSDP 2 x 2", 4, 4, HYBRID),
+    Case("hybrid FSDP 2 x 2", 4, 4, HYBRID, slow=True),
     Case("hybrid FSDP 2 x 2", 4, 1, HYBRID, slow=True),
     Case("FSDP, gradients reduce-scattered in every micro-step", 2, 2, (*FSDP, "--sync_each_batch"), slow=True),
     Case("FSDP, CPU offload", 2, 4, (*FSDP, "--cpu_offload")),
-    Case("tensor parallel", 2, 8, TENSOR, slow=True),
-    Case("FSDP x tensor parallel", 4, 8, TENSOR),
+    Case("tensor parallel", 2, 8, TENSOR),
+    Case("FSDP x tensor parallel", 4, 8, TENSOR, slow=True),
     Case("FSDP x tensor parallel", 4, 2, TENSOR, slow=True),
     Case("FSDP (ZeRO-2) x tensor parallel", 4, 2, (*ZERO2, *TENSOR), slow=True),
     Case("hybrid FSDP x tensor parallel", 4, 4, (*TENSOR, "--replicas", "2"), slow=True),
@@ -103,7 +103,11 @@ CASES = [
     ),
     Case("DDP, activation checkpointing", 2, 4, ("--gradient_checkpointing",), slow=True),
     Case(
-        "FSDP, activation checkpointing and offload", 2, 4, (*FSDP, "--gradient_checkpointing", "--offload_activations")
+        "FSDP, activation checkpointing and offload",
+        2,
+        4,
+        (*FSDP, "--gradient_checkpointing", "--offload_activations"),
+        slow=True,
     ),
 ]
 BF16_CASES = [
