@@ -27,7 +27,7 @@ train: $(RUNTIME) ## train the demo into output/, replacing an earlier run (NPRO
 	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
 	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
 
-test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about seven minutes on two cores (ARGS="options of pytest")
+test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about six minutes on two cores (ARGS="options of pytest")
 	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(IN_PARALLEL) $(ARGS)
 
 test-all: $(DEVELOPMENT) ## run these tests and the slow ones, which take minutes

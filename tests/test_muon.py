@@ -45,7 +45,8 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
         (2, []),
         (3, ["--shard_optimizer"]),
         (2, ["--strategy", "fsdp"]),
-        (3, ["--strategy", "fsdp"]),  # which cannot divide the rows of anything
+        # Three ranks cannot divide the rows of anything.
+        pytest.param(3, ["--strategy", "fsdp"], marks=pytest.mark.slow),
         pytest.param(4, ["--strategy", "fsdp", "--replicas", "2"], marks=pytest.mark.slow),
     ],
     ids=str,

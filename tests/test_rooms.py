@@ -487,9 +487,9 @@ def test_tensorboard(tiny: list[object], tmp_path: Path, monkeypatch: pytest.Mon
     ("terminal", "options", "bar"),
     [
         (False, [], False),
-        (False, ["--disable_tqdm", "false"], True),
+        pytest.param(False, ["--disable_tqdm", "false"], True, marks=pytest.mark.slow),
         (True, [], True),
-        (True, ["--disable_tqdm"], False),
+        pytest.param(True, ["--disable_tqdm"], False, marks=pytest.mark.slow),
     ],
 )
 def test_progress(tiny: list[object], tmp_path: Path, terminal: bool, options: list[str], bar: bool) -> None:
