@@ -124,23 +124,34 @@ def test_all_ranks_stop_and_save(
 
 def test_second_ctrl_c_ends_at_once(tiny: list[object], tmp_path: Path) -> None:
     """A second SIGTERM never ends the run, although it comes late. A second Ctrl-C of a person does."""
-    signals = [(0, TERM, 1.2), (0, TERM, 0.2), (0, INT, 0.0)]
+    begun = tmp_path / "begun"
+
+    def signal_within_step(ranks: Ranks) -> None:
+        while not begun.exists():
+            assert ranks[0].is_alive()
+            time.sleep(0.01)
+        for number, seconds in ((TERM, 1.2), (TERM, 0.2), (INT, 0.0)):
+            os.kill(ranks[0].pid or 0, number)
+            time.sleep(seconds)
+
     options = [*tiny, "--output_dir", tmp_path, "--max_steps", 300]
-    outcome = train(1, options, before=long_step, meanwhile=partial(send, tmp_path, signals))
+    outcome = train(1, options, before=partial(long_step, begun), meanwhile=signal_within_step)
     assert outcome.exit_codes == [-INT], outcome.output
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
-def long_step() -> None:
-    """Make the fourth step long, so that all signals come within it."""
+def long_step(begun: Path) -> None:
+    """Make the fourth step long, and write the file `begun` within it, so that all signals come within this step."""
     step, calls = metrics.Recorder.step, list[int]()
 
     def slow_fourth(self: metrics.Recorder, tokens: int) -> None:
         step(self, tokens)
         calls.append(tokens)
-        deadline = time.monotonic() + 100
-        while len(calls) == 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if len(calls) == 4:
+            begun.touch()
+            deadline = time.monotonic() + 100
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
 
     metrics.Recorder.step = slow_fourth  # type: ignore[method-assign]
 
