@@ -107,8 +107,8 @@ def main(argv: list[str]) -> None:
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     signals = runtime.Signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
-    if progress.step == 0 and data.validation:
-        recorder.evaluation(0, evaluate(wrapped, data, tokenizer, options, recorder))
+    if data.validation and (progress.step == 0 or options.evaluates_only):
+        recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
@@ -176,8 +176,9 @@ def main(argv: list[str]) -> None:
             cursor = gather_cursor(step_batches, options)
             skips, best = int(skipped.item()), selection.saved(step)
             progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best)
-            with recorder.pause("save"):
-                saver.save(model, optimizer, progress, identity)
+            if options.save_steps or stop or save:  # with save_steps 0, only a signal asks for a checkpoint
+                with recorder.pause("save"):
+                    saver.save(model, optimizer, progress, identity)
             signals.save = False
         if stop:
             break
@@ -185,13 +186,13 @@ def main(argv: list[str]) -> None:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step >= plan.total_steps or selection.over:
+    if progress.step >= plan.total_steps > 0 or selection.over:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer, metrics.jsonl and checkpoints")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
-    else:
+    elif plan.total_steps:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     dist.barrier()  # without it, a rank that is still busy may find that its peers have exited

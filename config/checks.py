@@ -70,8 +70,12 @@ def check(options: Options, world_size: int) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"{name} {getattr(options, name)}: must be at least 0 and below 1")
-    if options.max_steps <= 0 and options.num_train_epochs <= 0:
-        raise OptionError(f"num_train_epochs {options.num_train_epochs}: pass more than 0, or pass --max_steps")
+    if options.max_steps <= 0 and options.num_train_epochs < 0:
+        raise OptionError(
+            f"num_train_epochs {options.num_train_epochs}: pass more than 0, or 0 to evaluate only, or --max_steps"
+        )
+    if options.evaluates_only and options.prompt:
+        raise OptionError(f"prompt {options.prompt}: num_train_epochs 0 writes no model to complete it\nremove --prompt")
     _check_model_and_objective(options)
     _check_strategy(options)
     _check_parallel(options, world_size)
@@ -108,7 +112,8 @@ def check_data(options: Options) -> None:
         )
     if options.dataset_info and not options.dataset:
         raise OptionError(f"dataset_info {options.dataset_info}: pass --dataset NAME, a data set that it names")
-    if options.validation_file and not {"train_file", "train_mixture", "dataset"} & set(sources):
+    trained_on = {"train_file", "train_mixture", "dataset"} & set(sources)
+    if options.validation_file and not trained_on and (sources or not options.evaluates_only):
         raise OptionError(f"validation_file {options.validation_file}: pass --train_file or --train_mixture, too")
     if options.streaming and options.max_steps <= 0:
         raise OptionError("streaming true: the number of sequences is not known before the run; pass --max_steps")

@@ -51,6 +51,8 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
         defaults |= DEMO_RECIPE
         if "num_train_epochs" in given:
             del defaults["max_steps"]  # it would override the epochs that the user asked for
+        if given.get("num_train_epochs") == 0:
+            del defaults["prompt"]  # no trained model completes it
         if given.get("lr_scheduler_type") == "constant":
             del defaults["warmup_steps"]  # the warmup of the demo belongs to its own schedule
     options = Options(**defaults | given)

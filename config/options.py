@@ -135,7 +135,7 @@ class Options:
     )
     dpo_beta: float = option(OBJECTIVE, 0.1, "dpo: how strongly the model is held to its initial weights.")
 
-    num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences.")
+    num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences. 0: only evaluate.")
     max_steps: int = option(OPTIMIZER, -1, "Optimizer steps. Above 0, it overrides num_train_epochs.")
     optim: Literal["adamw_torch_fused", "muon"] = option(
         OPTIMIZER, "adamw_torch_fused", "muon: layer matrices by Muon, all else by AdamW."
@@ -213,7 +213,7 @@ class Options:
     overwrite_output_dir: bool = option(OUTPUT, False, "Replace the run in output_dir, unless it is resumed.")
     resume_from_checkpoint: str | None = option(OUTPUT, None, "A checkpoint directory, or auto: the newest valid one.")
     save_steps: float = option(
-        OUTPUT, 500, "Steps between checkpoints, a fraction of all, or epoch. 0: only at the end."
+        OUTPUT, 500, "Steps between checkpoints, a fraction of all, or epoch. 0: none, also at the end."
     )
     save_total_limit: int | None = option(OUTPUT, None, "Newest checkpoints to keep. Default: all.")
     save_dtype: Literal["bfloat16", "float32"] = option(OUTPUT, "bfloat16", "Dtype of the final model's files.")
@@ -243,6 +243,11 @@ class Options:
 
     seed: int = option(SEED, 42, "Seed of the initial weights, the data order and dropout.")
     full_determinism: bool = option(SEED, False, "Only algorithms with the same bits each time; slower on a GPU.")
+
+    @property
+    def evaluates_only(self) -> bool:
+        """Whether the run evaluates the model and trains nothing."""
+        return self.max_steps <= 0 and self.num_train_epochs == 0
 
     @property
     def model_parallel_size(self) -> int:

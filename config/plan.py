@@ -106,7 +106,7 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
         check_schedule_steps(options, options.max_steps)
         return Plan(options.block_size, accumulation, global_batch_size, 0, options.max_steps)
     steps_per_epoch = sequences // global_batch_size
-    if steps_per_epoch == 0:
+    if steps_per_epoch == 0 and not options.evaluates_only:
         raise OptionError(
             f"global batch of {global_batch_size} sequences = per_device_train_batch_size {micro_batch} x "
             f"accumulation {accumulation} x {data_parallel_groups(options, data_parallel_size)}: the training data is "
@@ -114,8 +114,9 @@ def plan_run(options: Options, sequences: int, world_size: int) -> Plan:
         )
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
     _set_intervals(options, steps_per_epoch, steps)
-    check_intervals(options)
-    check_schedule_steps(options, steps)
+    if steps:
+        check_intervals(options)
+        check_schedule_steps(options, steps)
     return Plan(options.block_size, accumulation, global_batch_size, steps_per_epoch, steps)
 
 

@@ -78,7 +78,12 @@ def check_intervals(options: Options) -> None:
 
 
 def check_validation(options: Options, exists: bool) -> None:
-    """Refuse to compare evaluations if there is no validation data. Raises OptionError."""
+    """Refuse to evaluate only, or to compare evaluations, if there is no validation data. Raises OptionError."""
+    if options.evaluates_only and not exists:
+        raise OptionError(
+            "num_train_epochs 0: only evaluates, and there is no validation data\n"
+            "pass --validation_file, or a --validation_split_percentage above 0"
+        )
     if best_metric(options) and not exists:
         asked = next(name for name in ASK if getattr(options, name))
         raise OptionError(

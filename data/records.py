@@ -67,8 +67,8 @@ class RawRecord(NamedTuple):
 def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
     """The records of a source from `start` on, in the order of its files. Holds a record, or a batch of Parquet rows.
 
-    A JSON object is not parsed here, because one process reads for all that tokenize. A .txt file is one document: each
-    of its records is {"text": str}, with a fragment of it. Other records have the columns of their file or data set, or
+    A JSON object is not parsed here, because one process reads for all that tokenize. A .txt or source file is one
+    document: each of its records is {"text": str}, with a fragment of it. Other records have the columns of their file or data set, or
     the columns that the entry of the source makes of them. A start within a compressed file costs reading it up to
     there. Raises OptionError for an unreadable file.
     """
@@ -364,9 +364,17 @@ def _read_rows(path: Path, start: Position) -> Iterator[RawRecord]:
                     yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
 
 
+# The suffixes of source code and of texts with markup. Each file is one document, as a .txt file is.
+SOURCE_SUFFIXES = (
+    *(".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".css", ".yaml", ".yml", ".toml"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".cs", ".java", ".kt", ".scala", ".go"),
+    *(".rs", ".swift", ".m", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".vue", ".php", ".rb", ".pl", ".lua", ".r", ".jl"),
+    *(".hs", ".ml", ".ex", ".erl", ".clj", ".f90", ".v", ".sv", ".vhd", ".lean", ".sh", ".bash", ".ps1", ".sql"),
+)
+
 READERS = {
     ".txt": _read_fragments,
-    ".py": _read_fragments,
+    **dict.fromkeys(SOURCE_SUFFIXES, _read_fragments),
     ".jsonl": _read_json,
     ".json": _read_json,
     ".ndjson": _read_json,
@@ -375,4 +383,4 @@ READERS = {
     ".parquet": _read_rows,
 }
 
-"""How each format is read. The text of the demo is .py files."""
+"""How each format is read."""

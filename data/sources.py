@@ -23,16 +23,17 @@ from config.options import Options
 from config.plan import mixture_weights
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
-from data.records import COMPRESSIONS, READERS, Source, file_format, parsed, read
+from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
 
-SUFFIXES = tuple(
+DATA_SUFFIXES = tuple(
     suffix + compression
     for suffix in READERS
-    if suffix != ".py"
+    if suffix not in SOURCE_SUFFIXES
     for compression in ("", *(COMPRESSIONS if suffix not in (".txt", ".parquet") else ()))
 )
+SUFFIXES = (*DATA_SUFFIXES, *SOURCE_SUFFIXES)
 
-FORMATS = f"{', '.join(suffix for suffix in READERS if suffix not in ('.py', '.parquet'))} or .parquet"
+FORMATS = f"{', '.join(suffix for suffix in READERS if suffix not in SOURCE_SUFFIXES)}, or source files (.py, .md, ...)"
 
 SETTLED = 2.0  # seconds; a file that changed less than this ago is hashed again next time
 
@@ -68,6 +69,8 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
     elif options.dataset:
         entries = read_entries(options.dataset_info or "data", options.dataset)
         sources = [_find_entry(entry, options) for entry in entries]
+    elif held_out and options.evaluates_only:
+        return list(held_out.values())[:1], held_out  # nothing is trained on, so any data may be in its place
     else:
         files = demo_files()
         return [Source("the Python standard library", _hash(files), tuple(files))], {}
@@ -149,25 +152,31 @@ def _choose(origin: Path, paths: Iterable[Path], options: Options) -> tuple[list
     """The data files among the files of a directory or glob, in order, and the names of the others.
 
     Hidden files, files that other programs write, checkpoints and the directories of this run are no data. In a
-    directory, a file must have a suffix of data. A glob asks for every file that it matches.
+    directory, a file must have a suffix of data. Source files are data in a directory without such files, because next
+    to them they describe the data or read it. A glob asks for every file that it matches.
     """
     pattern = [] if origin.is_dir() else [part for part in origin.parts if {"*", "?"} & set(part)]
     root = Path(*origin.parts[: origin.parts.index(pattern[0])]) if pattern else origin
     ours = [Path(name).expanduser().resolve() for name in (options.output_dir, options.data_cache_dir)]
     ours = [directory for directory in ours if root.resolve() in directory.parents]
-    found, left_out = [], []
+    found, source_files, left_out = [], [], []
     for path in sorted(paths):
         inside = path.absolute().relative_to(root.absolute())
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in inside.parts)
         hidden = hidden and not any(part.startswith(".") for part in pattern)
         of_run = any(directory in path.resolve().parents for directory in ours)
         of_run = of_run or any(re.fullmatch(r"checkpoint-\d+", part) for part in inside.parts)
-        wanted = path.name.lower().endswith(SUFFIXES) or bool(pattern)
-        if hidden or of_run or path.name in NOT_DATA or not wanted:
+        if hidden or of_run or path.name in NOT_DATA:
             left_out.append(str(inside))
-        else:
+        elif pattern or path.name.lower().endswith(DATA_SUFFIXES):
             found.append(path)
-    return found, left_out
+        elif path.name.lower().endswith(SOURCE_SUFFIXES):
+            source_files.append(path)
+        else:
+            left_out.append(str(inside))
+    if not found:
+        return source_files, left_out
+    return found, sorted([*left_out, *(str(path.absolute().relative_to(root.absolute())) for path in source_files)])
 
 
 def _listed(opening: str, names: list[str]) -> str:

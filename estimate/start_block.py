@@ -56,7 +56,9 @@ def describe_run(
         "global batch": global_batch_line(options, plan, ranks, tokens),
         "optimizer": optimizer_line(model, options),
         "learning rate": learning_rate_line(options, plan.global_batch_size),
-        "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens",
+        "steps": f"{plan.total_steps:,}, {epoch} an epoch, up to {plan.total_steps * tokens:,} tokens"
+        if plan.total_steps
+        else "none: only evaluates",
         "output": str(options.output_dir),
         "start": start_line(options, plan, resumed_from),
     }
@@ -74,6 +76,8 @@ def start_line(options: Options, plan: Plan, resumed_from: Path | None) -> str:
         return "from the beginning"
     progress = json.loads((resumed_from / "state.json").read_text())["progress"]
     step, was = progress["step"], progress.get("learning_rate")
+    if not plan.total_steps:
+        return f"the model of {resumed_from}"
     now = learning_rate(step, plan.total_steps, options)
     if was is None or math.isclose(was, now, rel_tol=1e-6):
         return f"resumed from {resumed_from}"

@@ -93,7 +93,7 @@ class Recorder:
         self.step_at_last_record = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
         self.bar.unpause()
-        if step >= self.plan.total_steps:
+        if step >= self.plan.total_steps > 0:
             self.print(f"step {step} of {self.plan.total_steps}: the run is complete; raise --max_steps to train on")
         self.started = time.perf_counter()
         if self.writes:

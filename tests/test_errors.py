@@ -106,7 +106,7 @@ def refused(*argv: object, world_size: int = 1) -> str:
         (["--validation_split_percentage", "100"], "validation_split_percentage 100: pass 0 to 99"),
         (["--objective", "dpo", "--packing", "none"], "packing none: cannot be combined with objective dpo"),
         (["--dpo_beta", "0"], "dpo_beta 0.0: pass more than 0"),
-        (["--num_train_epochs", "0", "--max_steps", "0"], "num_train_epochs 0.0: pass more than 0"),
+        (["--num_train_epochs", "-1"], "num_train_epochs -1.0: pass more than 0, or 0 to evaluate only"),
         (["--train_file", "a.txt", "--dataset_name", "b"], "train_file a.txt: cannot be combined with dataset_name b"),
         (
             ["--model_name_or_path", "a", "--config_name", "b"],
@@ -222,7 +222,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     output = ["--output_dir", tmp_path / "output"]
     for name, content, expected in (
         ("empty.txt", "", "the file is empty"),
-        ("text.md", "a,b", "pass .txt, .jsonl, .json, "),
+        ("text.doc", "a,b", "pass .txt, .jsonl, .json, "),
         ("other.jsonl", '{"content": "a", "id": 3}\n', "has no such column, only content, id\npass --text_column"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
@@ -71,6 +72,39 @@ def test_a_set_that_is_too_small(tokenizer: PreTrainedTokenizerBase, train_file:
 def test_sets_that_are_refused(value: str) -> None:
     with pytest.raises(OptionError, match=r"validation_file .*: pass "):
         validation_files(value)
+
+
+def test_evaluation_alone(tiny: list[object], train_file: Path, tmp_path: Path) -> None:
+    """The model is evaluated as before a training, without training data, and nothing else is written.
+
+    A checkpoint is evaluated if the run is resumed from it.
+    """
+    trained, evaluated = tmp_path / "trained", tmp_path / "evaluated"
+    quick = ["--max_steps", 2, "--validation_file", train_file]
+    output = train_ok(1, *tiny, *quick, "--output_dir", trained)
+    first, last = (record for record in read_records(trained / "metrics.jsonl") if "eval_loss" in record)
+    position = tiny.index("--train_file")
+    only = [*tiny[:position], *tiny[position + 2 :], "--max_steps", -1, "--num_train_epochs", 0]
+    output = train_ok(2, *only, "--validation_file", train_file, "--output_dir", evaluated)
+    assert "none: only evaluates" in output
+    assert "stopped" not in output and "complete" not in output
+    assert read_records(evaluated / "metrics.jsonl") == [pytest.approx(first)]
+    assert [path.name for path in evaluated.iterdir() if path.name != ".lock"] == ["metrics.jsonl"]
+    resumed = ["--resume_from_checkpoint", trained / "checkpoint-2", "--train_file", train_file]
+    train_ok(1, *only, *resumed, "--validation_file", train_file, "--output_dir", trained)
+    (*_, again) = read_records(trained / "metrics.jsonl")
+    assert again == pytest.approx(last | {"epoch": again["epoch"]})
+
+
+def test_evaluation_alone_needs_validation_data(
+    tokenizer: PreTrainedTokenizerBase, train_file: Path, tmp_path: Path
+) -> None:
+    options = Options(data_cache_dir=str(tmp_path), train_file=str(train_file), block_size=64, num_train_epochs=0)
+    options.validation_split_percentage = 0
+    with pytest.raises(OptionError, match="num_train_epochs 0: only evaluates, and there is no validation data\npass "):
+        prepare_data(options, tokenizer)
+    with pytest.raises(OptionError, match="prompt Hi: num_train_epochs 0 writes no model to complete it\nremove "):
+        check(parse(["--config_name", "x", "--num_train_epochs", "0", "--prompt", "Hi"]), 1)
 
 
 def sentence_piece(prefix: bool) -> PreTrainedTokenizerFast:

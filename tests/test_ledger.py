@@ -20,7 +20,7 @@ from data.ledger import differences, main, problems, read
 from data.prepare import prepare_data
 from tests.launch import train_ok
 
-OPTIONS = ["--ledger", "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--save_steps", 0]
+OPTIONS = ["--ledger", "--global_batch_size", 48, "--per_device_train_batch_size", 12]
 OPTIONS += ["--lr_scheduler_type", "constant_with_warmup"]
 RESUME = ["--resume_from_checkpoint", "auto"]
 TWO_EPOCHS = ["--max_steps", 40]  # and a bit: an epoch has 17 steps

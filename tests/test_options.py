@@ -113,7 +113,7 @@ def test_every_option_of_other_trainers_is_answered(names: str) -> None:
 
 
 # Defaults of TrainingArguments that mean another thing than what happens here, with what the message says.
-OTHER_DEFAULTS = {"dataloader_drop_last": "whole global batches only", "do_train": "a run always trains"}
+OTHER_DEFAULTS = {"dataloader_drop_last": "whole global batches only"}
 
 
 def test_defaults_of_training_arguments_are_accepted() -> None:
@@ -126,7 +126,8 @@ def test_defaults_of_training_arguments_are_accepted() -> None:
         if field.name in OTHER_DEFAULTS:
             assert OTHER_DEFAULTS[field.name] in refusal(f"--{field.name}={value}")
         else:
-            parse([*MODEL, f"--{field.name}={value}"])
+            options = parse([*MODEL, f"--{field.name}={value}"])
+            assert options.evaluates_only == (field.name == "do_train")
 
 
 def test_table_is_sound() -> None:
@@ -171,6 +172,9 @@ def test_docs_have_the_table() -> None:
         (["--cutoff_len=64"], {"block_size": 64}),
         (["--optim", "adamw_torch"], {}),
         (["--do_train", "--do_eval", "True"], {}),
+        (["--do_eval"], {"num_train_epochs": 0}),
+        (["--do_eval", "--do_train", "false", "--max_steps", 9], {"num_train_epochs": 0}),
+        (["--do_eval", "--max_steps", 9], {"max_steps": 9}),
         (["--fsdp", "full_shard auto_wrap"], {"strategy": "fsdp"}),
         (["--fsdp"], {"strategy": "fsdp"}),
         (["--fsdp", ""], {}),
@@ -222,7 +226,6 @@ def test_accepted(argv: list[object], expected: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--do_train", "false"], "do_train false: a run always trains\nrun `python -m estimate`"),
         (["--fp16"], "fp16 true: fp16 needs loss scaling, which is not here\npass --bf16 true"),
         (["--torch_dtype", "bfloat16"], "torch_dtype bfloat16: parameters are fp32 whatever the file has"),
         (

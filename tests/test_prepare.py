@@ -59,7 +59,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, documents: Sequence[object]) -> Path:
-    """Write `documents` in the format of the name of `path`. A .txt file holds them all as one."""
+    """Write `documents` in the format of the name of `path`. A .txt or .md file holds them all as one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
     match path.suffix:
@@ -71,7 +71,7 @@ def write(path: Path, documents: Sequence[object]) -> Path:
                 file.write(lines)
         case ".parquet":
             datasets.Dataset.from_dict({"text": list(documents)}).to_parquet(str(path), batch_size=64)
-        case ".txt":
+        case ".txt" | ".md":
             path.write_text("\n".join(map(str, documents)))
         case _:
             path.write_bytes(lines)
@@ -100,7 +100,30 @@ def test_files_directories_and_globs(
     )
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_source_files(
+    options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Source code and Markdown are documents. In a directory, they are data only without files of data beside them."""
+    texts = {"a.py": "def f():\n\treturn 1\n", "b/README.md": "# Title\n", "b/run.SH": "ls\n", "c.rs": "fn main() {}"}
+    for name, text in texts.items():
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / name).write_text(text)
+    (tmp_path / "code/Makefile").write_text("all:\n")
+    options.train_file = str(tmp_path / "code")
+    assert tokens_of(prepare_data(options, tokenizer).train) == expected_tokens(tokenizer, list(texts.values()))
+    assert "reads 4 files and leaves out 1 (Makefile)" in capsys.readouterr().err
+    options.train_file = f"{tmp_path}/code/a.py,{tmp_path}/code/b/README.md"
+    two = expected_tokens(tokenizer, [texts["a.py"], texts["b/README.md"]])
+    assert tokens_of(prepare_data(options, tokenizer).train) == two
+    options.train_file = f"{tmp_path}/code/**/*.rs"
+    assert tokens_of(prepare_data(options, tokenizer).train) == expected_tokens(tokenizer, [texts["c.rs"]])
+    write(tmp_path / "code" / "data.jsonl", ["one", "two"])
+    options.train_file = str(tmp_path / "code")
+    assert tokens_of(prepare_data(options, tokenizer).train) == expected_tokens(tokenizer, ["one", "two"])
+    assert "reads 1 files and leaves out 5 (Makefile, a.py, b/README.md, ...)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt", "a.md"])
 def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_path: Path, name: str) -> None:
     """The records after a position are the same, whether reading started there or at the beginning."""
     write(tmp_path / "text" / name, [text + "\nx" * 600 for text in documents])

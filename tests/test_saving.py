@@ -47,6 +47,12 @@ def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Pat
         assert equal_to_the_bit(late / name, at_once / name)
 
 
+def test_save_steps_0_writes_no_checkpoint(tiny: list[object], tmp_path: Path) -> None:
+    train_ok(1, *tiny, "--max_steps", 3, "--save_steps", 0, "--output_dir", tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_the_next_save_waits_for_the_last(tiny: list[object], tmp_path: Path) -> None:
     """Five checkpoints, each written slowly: all are there, whole, and pruned in their order."""
     options = [*tiny, "--max_steps", 5, "--save_steps", 1, "--save_total_limit", 3, "--output_dir", tmp_path]

@@ -101,7 +101,7 @@ def options(model_dir: Path, train_file: Path, cache: Path) -> list[object]:
         "max_grad_norm": 0.4,
         "max_steps": 20,
         "logging_steps": 1,
-        "save_steps": 0,
+        "save_steps": 1000000,  # a checkpoint at the end
         "save_dtype": "float32",
         "dataloader_num_workers": 0,
     }

@@ -102,6 +102,14 @@ def interval(option: str) -> Callable[[str, Given], Words]:
     return words
 
 
+def do_eval(value: str, given: Given) -> Words | None:
+    """Evaluation alone, if no option asks for training, as run_clm.py of transformers does."""
+    asks = {"do_train", "max_steps", "num_train_epochs"} & given.keys()
+    if value.lower() in TRUE and not asks:
+        return {"num_train_epochs": "0", "max_steps": "-1"}
+    return {} if value.lower() in (*TRUE, *FALSE) else None
+
+
 def warmup_ratio(value: str, given: Given) -> Words:
     """A fraction of all steps is a value of warmup_steps below 1."""
     try:

@@ -487,7 +487,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         only(
             "false",
             "a checkpoint can always be resumed",
-            "pass --save_steps 0, which writes the final model and one checkpoint",
+            "pass --save_steps 0, which writes the final model and no checkpoint",
         ),
     ),
     ("save_safetensors safe_serialization", only("true", "files are safetensors")),
@@ -512,10 +512,23 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("hub_token push_to_hub_token", dataclasses.replace(no_effect(UPLOAD), secret=True)),
     ("hub_ push_to_hub_ export_hub_model_id", no_effect(UPLOAD)),
     # Evaluation and logging
-    ("do_train", only("true", "a run always trains", "run `python -m estimate` for a forecast without training")),
+    (
+        "do_train",
+        Answer(
+            {"true": "", "false": "--num_train_epochs 0 --max_steps -1"},
+            "a run trains unless num_train_epochs is 0",
+            overrides=True,
+        ),
+    ),
     (
         "do_eval",
-        no_effect("validation data is evaluated if there is any, and --validation_split_percentage 0 holds out none"),
+        Answer(
+            {"true": "", "false": ""},
+            "validation data is evaluated if there is any, and --validation_split_percentage 0 holds out none",
+            translate=answers.do_eval,
+            shown="no effect: validation data is evaluated if there is any; without `do_train`, `max_steps` and "
+            "`num_train_epochs`: `--num_train_epochs 0`",
+        ),
     ),
     ("do_predict predict_with_generate", only("false", NOTHING_GENERATED)),
     (
