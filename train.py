@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
     if progress.step >= plan.total_steps > 0 or selection.over:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
-        recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer, metrics.jsonl and checkpoints")
+        recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer and metrics.jsonl")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
     elif plan.total_steps:

@@ -75,7 +75,9 @@ def check(options: Options, world_size: int) -> None:
             f"num_train_epochs {options.num_train_epochs}: pass more than 0, or 0 to evaluate only, or --max_steps"
         )
     if options.evaluates_only and options.prompt:
-        raise OptionError(f"prompt {options.prompt}: num_train_epochs 0 writes no model to complete it\nremove --prompt")
+        raise OptionError(
+            f"prompt {options.prompt}: num_train_epochs 0 writes no model to complete it\nremove --prompt"
+        )
     _check_model_and_objective(options)
     _check_strategy(options)
     _check_parallel(options, world_size)

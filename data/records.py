@@ -68,9 +68,9 @@ def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
     """The records of a source from `start` on, in the order of its files. Holds a record, or a batch of Parquet rows.
 
     A JSON object is not parsed here, because one process reads for all that tokenize. A .txt or source file is one
-    document: each of its records is {"text": str}, with a fragment of it. Other records have the columns of their file or data set, or
-    the columns that the entry of the source makes of them. A start within a compressed file costs reading it up to
-    there. Raises OptionError for an unreadable file.
+    document: each of its records is {"text": str}, with a fragment of it. Other records have the columns of their file
+    or data set, or the columns that the entry of the source makes of them. A start within a compressed file costs
+    reading it up to there. Raises OptionError for an unreadable file.
     """
     if source.entry is None:
         yield from _read(source, start)

@@ -87,7 +87,8 @@ def test_evaluation_alone(tiny: list[object], train_file: Path, tmp_path: Path) 
     only = [*tiny[:position], *tiny[position + 2 :], "--max_steps", -1, "--num_train_epochs", 0]
     output = train_ok(2, *only, "--validation_file", train_file, "--output_dir", evaluated)
     assert "none: only evaluates" in output
-    assert "stopped" not in output and "complete" not in output
+    assert "stopped" not in output
+    assert "complete" not in output
     assert read_records(evaluated / "metrics.jsonl") == [pytest.approx(first)]
     assert [path.name for path in evaluated.iterdir() if path.name != ".lock"] == ["metrics.jsonl"]
     resumed = ["--resume_from_checkpoint", trained / "checkpoint-2", "--train_file", train_file]

@@ -11,7 +11,7 @@ from tests.launch import ROOT
 
 # From the top: a room imports rooms of lower floors only.
 FLOORS = [
-    {"train", "compare"},
+    {"train", "compare", "examples"},
     {"estimate"},
     {"loss"},
     {"data"},
