@@ -37,6 +37,7 @@ from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
 from loss.evaluation import evaluate
 from loss.objective import build_objective, prepare_objective
+from loss.router import begin_step, router_metrics
 from model.adapt import adapt_model
 from model.build import build_model, generate_completion, load_config_and_tokenizer
 from model.layers import decoder_layers
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> None:
         if failed:
             saver.wait()  # raises on every rank
         ledger.write(step, step_batches)
+        begin_step(objective, wrapped, step_batches, tokens, targets, device)  # for mixtures of experts
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(step_batches):
@@ -166,7 +168,7 @@ def main(argv: list[str]) -> None:
         if ended or is_due(step, options.logging_steps):
             dist.all_reduce(loss_sum)
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
-            recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()))
+            recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.validation and (ended or is_due(step, options.eval_steps)):
             evaluation = evaluate(wrapped, data, tokenizer, options, recorder)

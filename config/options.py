@@ -135,6 +135,10 @@ class Options:
     )
     dpo_beta: float = option(OBJECTIVE, 0.1, "dpo: how strongly the model is held to its initial weights.")
 
+    router_aux_loss_coef: float | None = option(
+        OBJECTIVE, None, "Mixtures: weight of the load-balancing loss. Default: the model's configuration."
+    )
+
     num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences. 0: only evaluate.")
     max_steps: int = option(OPTIMIZER, -1, "Optimizer steps. Above 0, it overrides num_train_epochs.")
     optim: Literal["adamw_torch_fused", "muon"] = option(

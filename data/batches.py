@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The tensors that the model takes, on `device`. The CPU does not wait for a copy from pinned memory."""
-    taken = ("input_ids", "labels", "position_ids", "document_ends", "reference")
+    taken = ("input_ids", "labels", "position_ids", "document_ends", "reference", "tokens")
     return {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}
 
 

@@ -20,7 +20,9 @@ class Preference(nn.Module):
         self.model = model
         self.beta = beta
 
-    def forward(self, input_ids: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, reference: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """The sum over pairs of -log sigmoid(reward of the chosen answer - that of the rejected one): a scalar in fp32.
 
         `input_ids` and `labels` are int64 [B, T]: the chosen sequences of all pairs, then the rejected ones. Labels are

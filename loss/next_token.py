@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
+from loss.router import RouterBalance
 
 
 class NextToken(nn.Module):
@@ -23,10 +25,13 @@ class NextToken(nn.Module):
 
     needs_initial_model = False
 
-    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, compiled: bool = False, router_balance: RouterBalance | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.compiled = compiled
+        self.router_balance = router_balance
         self.ends_with_head = ends_with_head(model)
         self.cross_entropy_ = partial(cross_entropy_, softmax_=fastest_softmax() if compiled else softmax_)
 
@@ -36,13 +41,26 @@ class NextToken(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         document_ends: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """The sum of the cross entropies of all targets: a scalar in fp32. `input_ids` and `labels` are int64 [B, T].
 
         Labels are the input ids, or IGNORE_INDEX where masked; the loss shifts them by one. `position_ids`, [B, T], and
         `document_ends`, int32, separate documents in a sequence (data/batches.py). Without them, it is one document.
+        `tokens`, int64 [B], has the lengths without padding. In training, a mixture adds its load-balancing loss.
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "document_ends": document_ends}
+        balance = self.router_balance
+        if balance is None or not (torch.is_grad_enabled() or balance.counting):
+            return self.token_loss(inputs, labels)
+        assert tokens is not None
+        loss = self.token_loss(inputs | {"output_router_logits": True}, labels)
+        if balance.counting:
+            return balance.count(tokens, input_ids.shape)[0]
+        return loss + balance.loss(tokens, input_ids.shape)
+
+    def token_loss(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """The sum of the cross entropies of all targets, for the arguments `inputs` of the model."""
         if not self.ends_with_head:
             return token_loss_sum(self.model(**inputs, use_cache=False).logits, labels)
         head = self.model.get_output_embeddings()

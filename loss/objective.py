@@ -9,13 +9,15 @@ from data.prepare import Data
 from loss.dpo import Preference
 from loss.dpo_reference import add_reference
 from loss.next_token import NextToken
+from loss.router import build_router_balance
 
 
 def build_objective(model: PreTrainedModel, options: Options) -> NextToken | Preference:
     """The module whose forward returns the sum of the losses of a micro-batch. It holds the model as `.model`."""
+    router_balance = build_router_balance(model, options)
     if options.objective == "dpo":
         return Preference(model, options.dpo_beta)
-    return NextToken(model, options.torch_compile)
+    return NextToken(model, options.torch_compile, router_balance)
 
 
 def prepare_objective(

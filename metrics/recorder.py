@@ -20,6 +20,12 @@ training comes every `logging_steps` optimizer steps:
     save_seconds       in which training waited for checkpoints since the last record: for the copy of the state, and
                        for the previous checkpoint to reach the disk
 
+A mixture of experts has three more (loss/router.py), if transformers knows its routers:
+
+    expert_load_max    largest number of tokens of an expert in this step, relative to the mean of its layer
+    experts_unused     fraction of the experts without a token in this step
+    router_aux_loss    the load-balancing loss, if it is part of the loss: the coefficient times it is in `loss`
+
 A record of an evaluation:
 
     step, epoch, tokens_seen   as for training; step 0 is before training
@@ -132,8 +138,19 @@ class Recorder:
         if self.trace and (report := self.trace.step()):
             self.print(report)
 
-    def log(self, step: int, loss: float, grad_norm: float, learning_rate: float, skipped_steps: int) -> None:
-        """Write a record of training. The caller has read the floats from the device, so the step is complete."""
+    def log(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        skipped_steps: int,
+        router: dict[str, float],
+    ) -> None:
+        """Write a record of training. The caller has read the floats from the device, so the step is complete.
+
+        `router` has the fields of a mixture of experts (loss/router.py).
+        """
         now = time.perf_counter()
         seconds = now - self.started - self.evaluating - self.saving
         speed = (self.tokens_seen - self.tokens_at_last_record) / seconds
@@ -148,6 +165,7 @@ class Recorder:
             peak_memory_gib=peak_memory_gib(self.device),
             data_wait_seconds=self.waited,
             save_seconds=self.saving,
+            **router,
         )
         progress = f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         if self.bar.disable:

@@ -11,6 +11,10 @@ COMMON: dict[str, Any] = {
     **{"vocab_size": 512, "max_position_embeddings": 256, "hidden_size": 32, "intermediate_size": 48},
     **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0},
+    **dict.fromkeys(("attention_dropout", "hidden_dropout", "activation_dropout", "dropout", "resid_pdrop"), 0.0),
+    **dict.fromkeys(("embd_pdrop", "attn_pdrop", "residual_dropout", "attention_probs_dropout_prob"), 0.0),
+    **dict.fromkeys(("hidden_dropout_prob", "embed_dropout", "layerdrop", "router_jitter_noise"), 0.0),
+    **{"input_jitter_noise": 0.0},
     # Other names of these sizes.
     **{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "d_model": 32, "n_layers": 3, "n_heads": 4},
     **{
