@@ -9,6 +9,7 @@ import importlib.util
 import json
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def ask(model_directory: Path, questions: list[str]) -> list[str]:
     return answers
 
 
-def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
+def _write_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

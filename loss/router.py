@@ -50,7 +50,7 @@ class RouterBalance:
         self.tokens, self.targets = tokens, targets
         self.of_step, self.load, self.loss_sum = None, torch.zeros(0), torch.zeros((), device=device)
 
-    def count(self, lengths_B: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def count(self, lengths_B: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The tokens for each expert, int64 [L, E], and the sums of the probabilities [E], without padding."""
         router_logits, choices = self.captured
         self.captured = (), 0
@@ -65,7 +65,7 @@ class RouterBalance:
             probabilities_E = probabilities_E + (probabilities_SE.float() * real_S[:, None]).sum(0)
         return torch.stack(counts), probabilities_E
 
-    def loss(self, lengths_B: Tensor, shape: tuple[int, int]) -> Tensor:
+    def loss(self, lengths_B: Tensor, shape: torch.Size) -> Tensor:
         """This micro-batch's part of the loss, times the targets of the global batch: a scalar. Every rank must call.
 
         The caller divides by these targets, as it does with the sum of the token losses.

@@ -158,7 +158,7 @@ def plain(place: Place) -> list[dict[str, Any]]:
         ids_BT = torch.stack([sequence.tokens for sequence in sequences]).long()
         logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -287,11 +287,11 @@ def page(table: dict[str, dict[str, Cell]]) -> str:
             "# Families of models",
             "",
             f"`make families` writes this page, with {versions}. Each row is a tiny",
-            "model of the family with random values and each kind of its layers. Each cell is a run of train.py in fp32 on",
-            "the CPU, and what it is compared with. A number is the largest difference of the losses (nats per token) and",
-            f"of the gradient norms (as a fraction); up to {GATE:.0e} is right. [tests/table.py](../tests/table.py)",
-            "measures, [tests/zoo.py](../tests/zoo.py) has the configurations. A family that is not in the table may work,",
-            "because the checks do not look at names.",
+            "model of the family with random values and each kind of its layers. Each cell is a run of train.py in fp32",
+            "on the CPU, and what it is compared with. A number is the largest difference of the losses (nats per",
+            f"token) and of the gradient norms (as a fraction); up to {GATE:.0e} is right.",
+            "[tests/table.py](../tests/table.py) measures, [tests/zoo.py](../tests/zoo.py) has the configurations. A",
+            "family that is not in the table may work, because the checks do not look at names.",
             "",
             *columns,
             "",

@@ -98,7 +98,7 @@ def test_a_real_model_learns(tmp_path: Path) -> None:
     (sft,) = (words for words in train_commands if "smollm2-sft" in words and "--objective" not in words)
     paths = {"smollm2": tmp_path / "smollm2", "smollm2-data/sft.jsonl": data / "sft.jsonl"}
     paths["smollm2-sft"] = tmp_path / "sharded"
-    options = [paths.get(word, word) for word in sft]
+    options: list[object] = [paths.get(word, word) for word in sft]
     options += ["--strategy", "fsdp", "--per_device_train_batch_size", 1, "--data_cache_dir", tmp_path / "cache"]
     train_ok(2, *options)
     assert losses_of(tmp_path / "sharded", "loss") == pytest.approx(

@@ -54,7 +54,7 @@ def test_first_loss_is_that_of_transformers(mixture: list[object], tmp_path: Pat
     options = parse([str(word) for word in whole])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").train()
     data = prepare_data(options, AutoTokenizer.from_pretrained(tmp_path / "model"))
-    sampler: Any = torch.utils.data.DistributedSampler(data.train, 1, 0, seed=options.seed)  # type: ignore[arg-type]
+    sampler: Any = torch.utils.data.DistributedSampler(data.train, 1, 0, seed=options.seed)
     ids_BT = torch.stack([data.train[number].tokens for number in list(sampler)[:16]]).long()
     outputs = model(input_ids=ids_BT, labels=ids_BT, output_router_logits=True, use_cache=False)
     outputs.loss.backward()
