@@ -5,6 +5,7 @@ The slow test needs the two packages that examples/README.md installs.
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.smollm2 import ITEMS, answer, ask, question, write_data
 from metrics.records import read_records
-from tests.launch import ROOT, train_ok
+from tests.launch import ROOT
 
 README = (ROOT / "examples" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -100,7 +101,8 @@ def test_a_real_model_learns(tmp_path: Path) -> None:
     paths["smollm2-sft"] = tmp_path / "sharded"
     options: list[object] = [paths.get(word, word) for word in sft]
     options += ["--strategy", "fsdp", "--per_device_train_batch_size", 1, "--data_cache_dir", tmp_path / "cache"]
-    train_ok(2, *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *options]
+    subprocess.run([str(word) for word in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert losses_of(tmp_path / "sharded", "loss") == pytest.approx(
         losses_of(tmp_path / "smollm2-sft", "loss"), abs=1e-4
     )
