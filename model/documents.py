@@ -1,0 +1,269 @@
+"""Whether packed documents stay apart in a model: a trial with a small model of the same kind, on the CPU.
+
+Shapes: B sequences of the trial, T tokens of a sequence, V vocabulary, D hidden size.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from config.errors import first_line
+from model.layers import decoder_layers
+from model.masks import mask_documents
+
+# The lengths of the documents of each sequence of the trial. The first sequence has padding at its end.
+LENGTHS = [[7, 12, 9], [15, 17]]
+TOKENS = 32
+VOCABULARY = 64
+# Windows and chunks become shorter than every document, so that a window or a chunk that crosses documents shows.
+SPAN = 4
+# Relative to the largest value. Rounding in fp32 stays below 1e-5, and a leak of these weights is above 1e-2.
+TOLERANCE = 1e-3
+
+HIDDEN = re.compile(r"^(hidden_size|n_embd|n_embed|d_model)$")
+WIDTHS = re.compile(r"hidden_size|n_embd|n_embed|d_model|lru_width|conv_dim|intermediate|ffn|n_inner|_heads$|n_head$|n_groups$")
+EXPERTS = re.compile(r"experts$")
+CHOSEN_EXPERTS = re.compile(r"experts_per_tok|top_?k")
+SPANS = re.compile(r"window|chunk|^block_size$|index_topk")
+LAYERS = re.compile(r"num_hidden_layers|n_layers?$|num_layers")
+POSITION = re.compile(r"idx|index|layer_id|layer_number")  # settings that number the layers
+
+
+def keep_documents_apart(model: PreTrainedModel) -> None:
+    """Change `model` in place so that packed documents stay apart, where that is known how. Before it is wrapped."""
+    mask_documents(model)
+
+
+def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:
+    """Why documents that are packed into one sequence would not stay apart in a model of `config`; "" if they do.
+
+    Runs a small model of this kind, with random weights in fp32, on packed documents and on each document alone. Its
+    logits must be equal, and the gradients of its embeddings, too. The packed run has what training has: position ids
+    from 0 on in each document, `document_ends`, padding, and the changes of `keep_documents_apart`. The run alone has
+    nothing but tokens. Takes about a second, and leaves torch's random numbers as they were. The result does not depend
+    on the rank.
+    """
+    reason = ""
+    for small in _smaller(config, trust_remote_code):
+        with torch.random.fork_rng(devices=[]):
+            try:
+                model = _model_with_values(small, trust_remote_code)
+                alone = [_run(model, tokens) for tokens in _documents()]
+            except Exception as error:
+                reason = reason or f"a small model of this kind does not run: {first_line(error)}"
+                continue
+            try:
+                keep_documents_apart(model)
+                return _difference(_run(model, *_packed()), alone)
+            except Exception as error:
+                return f"it does not take packed documents: {first_line(error)}"
+    return reason
+
+
+class Trace:
+    """What one forward and backward pass computes at each position: [B, T, ...] each."""
+
+    def __init__(self, logits_BTV: Tensor, gradient_BTD: Tensor, layers: list[tuple[str, Tensor]]) -> None:
+        self.logits_BTV, self.gradient_BTD = logits_BTV, gradient_BTD
+        self.layers = layers  # the class of each decoder layer and its output [B, T, D]
+
+
+def _difference(packed: Trace, alone: list[Trace]) -> str:
+    """Where packed documents differ from the documents alone, as text; "" if they are equal."""
+    if unequal := _error(packed.logits_BTV, [trace.logits_BTV for trace in alone]):
+        for index, (name, output_BTD) in enumerate(packed.layers):
+            outputs = [trace.layers[index][1] for trace in alone if len(trace.layers) == len(packed.layers)]
+            if len(outputs) == len(alone) and _error(output_BTD, outputs):
+                return f"its {name} lets a document see another one of the sequence (logits differ by {unequal:.1g})"
+        return f"a document sees another one of the sequence (logits differ by {unequal:.1g})"
+    if unequal := _error(packed.gradient_BTD, [trace.gradient_BTD for trace in alone]):
+        return f"a document has a gradient from another one of the sequence (it differs by {unequal:.1g})"
+    return ""
+
+
+def _error(packed: Tensor, alone: list[Tensor]) -> float:
+    """The largest difference in relation to the largest value, or 0 if it is within TOLERANCE. Infinite for NaN."""
+    tensors = iter(alone)
+    worst = 0.0
+    for row, lengths in zip(packed, LENGTHS, strict=True):
+        for part in row[: sum(lengths)].split(lengths):
+            expected = next(tensors)[0]
+            error = ((part - expected).abs().max() / expected.abs().max()).item()
+            worst = max(worst, error if error == error else float("inf"))
+    return worst if worst > TOLERANCE else 0.0
+
+
+def _documents() -> list[Tensor]:
+    """The tokens of each document: int64 [1, length] each."""
+    generator = torch.Generator().manual_seed(0)
+    count = sum(map(len, LENGTHS))
+    tokens = torch.randint(8, VOCABULARY, (count, TOKENS), generator=generator)
+    return [row[None, :length] for row, length in zip(tokens, sum(LENGTHS, []), strict=True)]
+
+
+def _packed() -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, position ids [B, T] and document ends of the packed documents, as data/batches.py makes them."""
+    documents = iter(_documents())
+    ids_BT, positions_BT = torch.zeros(2, len(LENGTHS), TOKENS, dtype=torch.int64)
+    ends = [0]
+    for row, lengths in enumerate(LENGTHS):
+        used = sum(lengths)
+        ids_BT[row, :used] = torch.cat([next(documents)[0] for _ in lengths])
+        segments = [*lengths, TOKENS - used] if used < TOKENS else lengths
+        positions_BT[row] = torch.cat([torch.arange(length) for length in segments])
+        ends += [row * TOKENS + end for end in accumulate(segments)]
+    return ids_BT, positions_BT, torch.tensor(ends, dtype=torch.int32)
+
+
+def _run(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None, ends: Tensor | None = None) -> Trace:
+    """One forward pass, and the gradient of its embeddings from a fixed random direction per token and position."""
+    embeddings: list[Tensor] = []
+    layers: list[tuple[str, Tensor]] = []
+
+    def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1] * 1  # not a leaf: a model may change it in place
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        layers.append((type(module).__name__, hidden.detach()))
+
+    handles = [model.get_input_embeddings().register_forward_hook(cut)]
+    handles += [layer.register_forward_hook(record) for layer in decoder_layers(model)]
+    named: dict[str, Any] = {}
+    if positions_BT is not None:
+        named = {"position_ids": positions_BT, "document_ends": ends}
+    try:
+        logits_BTV = model(input_ids=ids_BT, **named, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The direction of a position follows from its token and its place in its document, as in the run alone.
+    place_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT) if positions_BT is None else positions_BT
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(VOCABULARY, TOKENS, logits_BTV.shape[-1], generator=generator)
+    direction_BTV = table[ids_BT, place_BT]
+    if positions_BT is not None:
+        direction_BTV = direction_BTV * (ids_BT != 0)[:, :, None]  # padding is no target
+    (gradient_BTD,) = torch.autograd.grad((logits_BTV * direction_BTV).sum(), embeddings[:1])
+    return Trace(logits_BTV.detach(), gradient_BTD, layers)
+
+
+def _model_with_values(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """A model on the CPU, in fp32 and training mode, whose every parameter has random values of a usual size.
+
+    Initial values would hide leaks: zero convolutions, or states that decay within a token.
+    """
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(1 << 16, generator=generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = noise[: parameter.numel()]
+            values = values.repeat(-(-parameter.numel() // max(1, len(values))))[: parameter.numel()]
+            values = values.roll(len(name) * 7 + parameter.numel() % 101).view_as(parameter)
+            if parameter.dim() > 1:
+                parameter.copy_(values / max(1.0, parameter[0].numel() ** 0.5))
+            else:
+                parameter.copy_(0.3 * values + (1 if name.endswith("weight") else 0))
+    return model.requires_grad_(False).train()
+
+
+def _smaller(config: PretrainedConfig, trust_remote_code: bool) -> Iterator[PretrainedConfig]:
+    """Small configurations of the kind of `config`, the smallest first: not every model can be built with each."""
+    text = config.get_text_config()
+    hidden = next((value for name, value in vars(text).items() if HIDDEN.search(name) and isinstance(value, int)), 0)
+    factor = 1
+    while hidden // factor > 128:
+        factor *= 2
+    for small in (_shrunk(config, factor), _shrunk(config, 1)):
+        with contextlib.suppress(Exception):
+            yield _with_fewer_layers(small, trust_remote_code)
+        yield small
+
+
+def _shrunk(config: PretrainedConfig, factor: int) -> PretrainedConfig:
+    """A copy with a small vocabulary, few experts, short windows and chunks, no dropout, and widths / `factor`."""
+    config = copy.deepcopy(config)
+    for part in _parts(config):
+        chosen = max((value for name, value in _numbers(part) if CHOSEN_EXPERTS.search(name)), default=1)
+        for name, value in _numbers(part):
+            if "drop" in name or "jitter" in name:
+                setattr(part, name, 0.0)
+            elif name.endswith("token_id"):
+                setattr(part, name, min(value, 1))
+            elif EXPERTS.search(name):
+                setattr(part, name, min(value, max(16, 2 * chosen)))
+            elif SPANS.search(name) and "layers" not in name and value > SPAN:
+                setattr(part, name, SPAN)
+            elif WIDTHS.search(name) and value % factor == 0:
+                setattr(part, name, value // factor)
+            elif WIDTHS.search(name) and name.endswith(("heads", "head", "groups")):  # fewer heads of keys than of queries
+                setattr(part, name, max(1, int(value) // factor))
+    config.get_text_config().vocab_size = VOCABULARY
+    return config
+
+
+def _with_fewer_layers(config: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
+    """A copy whose layers are the shortest prefix, of at least two, that has every kind of layer of `config`."""
+    kinds = _layer_kinds(config, trust_remote_code)
+    needed = max(2, max(kinds.index(kind) for kind in kinds) + 1)
+    small = copy.deepcopy(config)
+    for part in _parts(small):
+        for name, value in list(vars(part).items()):
+            if LAYERS.search(name) and value == len(kinds):
+                setattr(part, name, needed)
+            elif isinstance(value, list | tuple | str) and len(value) == len(kinds):
+                setattr(part, name, value[:needed])
+    if set(_layer_kinds(small, trust_remote_code)) != set(kinds):
+        raise ValueError("its layers do not follow from a number of layers")
+    return small
+
+
+def _layer_kinds(config: PretrainedConfig, trust_remote_code: bool) -> list[tuple[Any, ...]]:
+    """What distinguishes the decoder layers: their modules, the settings of these, and their entries in lists."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layers = decoder_layers(model)
+    lists = [
+        value
+        for part in _parts(config)
+        for value in vars(part).values()
+        if isinstance(value, list | tuple | str) and len(value) == len(layers)
+    ]
+    return [
+        tuple(str(values[index]) for values in lists)
+        + tuple(
+            (name, type(module).__name__, setting, value)
+            for name, module in layer.named_modules()
+            for setting, value in [("", ""), *vars(module).items()]
+            if isinstance(value, bool | int | str) and not POSITION.search(setting)
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+def _numbers(config: PretrainedConfig) -> list[tuple[str, Any]]:
+    """The settings of `config` that are numbers."""
+    return [
+        (name, value)
+        for name, value in vars(config).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configuration and those inside it."""
+    inside = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return [config, *(part for each in inside for part in _parts(each))]
