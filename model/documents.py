@@ -185,7 +185,7 @@ def _smaller(config: PretrainedConfig, trust_remote_code: bool) -> Iterator[Pret
     text = config.get_text_config()
     hidden = next((value for name, value in vars(text).items() if HIDDEN.search(name) and isinstance(value, int)), 0)
     factor = 1
-    while hidden // factor > 128:
+    while hidden // factor > 128 and hidden % (32 * factor) == 0:  # grouped products need multiples of 16 bytes
         factor *= 2
     for small in (_shrunk(config, factor), _shrunk(config, 1)):
         with contextlib.suppress(Exception):
@@ -200,7 +200,7 @@ def _shrunk(config: PretrainedConfig, factor: int) -> PretrainedConfig:
         chosen = max((value for name, value in _numbers(part) if CHOSEN_EXPERTS.search(name)), default=1)
         for name, value in _numbers(part):
             if "drop" in name or "jitter" in name:
-                setattr(part, name, 0.0)
+                setattr(part, name, type(value)(0))
             elif name.endswith("token_id"):
                 setattr(part, name, min(value, 1))
             elif EXPERTS.search(name):
@@ -217,40 +217,41 @@ def _shrunk(config: PretrainedConfig, factor: int) -> PretrainedConfig:
 
 def _with_fewer_layers(config: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
     """A copy whose layers are the shortest prefix, of at least two, that has every kind of layer of `config`."""
-    kinds = _layer_kinds(config, trust_remote_code)
+    layers = len(_layer_kinds(config, (), trust_remote_code))
+    lists = tuple(
+        name
+        for part in _parts(config)
+        for name, value in vars(part).items()
+        if isinstance(value, list | tuple | str) and len(value) == layers
+    )
+    kinds = _layer_kinds(config, lists, trust_remote_code)
     needed = max(2, max(kinds.index(kind) for kind in kinds) + 1)
     small = copy.deepcopy(config)
     for part in _parts(small):
         for name, value in list(vars(part).items()):
-            if LAYERS.search(name) and value == len(kinds):
+            if LAYERS.search(name) and value == layers:
                 setattr(part, name, needed)
-            elif isinstance(value, list | tuple | str) and len(value) == len(kinds):
+            elif name in lists and value:
                 setattr(part, name, value[:needed])
-    if set(_layer_kinds(small, trust_remote_code)) != set(kinds):
+    if set(_layer_kinds(small, lists, trust_remote_code)) != set(kinds):
         raise ValueError("its layers do not follow from a number of layers")
     return small
 
 
-def _layer_kinds(config: PretrainedConfig, trust_remote_code: bool) -> list[tuple[Any, ...]]:
-    """What distinguishes the decoder layers: their modules, the settings of these, and their entries in lists."""
+def _layer_kinds(config: PretrainedConfig, lists: tuple[str, ...], trust_remote_code: bool) -> list[tuple[Any, ...]]:
+    """What distinguishes the decoder layers: their modules, the settings of these, and their entries in `lists`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    layers = decoder_layers(model)
-    lists = [
-        value
-        for part in _parts(config)
-        for value in vars(part).values()
-        if isinstance(value, list | tuple | str) and len(value) == len(layers)
-    ]
+    values = [getattr(part, name) for part in _parts(config) for name in lists if getattr(part, name, None)]
     return [
-        tuple(str(values[index]) for values in lists)
+        tuple(str(each[index]) for each in values)
         + tuple(
             (name, type(module).__name__, setting, value)
             for name, module in layer.named_modules()
             for setting, value in [("", ""), *vars(module).items()]
             if isinstance(value, bool | int | str) and not POSITION.search(setting)
         )
-        for index, layer in enumerate(layers)
+        for index, layer in enumerate(decoder_layers(model))
     ]
 
 
