@@ -7,17 +7,21 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from config.errors import first_line
 from model.layers import decoder_layers
 from model.masks import mask_documents
+from parallel.context import visible_mask
+
+SHUFFLED = "shuffled"
 
 # The lengths of the documents of each sequence of the trial. The first sequence has padding at its end.
 LENGTHS = [[7, 12, 9], [15, 17]]
@@ -37,6 +41,14 @@ LAYERS = re.compile(r"num_hidden_layers|n_layers?$|num_layers")
 POSITION = re.compile(r"idx|index|layer_id|layer_number")  # settings that number the layers
 
 
+class Trace:
+    """What one forward and backward pass computes at each position: [B, T, ...] each."""
+
+    def __init__(self, logits_BTV: Tensor, gradient_BTD: Tensor, layers: list[tuple[str, Tensor]]) -> None:
+        self.logits_BTV, self.gradient_BTD = logits_BTV, gradient_BTD
+        self.layers = layers  # the class of each decoder layer and its output [B, T, D]
+
+
 def keep_documents_apart(model: PreTrainedModel) -> None:
     """Change `model` in place so that packed documents stay apart, where that is known how. Before it is wrapped."""
     mask_documents(model)
@@ -51,29 +63,80 @@ def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
     nothing but tokens. Takes about a second, and leaves torch's random numbers as they were. The result does not depend
     on the rank.
     """
-    reason = ""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model, alone = _small_model(config, trust_remote_code)
+        except Exception as error:
+            return f"a small model of this kind does not run: {first_line(error)}"
+        try:
+            keep_documents_apart(model)
+            return _difference(_run(model, *_packed()), alone)
+        except Exception as error:
+            return f"it does not take packed documents: {first_line(error)}"
+
+
+def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:
+    """Why layers of a model of `config` look at other positions outside of causal softmax attention; "" if none does.
+
+    Runs the small model of `document_obstacle` on packed documents in random order: tokens and position ids move
+    together, and the attention function sees what `attend` of model/attention.py would show it, in the order before.
+    A layer that treats each position alone cannot notice that. A state, a convolution, a mask of its own, or another
+    kind of attention makes another result than each document alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model, alone = _small_model(config, trust_remote_code)
+        except Exception as error:
+            return f"a small model of this kind does not run: {first_line(error)}"
+        order_T = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))
+        ids_BT, positions_BT, ends = _packed()
+        AttentionInterface.register(SHUFFLED, partial(_attend_shuffled, order_T))
+        try:
+            model.set_attn_implementation(SHUFFLED)
+            shuffled = _run(model, ids_BT[:, order_T], positions_BT[:, order_T], ends)
+        except Exception as error:
+            return f"it does not run with another attention function: {first_line(error)}"
+    back_T = order_T.argsort()
+    layers = [(name, output_BTD[:, back_T]) for name, output_BTD in shuffled.layers]
+    if _difference(Trace(shuffled.logits_BTV[:, back_T], shuffled.gradient_BTD[:, back_T], layers), alone):
+        return "a position depends on others by more than causal attention with a window"
+    return ""
+
+
+def _attend_shuffled(
+    order_T: Tensor,
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: Tensor | None,
+    document_ends: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention within documents of positions that are in the order `order_T`: [B, T, H, E] and no weights."""
+    sequences, _, tokens, _ = query_BHTE.shape
+    seen = visible_mask(sequences, tokens, query_BHTE.device, document_ends, sliding_window)[..., order_T, :][..., order_T]
+    attended_BHTE = nn.functional.scaled_dot_product_attention(
+        query_BHTE, key_BKTE, value_BKTE, seen, scale=scaling, enable_gqa=True
+    )
+    return attended_BHTE.transpose(1, 2), None
+
+
+def _small_model(config: PretrainedConfig, trust_remote_code: bool) -> tuple[PreTrainedModel, list[Trace]]:
+    """The smallest model of the kind of `config` that runs, and what it computes for each document alone.
+
+    Raises what the first attempt raises if none runs.
+    """
+    cause: Exception | None = None
     for small in _smaller(config, trust_remote_code):
-        with torch.random.fork_rng(devices=[]):
-            try:
-                model = _model_with_values(small, trust_remote_code)
-                alone = [_run(model, tokens) for tokens in _documents()]
-            except Exception as error:
-                reason = reason or f"a small model of this kind does not run: {first_line(error)}"
-                continue
-            try:
-                keep_documents_apart(model)
-                return _difference(_run(model, *_packed()), alone)
-            except Exception as error:
-                return f"it does not take packed documents: {first_line(error)}"
-    return reason
-
-
-class Trace:
-    """What one forward and backward pass computes at each position: [B, T, ...] each."""
-
-    def __init__(self, logits_BTV: Tensor, gradient_BTD: Tensor, layers: list[tuple[str, Tensor]]) -> None:
-        self.logits_BTV, self.gradient_BTD = logits_BTV, gradient_BTD
-        self.layers = layers  # the class of each decoder layer and its output [B, T, D]
+        try:
+            model = _model_with_values(small, trust_remote_code)
+            return model, [_run(model, tokens) for tokens in _documents()]
+        except Exception as error:
+            cause = cause or error
+    raise cause or ValueError("it has no configuration")
 
 
 def _difference(packed: Trace, alone: list[Trace]) -> str:
@@ -187,7 +250,8 @@ def _smaller(config: PretrainedConfig, trust_remote_code: bool) -> Iterator[Pret
     factor = 1
     while hidden // factor > 128 and hidden % (32 * factor) == 0:  # grouped products need multiples of 16 bytes
         factor *= 2
-    for small in (_shrunk(config, factor), _shrunk(config, 1)):
+    for divisor in sorted({factor, max(1, factor // 8), 1}, reverse=True):
+        small = _shrunk(config, divisor)
         with contextlib.suppress(Exception):
             yield _with_fewer_layers(small, trust_remote_code)
         yield small
