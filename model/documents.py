@@ -5,6 +5,7 @@ Shapes: B sequences of the trial, T tokens of a sequence, V vocabulary, D hidden
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -33,6 +34,7 @@ SPAN = 4
 TOLERANCE = 1e-3
 
 HIDDEN = re.compile(r"^(hidden_size|n_embd|n_embed|d_model)$")
+HEADS = re.compile(r"^(num_attention_heads|num_heads|n_heads?)$")
 WIDTHS = re.compile(r"hidden_size|n_embd|n_embed|d_model|lru_width|conv_dim|intermediate|ffn|n_inner|_heads$|n_head$|n_groups$")
 EXPERTS = re.compile(r"experts$")
 CHOSEN_EXPERTS = re.compile(r"experts_per_tok|top_?k")
@@ -245,12 +247,15 @@ def _model_with_values(config: PretrainedConfig, trust_remote_code: bool) -> Pre
 
 def _smaller(config: PretrainedConfig, trust_remote_code: bool) -> Iterator[PretrainedConfig]:
     """Small configurations of the kind of `config`, the smallest first: not every model can be built with each."""
-    text = config.get_text_config()
-    hidden = next((value for name, value in vars(text).items() if HIDDEN.search(name) and isinstance(value, int)), 0)
-    factor = 1
-    while hidden // factor > 128 and hidden % (32 * factor) == 0:  # grouped products need multiples of 16 bytes
-        factor *= 2
-    for divisor in sorted({factor, max(1, factor // 8), 1}, reverse=True):
+    numbers = dict(_numbers(config.get_text_config()))
+    hidden = next((value for name, value in numbers.items() if HIDDEN.search(name)), 1)
+    heads = next((value for name, value in numbers.items() if HEADS.search(name)), hidden)
+    # Widths and heads are divided by one number. Grouped matrix products need rows of a multiple of 16 bytes.
+    common = math.gcd(hidden, heads)
+    fitting = [number for number in range(1, common + 1) if common % number == 0 and hidden // number % 16 == 0]
+    fitting = [number for number in fitting if hidden // number >= 64] or [1]
+    divisors = [max(number for number in fitting if heads // number >= min(left, heads)) for left in (2, 4, 1)]
+    for divisor in [*dict.fromkeys(each for each in divisors if each > 1), 1]:
         small = _shrunk(config, divisor)
         with contextlib.suppress(Exception):
             yield _with_fewer_layers(small, trust_remote_code)
@@ -306,7 +311,8 @@ def _layer_kinds(config: PretrainedConfig, lists: tuple[str, ...], trust_remote_
     """What distinguishes the decoder layers: their modules, the settings of these, and their entries in `lists`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    values = [getattr(part, name) for part in _parts(config) for name in lists if getattr(part, name, None)]
+    found = (getattr(part, name, None) or [] for part in _parts(config) for name in lists)
+    values = [each for each in found if len(set(map(str, each))) < len(each)]  # otherwise, indices of layers
     return [
         tuple(str(each[index]) for each in values)
         + tuple(
