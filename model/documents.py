@@ -35,7 +35,8 @@ TOLERANCE = 1e-3
 
 HIDDEN = re.compile(r"^(hidden_size|n_embd|n_embed|d_model)$")
 HEADS = re.compile(r"^(num_attention_heads|num_heads|n_heads?)$")
-WIDTHS = re.compile(r"hidden_size|n_embd|n_embed|d_model|lru_width|conv_dim|intermediate|ffn|n_inner|_heads$|n_head$|n_groups$")
+WIDTHS = re.compile(r"hidden_size|n_embd|n_embed|d_model|lru_width|conv_dim|d_ssm|_heads$|n_head$|n_groups$")
+INNER = re.compile(r"intermediate|ffn|n_inner")
 EXPERTS = re.compile(r"experts$")
 CHOSEN_EXPERTS = re.compile(r"experts_per_tok|top_?k")
 SPANS = re.compile(r"window|chunk|^block_size$|index_topk")
@@ -119,7 +120,9 @@ def _attend_shuffled(
 ) -> tuple[Tensor, None]:
     """Attention within documents of positions that are in the order `order_T`: [B, T, H, E] and no weights."""
     sequences, _, tokens, _ = query_BHTE.shape
-    seen = visible_mask(sequences, tokens, query_BHTE.device, document_ends, sliding_window)[..., order_T, :][..., order_T]
+    seen = visible_mask(sequences, tokens, query_BHTE.device, document_ends, sliding_window)[..., order_T, :][
+        ..., order_T
+    ]
     attended_BHTE = nn.functional.scaled_dot_product_attention(
         query_BHTE, key_BKTE, value_BKTE, seen, scale=scaling, enable_gqa=True
     )
@@ -188,7 +191,9 @@ def _packed() -> tuple[Tensor, Tensor, Tensor]:
     return ids_BT, positions_BT, torch.tensor(ends, dtype=torch.int32)
 
 
-def _run(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None, ends: Tensor | None = None) -> Trace:
+def _run(
+    model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None, ends: Tensor | None = None
+) -> Trace:
     """One forward pass, and the gradient of its embeddings from a fixed random direction per token and position."""
     embeddings: list[Tensor] = []
     layers: list[tuple[str, Tensor]] = []
@@ -276,9 +281,13 @@ def _shrunk(config: PretrainedConfig, factor: int) -> PretrainedConfig:
                 setattr(part, name, min(value, max(16, 2 * chosen)))
             elif SPANS.search(name) and "layers" not in name and value > SPAN:
                 setattr(part, name, SPAN)
+            elif INNER.search(name):  # any width fits
+                setattr(part, name, min(int(value), max(16, value // factor // 16 * 16)))
             elif WIDTHS.search(name) and value % factor == 0:
                 setattr(part, name, value // factor)
-            elif WIDTHS.search(name) and name.endswith(("heads", "head", "groups")):  # fewer heads of keys than of queries
+            elif WIDTHS.search(name) and name.endswith(
+                ("heads", "head", "groups")
+            ):  # fewer heads of keys than of queries
                 setattr(part, name, max(1, int(value) // factor))
     config.get_text_config().vocab_size = VOCABULARY
     return config
@@ -286,14 +295,15 @@ def _shrunk(config: PretrainedConfig, factor: int) -> PretrainedConfig:
 
 def _with_fewer_layers(config: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
     """A copy whose layers are the shortest prefix, of at least two, that has every kind of layer of `config`."""
-    layers = len(_layer_kinds(config, (), trust_remote_code))
-    lists = tuple(
-        name
+    layers = len(_layer_kinds(config, [], trust_remote_code))
+    lists = {
+        name: value
         for part in _parts(config)
         for name, value in vars(part).items()
         if isinstance(value, list | tuple | str) and len(value) == layers
-    )
-    kinds = _layer_kinds(config, lists, trust_remote_code)
+    }
+    repeated = [name for name, value in lists.items() if len(set(map(str, value))) < layers]  # others number the layers
+    kinds = _layer_kinds(config, repeated, trust_remote_code)
     needed = max(2, max(kinds.index(kind) for kind in kinds) + 1)
     small = copy.deepcopy(config)
     for part in _parts(small):
@@ -302,17 +312,16 @@ def _with_fewer_layers(config: PretrainedConfig, trust_remote_code: bool) -> Pre
                 setattr(part, name, needed)
             elif name in lists and value:
                 setattr(part, name, value[:needed])
-    if set(_layer_kinds(small, lists, trust_remote_code)) != set(kinds):
+    if set(_layer_kinds(small, repeated, trust_remote_code)) != set(kinds):
         raise ValueError("its layers do not follow from a number of layers")
     return small
 
 
-def _layer_kinds(config: PretrainedConfig, lists: tuple[str, ...], trust_remote_code: bool) -> list[tuple[Any, ...]]:
+def _layer_kinds(config: PretrainedConfig, lists: list[str], trust_remote_code: bool) -> list[tuple[Any, ...]]:
     """What distinguishes the decoder layers: their modules, the settings of these, and their entries in `lists`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    found = (getattr(part, name, None) or [] for part in _parts(config) for name in lists)
-    values = [each for each in found if len(set(map(str, each))) < len(each)]  # otherwise, indices of layers
+    values = [getattr(part, name) for part in _parts(config) for name in lists if getattr(part, name, None)]
     return [
         tuple(str(each[index]) for each in values)
         + tuple(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from data.batches import collate
 from data.prepare import prepare_data
 from data.sequences import Sequence
 from loss.next_token import NextToken
+from metrics.records import read_records
 from model.documents import document_obstacle, keep_documents_apart
 from tests.families import EXPERTS, SIZES
 from tests.proof import GATES, Case, first_gradient, relative_l2
@@ -173,7 +175,9 @@ def test_packing_is_decided_before_data_are_prepared(
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(LEAKS["cumulative mean"]))
     leaky, tokenizer = LeakyConfig(**SIZES), AutoTokenizer.from_pretrained(model_dir)
     template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}"
+    )
     tokenizer.chat_template = template.read_text()
     options = ["--train_file", conversations(tmp_path), "--data_cache_dir", tmp_path, "--block_size", 64]
     words = [str(word) for word in options]
@@ -194,20 +198,21 @@ def test_packing_is_decided_before_data_are_prepared(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
 def test_packed_step_of_these_families(name: str, tiny: list[object], tmp_path: Path) -> None:
-    """The gradient of the first step of a run is the same, packed or not, over two ranks too."""
-    config = copy.deepcopy(RIGHT[name])
-    config.save_pretrained(tmp_path / "config")
+    """Loss, gradient norm and gradient of the first step of a run are equal, packed on two ranks or not packed."""
+    RIGHT[name].save_pretrained(tmp_path / "config")
     path = tmp_path / "documents.jsonl"
-    texts = ["the licence of software " + "a" * length for length in range(1, 13)]
+    draw = random.Random(3)
+    texts = ["the licence of software " * draw.randint(1, 2) + "a" * draw.randint(1, 9) for _ in range(46)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model = tiny.index("--model_name_or_path")
     options = [*tiny[:model], *tiny[model + 2 :], "--tokenizer_name", tiny[model + 1], "--train_file", path]
     options += ["--config_name", tmp_path / "config"]
-    gradients = [
-        first_gradient(case, [*options, "--packing", packing, "--global_batch_size", batch], tmp_path / packing)
-        for case, packing, batch in (
-            (Case("alone", 1, 12), "none", 12),
-            (Case("packed", 2, 1), "documents", 2),
-        )
-    ]
-    assert relative_l2(gradients[1], gradients[0]) < GATES.gradient
+    gradients, records = [], []
+    for case, packing, sequences in ((Case("alone", 1, 46), "none", 46), (Case("packed", 2, 2), "documents", 16)):
+        words = [*options, "--packing", packing, "--global_batch_size", sequences]
+        gradients.append(first_gradient(case, words, tmp_path / packing))
+        records.append(read_records(tmp_path / packing / "metrics.jsonl")[-1])
+    assert [record["epoch"] for record in records] == [1, 1], "all documents are in the step"
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=GATES.loss)
+    assert records[1]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=GATES.grad_norm)
+    assert relative_l2(gradients[1], gradients[0]) < 1e-5
