@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def _documents() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = sum(map(len, LENGTHS))
     tokens = torch.randint(8, VOCABULARY, (count, TOKENS), generator=generator)
-    return [row[None, :length] for row, length in zip(tokens, sum(LENGTHS, []), strict=True)]
+    return [row[None, :length] for row, length in zip(tokens, chain(*LENGTHS), strict=True)]
 
 
 def _packed() -> tuple[Tensor, Tensor, Tensor]:

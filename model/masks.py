@@ -31,6 +31,7 @@ def mask_documents(model: nn.Module) -> None:
 
 _original_preprocess: Callable[..., Any] = masking_utils._preprocess_mask_arguments
 _original_chunked: Callable[..., Any] = masking_utils.chunked_overlay
+_find_packed: Callable[..., Any] = masking_utils.find_packed_sequence_indices  # None: one document in each sequence
 
 
 def _begin(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def _preprocess_mask_arguments(*arguments: Any, **named: Any) -> tuple[Any, ...]
     early_exit, attention_mask, packed_BT, *lengths = _original_preprocess(*arguments, **named)
     positions_BT = _positions.get()
     if not early_exit and packed_BT is None and positions_BT is not None and lengths[0] == positions_BT.shape[1]:
-        packed_BT = masking_utils.find_packed_sequence_indices(positions_BT)
+        packed_BT = _find_packed(positions_BT)
     return early_exit, attention_mask, packed_BT, *lengths
 
 

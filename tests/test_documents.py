@@ -36,8 +36,8 @@ from data.prepare import prepare_data
 from data.sequences import Sequence
 from loss.next_token import NextToken
 from metrics.records import read_records
-from model.documents import document_obstacle, keep_documents_apart
-from tests.families import EXPERTS, SIZES
+from model.documents import document_obstacle, keep_documents_apart, position_obstacle
+from tests.families import FAMILIES, SIZES
 from tests.proof import GATES, Case, first_gradient, relative_l2
 
 ALIBI: dict[str, Any] = {"vocab_size": 389, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -96,6 +96,30 @@ def test_attention_stays_within_documents(name: str) -> None:
 def test_the_trial_says_what_training_would_do(name: str) -> None:
     """A layer that carries a state is refused exactly if its gradient is another one in a packed sequence."""
     assert (document_obstacle(STATE[name]) == "") == (error_of_packing(STATE[name]) < 1e-4)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_padding_changes_no_document(name: str) -> None:
+    """Without packing, padding comes after the document, so a state needs no mask for it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(STATE[name])).eval()
+    tokens = torch.randint(1, 389, (1, 9))
+    padded = model(input_ids=nn.functional.pad(tokens, (0, 5)), use_cache=False).logits[:, :9]
+    torch.testing.assert_close(padded, model(input_ids=tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_context_parallelism_takes_causal_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but causal attention, with or without a window, may look at other positions: no list of layer types."""
+    for name in ("qwen3", "opt"):
+        assert position_obstacle(RIGHT[name]) == ""
+    assert position_obstacle(FAMILIES["gemma3"][0]) == "", "it has windows"
+    for config in (RIGHT["gpt_oss"], RIGHT["llama4"], RIGHT["bloom"], *STATE.values()):
+        assert "a position depends on others by more than causal attention" in position_obstacle(config)
+    config = LeakyConfig(**SIZES)
+    monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(LEAKS["convolution over two tokens"]))
+    assert position_obstacle(config) != ""
+    monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(torch.clone))
+    assert position_obstacle(config) == ""
 
 
 class LeakyConfig(Qwen3Config):
@@ -171,7 +195,7 @@ def conversations(directory: Path) -> Path:
 def test_packing_is_decided_before_data_are_prepared(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Conversations are not packed for a model that mixes them, rank 0 says so, and documents on request are refused."""
+    """Conversations are not packed for a model that mixes them, and rank 0 says so. On request, that is refused."""
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(LEAKS["cumulative mean"]))
     leaky, tokenizer = LeakyConfig(**SIZES), AutoTokenizer.from_pretrained(model_dir)
     template = tmp_path / "template.jinja"
