@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     runtime.configure_libraries(options.full_determinism)
     lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
     model_config, tokenizer = load_config_and_tokenizer(options)
-    data = prepare_data(options, tokenizer)  # the first rank to come prepares, the others wait for its file lock
+    data = prepare_data(options, tokenizer, model_config)  # one rank prepares, the others wait for its file lock
     plan = config.plan_run(options, len(data.train), world_size)
     model = build_model(options, model_config)  # on the meta device: parameters have shapes, and no memory yet
     weights = find_weights(options, model)  # which file holds which tensor

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import groupby, islice
 
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from chat.template import DATE, check_variables, names_in
 from config.checks import check_data
@@ -31,6 +31,7 @@ from data.sources import cache_directory, find_sources
 from data.stream import StreamingDataset
 from data.tokens import Rendering, detect_shape, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
+from model.documents import document_obstacle
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # of a terminal
 
@@ -55,9 +56,13 @@ class Data:
     counts: dict[str, Split]  # of train, and of all validation sets together
 
 
-def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
+def prepare_data(
+    options: Options, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig | None = None
+) -> Data:
     """The sequences that `options` ask for, from the cache or made now. Raises OptionError.
 
+    Documents are packed only for a model in which they stay apart, by the trial in model/documents.py. Without
+    `model_config`, the caller answers for that.
     Every rank calls this before a process group exists. The first rank takes a file lock and prepares. The others
     wait for the lock without a time limit, and then read what it wrote.
     """
@@ -79,7 +84,7 @@ def prepare_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> Data:
     kinds = {options.packing or DEFAULT_PACKING.get(rendering.shape, "documents") for rendering in renderings}
     if len(kinds) > 1:
         raise OptionError("train_mixture: conversations and texts have different defaults of packing; pass --packing")
-    packing = Packing(kinds.pop(), block_size)
+    packing = Packing(_packing_for_model(options, kinds.pop(), model_config), block_size)
     name = options.tokenizer_name or tokenizer.name_or_path or "embedded"
     name = f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens, {name}"
     cache = cache_directory(options.data_cache_dir)
@@ -173,9 +178,24 @@ def main(argv: list[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     options = parse(argv)
     check_data(options)
-    data = prepare_data(options, load_config_and_tokenizer(options)[1])
+    model_config, tokenizer = load_config_and_tokenizer(options)
+    data = prepare_data(options, tokenizer, model_config)
     assert options.block_size
     print("\n".join(f"{key:<13} {value}" for key, value in describe_data(data, options.block_size).items()))
+
+
+def _packing_for_model(options: Options, kind: str, model_config: PretrainedConfig | None) -> str:
+    """The packing `kind`, or none instead of documents that the model would mix. Refused if the user asked for them."""
+    if kind != "documents" or model_config is None:
+        return kind
+    if not (obstacle := document_obstacle(model_config, options.trust_remote_code)):
+        return kind
+    model = f"{model_config.model_type}: {obstacle}"
+    if options.packing:
+        raise OptionError(f"packing documents: would mix the documents of a sequence in {model}\npass --packing none")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"packing: none, because packed conversations would mix in {model}", file=sys.stderr)
+    return "none"
 
 
 def _report_template(renderings: list[Rendering]) -> None:

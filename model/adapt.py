@@ -16,6 +16,7 @@ from model.attention import (
     supports_variable_length,
 )
 from model.compile import compile_layers
+from model.documents import keep_documents_apart
 from model.layers import decoder_layers
 from parallel.context import apply_context_parallel
 from parallel.tensor import apply_tensor_parallel
@@ -31,6 +32,7 @@ def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: Devi
     device = torch.device(mesh.device_type)
     if packing == "documents":
         attend_within_documents(model, device, options.bf16)
+        keep_documents_apart(model)
     else:
         expect_one_document_per_sequence()
     if options.context_parallel > 1:

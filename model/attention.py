@@ -5,7 +5,7 @@ Shapes: B sequences of a micro-batch, T tokens of a sequence, H query heads, K k
 
 import inspect
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from config.errors import first_line
+from model.documents import position_obstacle
 from model.layers import decoder_layers
 
 NAME = "within_documents"
@@ -24,6 +25,7 @@ VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 # Arguments that transformers passes to attention functions, and that `attend` implements or may ignore.
 KNOWN_ARGUMENTS = {
     "scaling",
+    "sliding_window",
     "document_ends",
     "use_cache",
     "position_ids",
@@ -54,23 +56,19 @@ def attention_obstacle(model: PreTrainedModel) -> str:
     """Why `attend` cannot replace the attention of `model`, as text; "" if it can.
 
     `attend` is causal softmax attention, optionally with a sliding window. Runs the model on fake tensors and records
-    the arguments of each attention call, which costs up to a second and no memory.
+    the arguments of each attention call, which costs up to a second and no memory. Then tries `attend` in a small model
+    with values (model/documents.py), which costs about another second.
     """
     try:
         calls = _attention_calls(model)
     except Exception as error:
         return f"it does not run on fake tensors: {first_line(error)}"
-    layers, kinds = len(decoder_layers(model)), getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if other := set(kinds) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of type {min(other)}"
+    layers = len(decoder_layers(model))
     if len(calls) != layers:
         return f"its {layers} layers call a replaceable attention function {len(calls)} times"
-    if obstacles := set().union(*(call.obstacles for call in calls)):
+    if obstacles := set().union(*calls):
         return f"its attention function has {min(obstacles)}"
-    windows = sum(call.window is not None for call in calls)
-    if kinds and windows != list(kinds).count("sliding_attention"):
-        return f"{windows} of its layers pass a sliding window to the attention function"
-    return ""
+    return position_obstacle(model.config, model.is_remote_code())
 
 
 def expect_one_document_per_sequence() -> None:
@@ -114,16 +112,12 @@ def attend(
     return attended.unflatten(0, (sequences, tokens)), None
 
 
-class Call(NamedTuple):
-    """One call of the attention function by a layer."""
+def _attention_calls(model: PreTrainedModel) -> list[set[str]]:
+    """The calls of the attention function in one forward pass: what `attend` does not implement of each, as text.
 
-    window: int | None
-    obstacles: set[str]  # what `attend` does not implement, as text
-
-
-def _attention_calls(model: PreTrainedModel) -> list[Call]:
-    """The calls of one forward pass on fake tensors. The model is restored afterwards."""
-    calls: list[Call] = []
+    The forward pass is on fake tensors. The model is restored afterwards.
+    """
+    calls: list[set[str]] = []
 
     def record(
         module: nn.Module,
@@ -131,7 +125,6 @@ def _attention_calls(model: PreTrainedModel) -> list[Call]:
         key_BKTE: Tensor,
         value_BKTE: Tensor,
         attention_mask: Tensor | None,
-        sliding_window: int | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         obstacles = {
@@ -143,7 +136,7 @@ def _attention_calls(model: PreTrainedModel) -> list[Call]:
         obstacles |= {"its own mask"} if attention_mask is not None else set()
         obstacles |= {"another head_dim for values"} if value_BKTE.shape[-1] != query_BHTE.shape[-1] else set()
         obstacles |= {"no document_ends"} if others.get("document_ends") is None else set()
-        calls.append(Call(sliding_window, obstacles))
+        calls.append(obstacles)
         return query_BHTE.new_zeros(*query_BHTE.transpose(1, 2).shape[:3], value_BKTE.shape[-1]), None
 
     experts = [module for name, module in model.named_modules() if name.endswith("experts")]

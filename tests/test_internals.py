@@ -18,13 +18,9 @@ UNDOCUMENTED = {
     *("find_packed_sequence_indices", "sdpa_flop_count", "get_model_conversion_mapping", "LoadStateDictInfo"),
     *("rename_source_key", "revert_weight_conversion", "dot_natural_key", "custom_object_save", "str_to_torch_dtype"),
     *("found_inf", "grad_scale", "experimental_event_tree", "HuggingFaceStorageWriter", "HuggingFaceStorageReader"),
-    *(
-        "load_balancing_loss_func",
-        "varlen_attn",
-        "compute_local_shape_and_global_offset",
-        "WeightConverter",
-        "WeightRenaming",
-    ),
+    "load_balancing_loss_func",
+    *("chunked_overlay", "no_init_weights"),
+    *("varlen_attn", "compute_local_shape_and_global_offset", "WeightConverter", "WeightRenaming"),
 }
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of named tuples and of os, documented by Python
 
