@@ -17,6 +17,7 @@ from model.attention import (
 )
 from model.compile import compile_layers
 from model.layers import decoder_layers
+from model.recurrent import restart_at_documents, small_model, stateful_kinds
 from parallel.context import apply_context_parallel
 from parallel.tensor import apply_tensor_parallel
 
@@ -24,13 +25,14 @@ from parallel.tensor import apply_tensor_parallel
 def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: DeviceMesh) -> None:
     """Change `objective` (loss/objective.py) and its model in place, as `options` ask, before it is wrapped.
 
-    `packing` is the packing of the data: with "documents", attention stays within each document. `mesh` has the
+    `packing` is the packing of the data: with "documents", attention and layers with a state see one document alone. `mesh` has the
     dimensions replicate, shard and tensor. Every rank must call, because context parallelism creates process groups.
     """
     model: PreTrainedModel = objective.model
     device = torch.device(mesh.device_type)
     if packing == "documents":
         attend_within_documents(model, device, options.bf16)
+        restart_at_documents(model, stateful_kinds(small_model(model.config)))
     else:
         expect_one_document_per_sequence()
     if options.context_parallel > 1:

@@ -6,6 +6,7 @@ keeps it within documents. A recurrence has none, so it is computed for each doc
 Shapes: B sequences of a micro-batch, T tokens of a sequence, N documents of a group, L tokens of the longest of them.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from model.layers import decoder_layers
 
@@ -95,6 +96,30 @@ def group_documents(ends: list[int]) -> list[list[tuple[int, int]]]:
             longest = end - start
         groups[-1].append((start, end))
     return groups
+
+
+def small_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the kind of `config` with values, in CPU memory: few layers, but one of each type, and few experts."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    layers = text.num_hidden_layers
+    kept = sorted({types.index(kind) for kind in types}) if types else range(min(layers, 4))
+    for name, value in list(vars(text).items()):
+        if name.endswith("_experts") and isinstance(value, int):
+            setattr(text, name, min(value, 2 * (getattr(text, "num_experts_per_tok", 0) or 4)))
+        elif isinstance(value, list) and len(value) == layers and types:
+            setattr(text, name, [value[index] for index in kept])
+    if types:
+        text.num_hidden_layers = len(kept)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=True)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:  # some are initialized with zeros
+                    parameter.normal_(std=0.2)
+    return model
 
 
 def stateful_kinds(model: PreTrainedModel) -> set[type[nn.Module]]:

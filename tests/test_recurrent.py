@@ -1,0 +1,102 @@
+"""Proves model/recurrent.py: layers that carry a state from token to token restart at each document."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    Mamba2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
+
+from data.batches import collate
+from data.sequences import Sequence
+from model.recurrent import stateful_kinds
+from tests.proof import relative_l2
+from tests.test_packing import loss_and_gradient, packed_row, tokens_of_documents
+
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+DELTA_RULE = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 64, "mamba_expand": 2}
+TYPES = ["linear_attention", "full_attention", "linear_attention"]
+
+# Configuration, and the class that is computed for each document alone.
+FAMILIES: dict[str, tuple[PretrainedConfig, str]] = {
+    "qwen3_next": (
+        Qwen3NextConfig(**SIZES, **EXPERTS, **DELTA_RULE, head_dim=8, num_experts=4, layer_types=TYPES),
+        "Qwen3NextGatedDeltaNet",
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig(
+            **SIZES, **MAMBA, num_local_experts=4, num_experts_per_tok=2, layer_types=TYPES, shared_intermediate_size=16
+        ),
+        "GraniteMoeHybridMambaLayer",
+    ),
+    "lfm2": (Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]), "Lfm2ShortConv"),
+    "mamba2": (
+        Mamba2Config(vocab_size=384, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=2, chunk_size=64),
+        "Mamba2Mixer",
+    ),
+}
+
+
+def make_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model with values that let states and convolutions reach far."""
+    torch.manual_seed(0)
+    config.num_hidden_layers = 3
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Two packed sequences with padding, and each document alone. Lengths: 1, a chunk, two, three with a rest."""
+    documents = tokens_of_documents([1, 64, 9, 130, 128, 2, 70], 384)
+    sequences = [packed_row(documents[:4]), packed_row(documents[4:], 1)]
+    alone = []
+    for sequence in sequences:
+        ends = torch.tensor([0, *sequence.segment_lengths]).cumsum(0).tolist()
+        for start, end in pairwise(ends):
+            part = slice(start, end)
+            alone.append(collate([Sequence(0, sequence.tokens[part], sequence.trained_on[part], [end - start])]))
+    return collate(sequences, padded_length=224), alone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_is_one_by_one(name: str) -> None:
+    """Loss and gradient of packed sequences equal those of the documents alone. Without the restart, they do not."""
+    config, kind = FAMILIES[name]
+    model = make_model(config)
+    packed, alone = packed_and_alone()
+    expected_loss, expected = loss_and_gradient(model, alone)
+    _, leaking = loss_and_gradient(model, [packed])
+    assert kind in {found.__name__ for found in stateful_kinds(model)}
+    loss, gradient = loss_and_gradient(model, [packed])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_l2(gradient, expected) < 1e-6
+    # Rounding: padding a document that is alone moves the decays of the delta rule, sums of four entries, by 2e-5.
+    for parameter in expected:
+        assert relative_l2({"": gradient[parameter]}, {"": expected[parameter]}) < 1e-4, parameter
+    assert relative_l2(leaking, expected) > 1e-3
