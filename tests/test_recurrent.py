@@ -1,6 +1,10 @@
 """Proves model/recurrent.py: layers that carry a state from token to token restart at each document."""
 
+import json
+import random
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +21,10 @@ from transformers import (
 
 from data.batches import collate
 from data.sequences import Sequence
+from metrics.records import read_records
 from model.recurrent import stateful_kinds
-from tests.proof import relative_l2
+from tests.launch import train_ok
+from tests.proof import Case, first_gradient, read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_row, tokens_of_documents
 
 SIZES = {
@@ -100,3 +106,43 @@ def test_packed_is_one_by_one(name: str) -> None:
     for parameter in expected:
         assert relative_l2({"": gradient[parameter]}, {"": expected[parameter]}) < 1e-4, parameter
     assert relative_l2(leaking, expected) > 1e-3
+
+
+DOCUMENTS, SEQUENCES = 46, 16
+
+
+@pytest.fixture(scope="module")
+def hybrid(tiny: list[object], model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options for steps that train a Qwen3-Next on all documents at once. None is longer than a sequence."""
+    directory = tmp_path_factory.mktemp("hybrid")
+    shutil.copytree(model_dir, directory / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    make_model(FAMILIES["qwen3_next"][0]).save_pretrained(directory / "model")
+    draw, file = random.Random(3), directory / "documents.jsonl"
+    texts = ["the licence of software " * draw.randint(1, 2) + "a" * draw.randint(1, 9) for _ in range(DOCUMENTS)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [*tiny, "--model_name_or_path", directory / "model", "--train_file", file]
+
+
+def test_packed_run_is_the_unpacked_run(hybrid: list[object], tmp_path: Path) -> None:
+    """Gradient and loss of the first step on all documents: alone on one rank, and packed on two with checkpointing."""
+    unpacked = [*hybrid, "--packing", "none", "--global_batch_size", DOCUMENTS]
+    expected = first_gradient(Case("alone", 1, DOCUMENTS), unpacked, tmp_path / "alone")
+    packed = [*hybrid, "--packing", "documents", "--global_batch_size", SEQUENCES, "--gradient_checkpointing"]
+    gradient = first_gradient(Case("packed", 2, 8, ("--strategy", "fsdp")), packed, tmp_path / "packed")
+    records = [read_records(tmp_path / name / "metrics.jsonl")[-1] for name in ("alone", "packed")]
+    assert records[1]["tokens_seen"] == records[0]["tokens_seen"], "all documents are in the step"
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=1e-5)
+    assert relative_l2(gradient, expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_resumed_run_is_the_run(hybrid: list[object], tmp_path: Path) -> None:
+    """Four steps on two ranks, and two steps that are resumed for two more, end with equal weights."""
+    options = [*hybrid, "--packing", "documents", "--global_batch_size", 4, "--per_device_train_batch_size", 1]
+    options += ["--strategy", "fsdp", "--lr_scheduler_type", "constant_with_warmup", "--validation_split_percentage", 0]
+    train_ok(2, *options, "--max_steps", 4, "--output_dir", tmp_path / "run")
+    train_ok(2, *options, "--max_steps", 2, "--output_dir", tmp_path / "cut")
+    train_ok(2, *options, "--max_steps", 4, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "auto")
+    for name in ("model", "optimizer"):
+        run, cut = (read_tensors(tmp_path / output / "checkpoint-4" / name) for output in ("run", "cut"))
+        assert all(torch.equal(run[key], cut[key]) for key in run)
