@@ -70,11 +70,12 @@ def restart_at_documents(model: PreTrainedModel, kinds: set[type[nn.Module]]) ->
     if not modules:
         return
     if not restarts_at_documents(model):
-        model.document_boundaries = Boundaries()  # type: ignore[assignment]
-        model.register_forward_pre_hook(model.document_boundaries.read, with_kwargs=True)  # type: ignore[arg-type, union-attr]
+        model.document_boundaries = Boundaries()
+        model.register_forward_pre_hook(model.document_boundaries.read, with_kwargs=True)
     for module in modules:
         if "forward" not in vars(module):
-            module.forward = torch.compiler.disable(partial(_each_alone, module.forward, model.document_boundaries))
+            alone = partial(_each_alone, module.forward, model.document_boundaries)
+            module.forward = torch.compiler.disable(alone)  # type: ignore[no-untyped-call]
 
 
 def restarts_at_documents(model: nn.Module) -> bool:
@@ -126,11 +127,10 @@ def stateful_kinds(model: PreTrainedModel) -> set[type[nn.Module]]:
     """The classes of the modules of `model` that carry a state over the boundary between packed documents.
 
     They are found by experiment, so `model` must be small and have values. Each module inside the decoder layers that
-    maps [1, T, ...] to [1, T, ...] is called again with another first document. If its result changes in the second
+    maps [B, T, ...] to [B, T, ...] is called again with another first document. If its result changes in the second
     document, it leaks. The innermost modules that leak are returned. A module that does more, such as a layer
     that leaks outside of its modules, is found again after its inner modules restart. A decoder layer is never
-    returned, because FSDP must run it once per micro-batch. Attention with a mask that spans documents is not either.
-    `model` is changed: it restarts at documents.
+    returned, because FSDP must run it once per micro-batch. `model` is changed: it restarts at documents.
     """
     kinds: set[type[nn.Module]] = set()
     while found := _leaking(model) - kinds:
@@ -139,7 +139,7 @@ def stateful_kinds(model: PreTrainedModel) -> set[type[nn.Module]]:
     return kinds
 
 
-FIRST, TOKENS = 41, 79  # the documents of the experiment have 41 and 38 tokens; no size of a model is 79
+SEQUENCES, FIRST, TOKENS = 2, 41, 79  # two sequences of documents of 41 and 38 tokens; no size of a model is 79
 
 
 def _leaking(model: PreTrainedModel) -> set[type[nn.Module]]:
@@ -151,7 +151,7 @@ def _leaking(model: PreTrainedModel) -> set[type[nn.Module]]:
     generator = torch.Generator().manual_seed(0)
 
     def replaced(value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == (1, TOKENS)):
+        if not (_is_sequence(value) and value.is_floating_point()):
             return value
         noise = torch.randn(value[:, :FIRST].shape, generator=generator).to(value)
         return torch.cat([noise, value[:, FIRST:]], dim=1)
@@ -160,21 +160,24 @@ def _leaking(model: PreTrainedModel) -> set[type[nn.Module]]:
         nonlocal replaying
         if replaying or not _is_divisible((inputs, named)):
             return
-        before = [each[:, FIRST:].clone() for each in _tensors(outputs) if each.shape[:2] == (1, TOKENS)]
+        before = [each[:, FIRST:].clone() for each in _tensors(outputs) if _is_sequence(each)]
         if not before:
             return
         replaying = True
         again = module.forward(*_map(replaced, inputs), **_map(replaced, named))
         replaying = False
-        after = [each[:, FIRST:] for each in _tensors(again) if each.shape[:2] == (1, TOKENS)]
+        after = [each[:, FIRST:] for each in _tensors(again) if _is_sequence(each)]
         if any((a - b).abs().max() > 1e-5 * b.abs().max() for a, b in zip(after, before, strict=True)):
             leaking.append(module)
 
     inside = {id(module): module for layer in layers for module in layer.modules() if module is not layer}
     hooks = [module.register_forward_hook(replay, with_kwargs=True) for module in inside.values()]
-    ids_BT = torch.randint(model.config.get_text_config().vocab_size, (1, TOKENS), generator=generator).to(device)
-    positions_BT = torch.cat([torch.arange(FIRST), torch.arange(TOKENS - FIRST)])[None].to(device)
-    ends = torch.tensor([0, FIRST, TOKENS], dtype=torch.int32, device=device)
+    ids_BT = torch.randint(model.config.get_text_config().vocab_size, (SEQUENCES, TOKENS), generator=generator).to(
+        device
+    )
+    positions_T = torch.cat([torch.arange(FIRST), torch.arange(TOKENS - FIRST)])
+    positions_BT = positions_T.repeat(SEQUENCES, 1).to(device)
+    ends = torch.tensor([0, FIRST, TOKENS, TOKENS + FIRST, 2 * TOKENS], dtype=torch.int32, device=device)
     try:
         with torch.no_grad():
             model.eval()(input_ids=ids_BT, position_ids=positions_BT, document_ends=ends, use_cache=False)
@@ -193,10 +196,14 @@ def _each_alone(forward: Callable[..., Any], boundaries: Boundaries, *inputs: An
         return forward(*inputs, **named)
 
     def gathered(group_NL: Tensor, value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.shape[:2] in ((sequences, tokens), (1, tokens))):
+        if not isinstance(value, Tensor):
             return value
-        flat = value.expand(sequences, *value.shape[1:]).flatten(0, 1)
-        return flat.index_select(0, group_NL.flatten()).unflatten(0, group_NL.shape)
+        if value.shape[:2] in ((sequences, tokens), (1, tokens)):
+            flat = value.expand(sequences, *value.shape[1:]).flatten(0, 1)
+            return flat.index_select(0, group_NL.flatten()).view(*group_NL.shape, *value.shape[2:])
+        if value.dim() == 4 and value.shape[2:] == (tokens, tokens):
+            return _gathered_mask(value.expand(sequences, *value.shape[1:]), group_NL)
+        return value
 
     results = []
     boundaries.groups = []  # for modules inside that restart, too: they see documents alone
@@ -218,9 +225,20 @@ def _each_alone(forward: Callable[..., Any], boundaries: Boundaries, *inputs: An
         if any(value.shape[:2] != group_NL.shape for value, group_NL in zip(values, groups, strict=True)):
             return None  # a final state, say: packed documents have none in common
         flat = torch.cat([value.flatten(0, 1) for value in values])
-        return flat.index_select(0, boundaries.order).unflatten(0, (sequences, tokens))
+        return flat.index_select(0, boundaries.order).view(sequences, tokens, *values[0].shape[2:])
 
     return _map(restored, *results)
+
+
+def _gathered_mask(mask_BHTT: Tensor, group_NL: Tensor) -> Tensor:
+    """An attention mask of sequences, bool or added to the scores, as the mask [N, H, L, L] of a group of documents."""
+    heads, tokens, length = mask_BHTT.shape[1], mask_BHTT.shape[2], group_NL.shape[1]
+    sequence_N, position_NL = group_NL[:, 0] // tokens, group_NL % tokens
+    rows_NHLT = mask_BHTT[sequence_N[:, None], :, position_NL].transpose(1, 2)
+    mask_NHLL = rows_NHLT.gather(3, position_NL[:, None, None].expand(-1, heads, length, -1))
+    # Padding after the last document of a sequence has positions of the next one, which may look like early ones.
+    later_LL = torch.ones(length, length, dtype=torch.bool, device=mask_BHTT.device).triu(1)
+    return mask_NHLL.masked_fill(later_LL, False if mask_BHTT.dtype == torch.bool else torch.finfo(mask_BHTT.dtype).min)
 
 
 def _map(function: Callable[..., Any], *values: Any) -> Any:
@@ -240,12 +258,20 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def _is_sequence(value: Any) -> bool:
+    """Whether a value of the experiment has an entry for each token: [B, T, ...], or [1, T, ...] for all sequences."""
+    return isinstance(value, Tensor) and value.shape[:2] in ((SEQUENCES, TOKENS), (1, TOKENS))
+
+
 def _is_divisible(arguments: Any) -> bool:
-    """Whether no tensor has T positions in another place than [1, T]: a mask [1, 1, T, T] has."""
-    return all(
-        TOKENS not in (tensor.shape[2:] if tensor.shape[:2] == (1, TOKENS) else tensor.shape)
-        for tensor in _tensors(arguments)
-    )
+    """Whether `_each_alone` can split all arguments: T is nowhere but in [B, T, ...] and masks [B, 1, T, T]."""
+    for tensor in _tensors(arguments):
+        sizes = list(tensor.shape[2 if _is_sequence(tensor) else 0 :])
+        if tensor.dim() == 4 and tensor.shape[0] in (1, SEQUENCES) and sizes[2:] == [TOKENS, TOKENS]:
+            sizes = sizes[:2]
+        if TOKENS in sizes or SEQUENCES * TOKENS in sizes:
+            return False
+    return True
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
