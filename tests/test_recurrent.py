@@ -8,21 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
+    JambaConfig,
     Lfm2Config,
+    Lfm2MoeConfig,
     Mamba2Config,
+    MambaConfig,
+    MiniMaxConfig,
+    NemotronHConfig,
+    OlmoHybridConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    Zamba2Config,
 )
 
 from data.batches import collate
 from data.sequences import Sequence
 from metrics.records import read_records
-from model.recurrent import stateful_kinds
+from model.recurrent import group_documents, restart_at_documents, restarts_at_documents, stateful_kinds
 from tests.launch import train_ok
 from tests.proof import Case, first_gradient, read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_row, tokens_of_documents
@@ -73,7 +87,7 @@ def make_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.1)
     return model
 
 
@@ -90,10 +104,69 @@ def packed_and_alone() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     return collate(sequences, padded_length=224), alone
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# The other families whose layers carry a state.
+SLOW_FAMILIES: dict[str, tuple[PretrainedConfig, str]] = {
+    "qwen3_5": (Qwen3_5TextConfig(**SIZES, **DELTA_RULE, head_dim=8, layer_types=TYPES), "Qwen3_5GatedDeltaNet"),
+    "qwen3_5_moe": (
+        Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **DELTA_RULE, head_dim=8, num_experts=4, layer_types=TYPES),
+        "Qwen3_5MoeGatedDeltaNet",
+    ),
+    "olmo_hybrid": (
+        OlmoHybridConfig(**SIZES, **DELTA_RULE, layer_types=TYPES, pad_token_id=0),
+        "OlmoHybridGatedDeltaNet",
+    ),
+    "minimax": (
+        MiniMaxConfig(**SIZES, head_dim=8, layer_types=TYPES, num_local_experts=4, block_size=32),
+        "MiniMaxLightningAttention",
+    ),
+    "falcon_h1": (FalconH1Config(**SIZES, **MAMBA, mamba_d_ssm=64, head_dim=8), "FalconH1Mixer"),
+    "bamba": (BambaConfig(**SIZES, **MAMBA, attn_layer_indices=[1]), "BambaMixer"),
+    "jamba": (
+        JambaConfig(**SIZES, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1, num_experts=4),
+        "JambaMambaMixer",
+    ),
+    "zamba2": (
+        Zamba2Config(
+            **SIZES,
+            layers_block_type=["mamba", "hybrid", "mamba"],
+            mamba_d_state=8,
+            mamba_ngroups=1,
+            n_mamba_heads=4,
+            chunk_size=64,
+            num_mem_blocks=1,
+        ),
+        "Zamba2MambaMixer",
+    ),
+    "nemotron_h": (
+        NemotronHConfig(
+            **SIZES,
+            layers_block_type=["linear_attention", "full_attention", "mlp"],
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            ssm_state_size=8,
+            chunk_size=64,
+            n_groups=2,
+            head_dim=8,
+        ),
+        "NemotronHMamba2Mixer",
+    ),
+    "mamba": (MambaConfig(vocab_size=384, hidden_size=32, state_size=8), "MambaMixer"),
+    "falcon_mamba": (FalconMambaConfig(vocab_size=384, hidden_size=32, state_size=8), "FalconMambaMixer"),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig(**SIZES, lru_width=32, head_dim=8, attention_window_size=32),
+        "RecurrentGemmaRecurrentBlock",
+    ),
+    "lfm2_moe": (
+        Lfm2MoeConfig(**SIZES, layer_types=["conv", "full_attention", "conv"], num_experts=4, num_dense_layers=1),
+        "Lfm2MoeShortConv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FAMILIES)])
 def test_packed_is_one_by_one(name: str) -> None:
     """Loss and gradient of packed sequences equal those of the documents alone. Without the restart, they do not."""
-    config, kind = FAMILIES[name]
+    config, kind = (FAMILIES | SLOW_FAMILIES)[name]
     model = make_model(config)
     packed, alone = packed_and_alone()
     expected_loss, expected = loss_and_gradient(model, alone)
@@ -101,11 +174,62 @@ def test_packed_is_one_by_one(name: str) -> None:
     assert kind in {found.__name__ for found in stateful_kinds(model)}
     loss, gradient = loss_and_gradient(model, [packed])
     assert loss == pytest.approx(expected_loss, rel=1e-6)
-    assert relative_l2(gradient, expected) < 1e-6
-    # Rounding: padding a document that is alone moves the decays of the delta rule, sums of four entries, by 2e-5.
+    assert relative_l2(gradient, expected) < 1e-5
+    # Rounding: padding a document alone changes the gradients of decays by 2e-5.
     for parameter in expected:
         assert relative_l2({"": gradient[parameter]}, {"": expected[parameter]}) < 1e-4, parameter
     assert relative_l2(leaking, expected) > 1e-3
+
+
+class LeakingMean(nn.Module):
+    """A layer of no known kind: it adds the mean of all tokens up to each token."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        count_T1 = torch.arange(1, hidden_BTD.shape[1] + 1)[:, None]
+        output: Tensor = self.inside(hidden_BTD) + hidden_BTD.cumsum(dim=1) / count_T1
+        return output
+
+
+def test_unknown_layer_is_found(model_dir: Path) -> None:
+    """A layer that nobody has named restarts, too. Nothing changes in a model whose documents stay apart."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert stateful_kinds(model) == set()
+    assert not restarts_at_documents(model)
+    model.model.layers[1].mlp = LeakingMean(model.model.layers[1].mlp)
+    packed, alone = packed_and_alone()
+    expected_loss, expected = loss_and_gradient(model, alone)
+    assert stateful_kinds(model) == {LeakingMean}
+    loss, gradient = loss_and_gradient(model, [packed])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_l2(gradient, expected) < 1e-5
+
+
+def test_masks_are_split() -> None:
+    """Attention whose mask ignores documents, with a window: documents do not see each other, nor the padding."""
+    model = make_model(GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16))
+    packed, alone = packed_and_alone()
+    expected_loss, expected = loss_and_gradient(model, alone)
+    restart_at_documents(model, {type(model.model.layers[0].self_attn)})
+    loss, gradient = loss_and_gradient(model, [packed])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_l2(gradient, expected) < 1e-5
+
+
+def test_groups() -> None:
+    """No document is shorter than half of its group's longest, unless that is short. Each document is in one group."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [*torch.randint(1, 4096, (200,), generator=generator).tolist(), 1, 2, 60, 64]
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    groups = group_documents(ends)
+    assert sorted(document for group in groups for document in group) == list(pairwise(ends))
+    assert len(groups) <= 7
+    for group in groups:
+        sizes = [end - start for start, end in group]
+        assert 2 * min(sizes) >= max(sizes) or max(sizes) <= 64
 
 
 DOCUMENTS, SEQUENCES = 46, 16
@@ -132,7 +256,7 @@ def test_packed_run_is_the_unpacked_run(hybrid: list[object], tmp_path: Path) ->
     records = [read_records(tmp_path / name / "metrics.jsonl")[-1] for name in ("alone", "packed")]
     assert records[1]["tokens_seen"] == records[0]["tokens_seen"], "all documents are in the step"
     assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=1e-5)
-    assert relative_l2(gradient, expected) < 1e-6
+    assert relative_l2(gradient, expected) < 1e-5
 
 
 @pytest.mark.slow
