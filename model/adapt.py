@@ -25,14 +25,15 @@ from parallel.tensor import apply_tensor_parallel
 def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: DeviceMesh) -> None:
     """Change `objective` (loss/objective.py) and its model in place, as `options` ask, before it is wrapped.
 
-    `packing` is the packing of the data: with "documents", attention stays within each document. `mesh` has the
-    dimensions replicate, shard and tensor. Every rank must call, because context parallelism creates process groups.
+    `packing` is the packing of the data: with "documents", attention and layers with a state see each document alone.
+    `mesh` has the dimensions replicate, shard and tensor. Every rank must call, because context parallelism creates
+    process groups.
     """
     model: PreTrainedModel = objective.model
     device = torch.device(mesh.device_type)
     if packing == "documents":
         attend_within_documents(model, device, options.bf16)
-        keep_documents_apart(model)
+        keep_documents_apart(model, options.trust_remote_code)
     else:
         expect_one_document_per_sequence()
     if options.context_parallel > 1:

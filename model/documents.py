@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from config.errors import first_line
 from model.layers import decoder_layers
 from model.masks import mask_documents
+from model.recurrent import restart_at_documents, stateful_kinds
 from parallel.context import visible_mask
 
 SHUFFLED = "shuffled"
@@ -52,9 +53,13 @@ class Trace:
         self.layers = layers  # the class of each decoder layer and its output [B, T, D]
 
 
-def keep_documents_apart(model: PreTrainedModel) -> None:
-    """Change `model` in place so that packed documents stay apart, where that is known how. Before it is wrapped."""
+def keep_documents_apart(model: PreTrainedModel, trust_remote_code: bool = False) -> None:
+    """Change `model` in place so that packed documents stay apart, as far as is known how. Before it is wrapped.
+
+    Masks know the documents (model/masks.py), and layers that carry a state restart (model/recurrent.py).
+    """
     mask_documents(model)
+    restart_at_documents(model, _try_out(model.config, trust_remote_code)[1])
 
 
 def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:
@@ -63,19 +68,38 @@ def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
     Runs a small model of this kind, with random weights in fp32, on packed documents and on each document alone. Its
     logits must be equal, and the gradients of its embeddings, too. The packed run has what training has: position ids
     from 0 on in each document, `document_ends`, padding, and the changes of `keep_documents_apart`. The run alone has
-    nothing but tokens. Takes about a second, and leaves torch's random numbers as they were. The result does not depend
-    on the rank.
+    nothing but tokens. Takes a second or two, and leaves torch's random numbers as they were. The result does not
+    depend on the rank.
     """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model, alone = _small_model(config, trust_remote_code)
-        except Exception as error:
-            return f"a small model of this kind does not run: {first_line(error)}"
-        try:
-            keep_documents_apart(model)
-            return _difference(_run(model, *_packed()), alone)
-        except Exception as error:
-            return f"it does not take packed documents: {first_line(error)}"
+    return _try_out(config, trust_remote_code)[0]
+
+
+_results: dict[str, tuple[str, set[type[nn.Module]]]] = {}  # of the trials in this process, by configuration
+
+
+def _try_out(config: PretrainedConfig, trust_remote_code: bool) -> tuple[str, set[type[nn.Module]]]:
+    """The obstacle of `document_obstacle`, and the classes of modules that must restart at documents."""
+    key = f"{config.to_json_string(use_diff=False)} {trust_remote_code}"
+    if key not in _results:
+        with torch.random.fork_rng(devices=[]):
+            _results[key] = _try_out_once(config, trust_remote_code)
+    return _results[key]
+
+
+def _try_out_once(config: PretrainedConfig, trust_remote_code: bool) -> tuple[str, set[type[nn.Module]]]:
+    try:
+        model, alone = _small_model(config, trust_remote_code)
+    except Exception as error:
+        return f"a small model of this kind does not run: {first_line(error)}", set()
+    kinds: set[type[nn.Module]] = set()
+    try:
+        mask_documents(model)
+        if obstacle := _difference(_run(model, *_packed()), alone):
+            kinds = stateful_kinds(model)  # which restart at documents from here on
+            obstacle = _difference(_run(model, *_packed()), alone) if kinds else obstacle
+        return obstacle, kinds
+    except Exception as error:
+        return f"it does not take packed documents: {first_line(error)}", set()
 
 
 def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:

@@ -61,6 +61,12 @@ STATE: dict[str, PretrainedConfig] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def new_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the trials of other tests, because some tests change a model between two trials."""
+    monkeypatch.setattr("model.documents._results", {})
+
+
 def error_of_packing(config: PretrainedConfig) -> float:
     """How far the gradient of packed documents is from that of each document alone, with the batches of training."""
     torch.manual_seed(0)
@@ -159,17 +165,21 @@ def test_leak_on_purpose_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(LEAKS[name]))
     assert document_obstacle(config) != ""
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(torch.clone))
+    monkeypatch.setattr("model.documents._results", {})
     assert document_obstacle(config) == ""
 
 
-def test_own_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that builds a causal mask of its own, which no document ends."""
+def test_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that builds a causal mask of its own, which no document ends: its attention restarts at documents."""
 
     def mask(inputs_embeds: Tensor, **others: Any) -> Tensor:
         length = inputs_embeds.shape[1]
         return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
 
     monkeypatch.setattr(modeling_qwen3, "create_causal_mask", mask)
+    assert document_obstacle(RIGHT["qwen3"]) == ""
+    monkeypatch.setattr("model.documents.stateful_kinds", lambda model: set())
+    monkeypatch.setattr("model.documents._results", {})
     assert "Qwen3DecoderLayer lets a document see another one" in document_obstacle(RIGHT["qwen3"])
 
 
