@@ -207,11 +207,11 @@ OTHERS = {
         Qwen2MoeConfig(
             **SIZES, **EXPERTS, use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2
         ),
-        "qwen2_moe is not supported: 0 of its layers pass a sliding window to the attention function",
+        "qwen2_moe is not supported: a position depends on others by more than causal attention with a window",
     ),
     "linear attention": (
         Qwen3NextConfig(**SIZES, layer_types=["linear_attention", "full_attention"]),
-        "layers of type linear",
+        "its 2 layers call a replaceable attention function 1 times",
     ),
     "narrow values": (
         DeepseekV3Config(**SMALL, n_routed_experts=4, num_experts_per_tok=1, qk_rope_head_dim=8, v_head_dim=4),

@@ -15,17 +15,21 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import config
 from compare.memory import CASES, GIB, measuring, predict_case
 from config.options import Options
-from data.batches import IGNORE_INDEX
+from data.batches import IGNORE_INDEX, to_device
 from loss.cross_entropy import cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from loss.next_token import NextToken, fastest_softmax
 from metrics.recorder import Recorder
 from metrics.records import read_records
 from model.attention import NAME, attend_within_documents
 from model.float8 import CAPABILITY, E4M3, E5M2, product, to_float8
+from model.recurrent import stateful_kinds
 from tests import world
 from tests.launch import train, train_ok
 from tests.proof import read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_and_alone, sliding_model
+from tests.test_recurrent import FAMILIES as STATEFUL
+from tests.test_recurrent import make_model as make_stateful
+from tests.test_recurrent import packed_and_alone as long_and_alone
 from tests.test_resume import equal_to_the_bit
 
 float8 = pytest.mark.skipif(
@@ -354,3 +358,19 @@ def test_muon(tiny: list[object], tmp_path: Path, world_size: int, extra: list[s
     train_ok(world_size, *options, "--output_dir", tmp_path / "other", *extra)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("other", "one"))
     assert relative_l2(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize(("bf16", "gate"), [(False, 1e-5), (True, 2e-2)])
+@pytest.mark.parametrize("name", sorted(STATEFUL))
+def test_layers_with_a_state_restart(name: str, bf16: bool, gate: float) -> None:
+    """Packed documents give the loss and gradient of the documents alone, with the kernels that are installed."""
+    device = torch.device("cuda")
+    model = make_stateful(STATEFUL[name][0]).to(device)
+    packed, alone = long_and_alone()
+    moved = to_device(packed, device)
+    assert "on_cpu" in vars(moved["document_ends"])
+    expected_loss, expected = loss_and_gradient(model, [to_device(batch, device) for batch in alone], bf16)
+    assert stateful_kinds(model)
+    loss, gradient = loss_and_gradient(model, [moved], bf16)
+    assert loss == pytest.approx(expected_loss, rel=gate)
+    assert relative_l2(gradient, expected) < gate
