@@ -28,7 +28,12 @@ from config.options import Options
 from model.attention import attention_obstacle
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, random_noise
-from parallel.checks import check_context_parallel, check_plan_is_complete, check_tensor_parallel
+from parallel.checks import (
+    check_context_parallel,
+    check_expert_parallel,
+    check_plan_is_complete,
+    check_tensor_parallel,
+)
 from parallel.group import map_hidden_states
 
 
@@ -151,6 +156,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.tensor_parallel > 1:
         check_plan_is_complete(model, options.tensor_parallel)
+    if options.expert_parallel > 1:
+        check_expert_parallel(model, options.expert_parallel)
     if options.context_parallel > 1 and (reason := attention_obstacle(model)):
         raise OptionError(
             f"context_parallel {options.context_parallel}: {model.config.model_type} is not supported: {reason}\n"

@@ -1,8 +1,11 @@
 """The optimizer of a run: AdamW, or Muon with AdamW."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from config.options import Options
 from model.layers import decoder_matrices
@@ -22,9 +25,14 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in orthogonal
     ]
-    matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
-    vectors = [(name, parameter) for name, parameter in trainable if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # A fused update takes DTensors of one mesh, and with expert parallelism experts have another one.
+    by_kind: dict[tuple[bool, DeviceMesh | None], list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, parameter in trainable:
+        by_kind[parameter.dim() >= 2, getattr(parameter, "device_mesh", None)].append((name, parameter))
+    groups: list[dict[str, Any]] = [
+        {"params": named, "weight_decay": options.weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), named in by_kind.items()
+    ]
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
