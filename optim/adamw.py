@@ -4,8 +4,6 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from config.options import Options
 from model.layers import decoder_matrices
@@ -25,14 +23,10 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in orthogonal
     ]
-    # A fused update takes DTensors of one mesh, and with expert parallelism experts have another one.
-    by_kind: dict[tuple[bool, DeviceMesh | None], list[tuple[str, Tensor]]] = defaultdict(list)
-    for name, parameter in trainable:
-        by_kind[parameter.dim() >= 2, getattr(parameter, "device_mesh", None)].append((name, parameter))
-    groups: list[dict[str, Any]] = [
-        {"params": named, "weight_decay": options.weight_decay if is_matrix else 0.0}
-        for (is_matrix, _), named in by_kind.items()
-    ]
+    matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
+    vectors = [(name, parameter) for name, parameter in trainable if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [of_mesh for group in groups for of_mesh in _by_mesh(group)]
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -45,3 +39,14 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     largest_first = sorted(orthogonal.items(), key=lambda item: -item[1].numel())
     muon_group = {"params": largest_first, "weight_decay": options.weight_decay}
     return Muon(muon_group, groups, torch.bfloat16 if options.bf16 else torch.float32, **settings)
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A parameter group as one group for each device mesh, because a fused update takes DTensors of one mesh.
+
+    With expert parallelism, experts have a mesh of their own.
+    """
+    by_mesh: dict[Any, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for name, parameter in group["params"]:
+        by_mesh[getattr(parameter, "device_mesh", None)].append((name, parameter))
+    return [{**group, "params": named} for named in by_mesh.values()]

@@ -90,11 +90,7 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
     tokens, the experts of each token, and their weights.
     """
     modules = [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "has_gate")]
-    return [
-        module
-        for module in modules
-        if all(len(stack) == module.num_experts for stack in module.parameters())  # type: ignore[arg-type]
-    ]
+    return [module for module in modules if all(len(stack) == module.num_experts for stack in module.parameters())]
 
 
 def check_expert_parallel(model: PreTrainedModel, ranks: int) -> None:
@@ -105,7 +101,7 @@ def check_expert_parallel(model: PreTrainedModel, ranks: int) -> None:
             f"expert_parallel {ranks}: {name} has no experts that follow the experts interface of transformers\n"
             "remove --expert_parallel; --strategy fsdp shards any model"
         )
-    common = math.gcd(*(module.num_experts for module in modules))  # type: ignore[arg-type]
+    common = math.gcd(*(module.num_experts for module in modules))
     if common % ranks:
         raise OptionError(
             f"expert_parallel {ranks}: {name} has {common} experts in a layer, and {common} / {ranks} = "

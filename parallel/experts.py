@@ -2,9 +2,9 @@
 
 Each of P neighboring ranks holds E / P experts of every layer with experts, and reads sequences of its own: the ranks
 of a group are data-parallel ranks. After the router has chosen, an all-to-all sends each token to the ranks that hold
-its experts, and a second one returns the outputs (GShard, Lepikhin et al. 2020, section 3.2). No token is dropped. So the
-number of tokens that a rank sends differs from layer to layer. The ranks tell each other these numbers first, and the
-CPU waits for them, because the sizes of an all-to-all are numbers on the CPU.
+its experts, and a second one returns the outputs (GShard, Lepikhin et al. 2020, section 3.2). No token is dropped. So
+the number of tokens that a rank sends differs from layer to layer. The ranks tell each other these numbers first, and
+the CPU waits for them, because the sizes of an all-to-all are numbers on the CPU.
 
 FSDP then shards a rank's experts over the ranks with equal experts (world size / P), and everything else over all
 ranks.
@@ -38,20 +38,20 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, grouped_mlp: Group
     """
     ranks = mesh["expert"].size()
     for module in expert_modules(model):
-        template = copy.copy(module)  # to compute with: FSDP will not know it
-        template.num_experts = module.num_experts // ranks  # type: ignore[assignment, operator]
+        template: Any = copy.copy(module)  # to compute with: FSDP will not know it
+        template.num_experts //= ranks
         for name, full in module._parameters.items():
             if full is not None:
                 split = distribute_tensor(full, mesh["expert"], [Shard(0)])
                 module._parameters[name] = nn.Parameter(split, full.requires_grad)
         module.forward = partial(_compute_experts, module, template, mesh["expert"].get_group(), grouped_mlp)
-        module.shard_mesh = mesh["expert_shard"]
+        module.shard_mesh = mesh["expert_shard"]  # type: ignore[assignment]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the sizes of an all-to-all are numbers on the CPU
 def _compute_experts(
     module: nn.Module,
-    template: nn.Module,
+    template: Any,
     group: dist.ProcessGroup,
     grouped_mlp: GroupedMLP,
     hidden_SD: Tensor,
@@ -72,7 +72,7 @@ def _compute_experts(
 
     # Sort what this rank sends by expert, so also by the rank that holds the expert.
     sorted_R, order_R = expert_SK.flatten().sort(stable=True)
-    experts = torch.arange(local.num_experts * group.size(), device=device)  # type: ignore[operator]
+    experts = torch.arange(local.num_experts * group.size(), device=device)
     ends_E = torch.searchsorted(sorted_R, experts, right=True)
     sent_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(group.size(), -1)
     received_PL = torch.empty_like(sent_PL)

@@ -1,19 +1,40 @@
 """Experts that are split among ranks compute what all experts on each rank compute."""
 
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
-from metrics.records import read_records
+import fsdp
+from checkpoint.export import export_model
+from config.options import Options
+from loss.next_token import NextToken
+from model.adapt import adapt_model
+from model.build import build_model, load_config_and_tokenizer
+from model.layers import decoder_layers
+from model.weights import find_weights, load_weights
 from tests import proof
 from tests.families import SIZES
-from tests.launch import train_ok
+from tests.launch import train
 from tests.proof import GATES, REFERENCE, Case, curve, deviation, first_gradient, relative_l2
+from tests.test_models import everything, same, stored
+from tests.test_tensor_parallel import count_reads
 
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}
 MIXTURE = Qwen3MoeConfig(**SIZES | EXPERTS | {"vocab_size": 384, "attention_dropout": 0.0})
@@ -64,3 +85,120 @@ def test_same_curve(expected: Path, mixture: list[object], tmp_path: Path, case:
     assert gradient <= GATES.gradient
     measured = vars(deviation(curve(case, mixture, tmp_path / "curve"), expected / "AdamW", gradient))
     assert not {name: value for name, value in measured.items() if value > vars(GATES)[name]}
+
+
+# Families by what their experts are: gated; with biases, transposed and interleaved; beside shared experts and behind a
+# router with a bias; and a router that sends all tokens to one expert, so that three of four ranks receive none.
+UNTIED = SIZES | {"vocab_size": 384, "tie_word_embeddings": False}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "qwen3 moe": Qwen3MoeConfig(**UNTIED, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2),
+    "gpt oss": GptOssConfig(**UNTIED, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "deepseek v3": DeepseekV3Config(
+        **UNTIED,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "all to one expert": Qwen3MoeConfig(**UNTIED, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=1),
+}
+
+
+@pytest.fixture(scope="module")
+def findings(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What 2 x 2 ranks measured for each family: load, one gradient, export."""
+    directory = tmp_path_factory.mktemp("families")
+    paths = {name: make_model(config, model_dir, directory / name) for name, config in FAMILIES.items()}
+    outcome = train(4, [], before=partial(try_all, paths, directory))
+    assert outcome.exit_codes == [0] * 4, outcome.output
+    found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
+    return found
+
+
+def try_all(paths: dict[str, Path], directory: Path) -> None:
+    """Instead of train.py."""
+    dist.init_process_group("gloo")
+    found = {name: try_one(path, directory / f"{name} exported") for name, path in paths.items()}
+    if dist.get_rank() == 0:
+        (directory / "findings.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)
+
+
+def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
+    options = Options(model_name_or_path=str(path), expert_parallel=2, output_dir=str(output_dir), save_dtype="float32")
+    config, tokenizer = load_config_and_tokenizer(options)
+    built = build_model(options, config)
+    weights = find_weights(options, built)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if "one expert" in path.name:
+        for layer in reference.model.layers:
+            layer.mlp.gate.weight.data.zero_()
+    wrapped = wrap(NextToken(built), options)
+    read = count_reads()
+    load_weights(built, weights)
+    experts = [tensor for name, tensor in built.named_parameters() if ".experts." in name]
+    different = same(everything(built), everything(reference))
+    if "one expert" in path.name:
+        for layer in built.model.layers:
+            layer.mlp.gate.weight.to_local().detach().zero_()
+        different = []
+
+    rank = dist.get_rank()
+    batches = [torch.arange(99).view(3, 33) * 3 % 384 + offset for offset in range(4)]
+    loss = wrapped(input_ids=batches[rank], labels=batches[rank])
+    loss.backward()
+    norm = fsdp.grad_norm(wrapped)
+    gradient = {name: full(parameter.grad) for name, parameter in built.named_parameters()}
+    losses = [NextToken(reference)(input_ids=batch, labels=batch) for batch in batches]
+    (torch.stack(losses).sum() / 4).backward()  # type: ignore[no-untyped-call]
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    expected_norm = torch.nn.utils.get_total_norm(list(expected.values()))
+
+    output_dir.mkdir(exist_ok=True)
+    export_model(options, built, tokenizer, [])
+    return {
+        "different": different,
+        "read": read[0] / sum(tensor.numel() for tensor in everything(reference).values()),
+        "owned": sum(local(tensor).numel() for tensor in experts) / sum(tensor.numel() for tensor in experts),
+        "loss": abs(loss.item() / losses[rank].item() - 1),
+        "gradient": relative_l2(gradient, expected),
+        "worst": max(relative_l2({"": gradient[name]}, {"": expected[name]}) for name in expected),
+        "norm": abs(norm.item() / expected_norm.item() - 1),
+        "exported": [] if "one expert" in path.name else same(stored(output_dir), stored(path)),
+    }
+
+
+def wrap(objective: NextToken, options: Options) -> torch.nn.Module:
+    mesh = init_device_mesh("cpu", (1, 4, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    adapt_model(objective, options, "none", mesh)
+    return fsdp.wrap(objective, decoder_layers(objective.model), mesh, torch.device("cpu"), False, True, False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def full(gradient: Tensor | None) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(findings: dict[str, Any], name: str) -> None:
+    """Loss, gradient and files of what experts can be."""
+    found = findings[name]
+    assert found["different"] == found["exported"] == []
+    assert found["loss"] < 1e-6
+    assert found["norm"] < GATES.grad_norm
+    assert found["gradient"] < GATES.gradient
+    assert found["worst"] < 1e-5, "the tensor with the largest difference"
+    assert found["owned"] < 0.34, "a quarter of the experts, or of 3 of a rank's group: 2 and 1"
