@@ -12,7 +12,7 @@ def grouped_mlp(module: nn.Module, tokens_ND: Tensor, ends_E: Tensor) -> Tensor:
     """The outputs [N, D] of the experts of `module`, before the weights of the router.
 
     `module` follows the experts interface of transformers. `tokens_ND` are sorted by expert, and `ends_E` (int32) is
-    the end of each expert's tokens. Some experts may have none, and N may be 0.
+    the end of each expert's tokens. Some experts may have none.
     """
     bias = [None, None]
     first = "gate_up_proj" if module.has_gate else "up_proj"

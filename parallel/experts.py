@@ -87,12 +87,15 @@ def _compute_experts(
     expert_M = expert_M.repeat_interleave(received_PL.flatten(), output_size=sum(received))
     by_expert_M = expert_M.argsort(stable=True)
     rows_MD = _TakeTokens.apply(rows_MD, by_expert_M, 1)  # type: ignore[no-untyped-call]
-    outputs_MD = grouped_mlp(local, rows_MD, received_PL.sum(0).cumsum(0).to(torch.int32))
+    if by_expert_M.numel():
+        outputs_MD = grouped_mlp(local, rows_MD, received_PL.sum(0).cumsum(0).to(torch.int32))
+    else:  # nothing to multiply; the graph still leads to the experts, so that they get gradients of zeros
+        outputs_MD = rows_MD + sum(shard.flatten()[:0].sum() for shard in shards)
     outputs_MD = torch.empty_like(outputs_MD).index_copy(0, by_expert_M, outputs_MD)
 
     outputs_RD = _AllToAll.apply(outputs_MD, received, sent, group)  # type: ignore[no-untyped-call]
     outputs_RD = outputs_RD.new_zeros(tokens * choices, outputs_RD.shape[1]).index_copy(0, order_R, outputs_RD)
-    weighted_SKD = outputs_RD.view(tokens, choices, -1) * weight_SK.unsqueeze(-1)
+    weighted_SKD = outputs_RD.unflatten(0, (tokens, choices)) * weight_SK.unsqueeze(-1)
     return weighted_SKD.sum(1).to(hidden_SD.dtype)
 
 
@@ -134,7 +137,7 @@ class _TakeTokens(torch.autograd.Function):
         (order_R,) = ctx.saved_tensors
         repeated = gradient_RD.new_zeros(ctx.tokens * ctx.choices, gradient_RD.shape[1])
         repeated.index_copy_(0, order_R, gradient_RD)
-        return repeated.view(ctx.tokens, ctx.choices, -1).sum(1), None, None
+        return repeated.unflatten(0, (ctx.tokens, ctx.choices)).sum(1), None, None
 
 
 class _AllToAll(torch.autograd.Function):

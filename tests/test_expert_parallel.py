@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -17,13 +18,19 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
+    JetMoeConfig,
     PretrainedConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
 import fsdp
 from checkpoint.export import export_model
+from config.checks import check
+from config.command_line import parse
+from config.errors import OptionError
 from config.options import Options
+from data import ledger
 from loss.next_token import NextToken
 from model.adapt import adapt_model
 from model.build import build_model, load_config_and_tokenizer
@@ -31,9 +38,10 @@ from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
 from tests import proof
 from tests.families import SIZES
-from tests.launch import train
+from tests.launch import train, train_ok
 from tests.proof import GATES, REFERENCE, Case, curve, deviation, first_gradient, relative_l2
 from tests.test_models import everything, same, stored
+from tests.test_resume import cut_off_at, equal_to_the_bit, save_again
 from tests.test_tensor_parallel import count_reads
 
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}
@@ -94,7 +102,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3 moe": Qwen3MoeConfig(**UNTIED, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2),
     "gpt oss": GptOssConfig(**UNTIED, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
     "deepseek v3": DeepseekV3Config(
-        **UNTIED,
+        **UNTIED | {"num_key_value_heads": 4},
         moe_intermediate_size=16,
         n_routed_experts=4,
         num_experts_per_tok=2,
@@ -202,3 +210,101 @@ def test_family(findings: dict[str, Any], name: str) -> None:
     assert found["gradient"] < GATES.gradient
     assert found["worst"] < 1e-5, "the tensor with the largest difference"
     assert found["owned"] < 0.34, "a quarter of the experts, or of 3 of a rank's group: 2 and 1"
+
+
+ONCE = ("--logging_steps", "5", "--warmup_steps", "0", "--lr_scheduler_type", "constant")
+
+
+@pytest.fixture(scope="module")
+def split_in_two(mixture: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on 2 ranks that split the experts, with a checkpoint in the middle."""
+    output_dir = tmp_path_factory.mktemp("split")
+    train_ok(2, *mixture, *ONCE, *EP2, "--save_steps", 10, "--output_dir", output_dir)
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (1, "ddp"),
+        pytest.param(2, "ddp", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp --expert_parallel 2", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp --expert_parallel 4", marks=pytest.mark.slow),
+    ],
+)
+def test_resumes_on_any_topology(
+    mixture: list[object], split_in_two: Path, tmp_path: Path, ranks: int, strategy: str
+) -> None:
+    """The loaded state is the saved one to the bit, the rest of the run the same, and so it is on the way back."""
+    resumed, again = tmp_path / "resumed", tmp_path / "again"
+    cut_off_at(10, split_in_two, resumed)
+    options = [*mixture, *ONCE, "--output_dir", resumed, "--resume_from_checkpoint", "auto", "--save_steps", 15]
+    outcome = train(
+        ranks, [*options, "--strategy", *strategy.split(), "--max_steps", 15], before=partial(save_again, again)
+    )
+    assert outcome.exit_codes == [0] * ranks, outcome.output
+    assert equal_to_the_bit(again / "checkpoint-10", split_in_two / "checkpoint-10")
+    train_ok(2, *options, *EP2)
+    actual, expected = (load_file(run / "model.safetensors") for run in (resumed, split_in_two))
+    assert relative_l2(actual, expected) < GATES.parameters
+
+
+@pytest.mark.slow
+def test_random_weights_documents_and_the_ledger(model_dir: Path, mixture: list[object], tmp_path: Path) -> None:
+    """Random weights, packed documents and sequences of a step are those of one process."""
+    model = mixture[-1]
+    assert isinstance(model, Path)
+    named = mixture.index("--model_name_or_path")
+    options = [*mixture[:named], *mixture[named + 2 : -2], "--config_name", model, "--tokenizer_name", model]
+    options += ["--packing", "documents", "--ledger", "--max_steps", 4]
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
+    train_ok(4, *options, *EP2, "--output_dir", tmp_path / "four")
+    assert ledger.main([str(tmp_path / "one"), str(tmp_path / "four")]) == 0
+    one, four = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "four"))
+    assert relative_l2(four, one) < GATES.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), CHECKPOINTING, ("--bf16", "true")], ids=str)
+def test_compiled(mixture: list[object], tmp_path: Path, more: tuple[str, ...]) -> None:
+    """A compiled layer with split experts computes what an eager one does."""
+    steps = ("--max_steps", 4, *more)
+    train_ok(1, *mixture, *steps, "--output_dir", tmp_path / "one")
+    train_ok(2, *mixture, *steps, *EP2, "--torch_compile", "true", "--output_dir", tmp_path / "two")
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    assert relative_l2(two, one) < (1e-3 if "--bf16" in more else GATES.parameters)
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks", "message"),
+    [
+        ("--expert_parallel 2", 2, "ddp has the full model"),
+        ("--strategy fsdp --expert_parallel 3", 4, "4 ranks are 1.33 groups of 3"),
+        ("--strategy fsdp --expert_parallel 2 --tensor_parallel 2", 4, "combined with tensor_parallel 2"),
+        ("--strategy fsdp --expert_parallel 2 --context_parallel 2", 4, "combined with context_parallel 2"),
+        ("--strategy fsdp --expert_parallel 2 --replicas 2", 4, "combined with replicas 2"),
+        ("--strategy fsdp --expert_parallel 2 --cpu_offload", 4, "combined with cpu_offload true"),
+        ("--strategy fsdp --expert_parallel 2 --optim muon", 4, "Muon needs the full matrices"),
+    ],
+)
+def test_refused_options(argv: str, ranks: int, message: str) -> None:
+    with pytest.raises(OptionError) as error:
+        check(parse(argv.split()), ranks)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MIXTURE, "qwen3_moe has 4 experts in a layer, and 4 / 3 = 1.33333\npass a divisor of 4"),
+        (Qwen3Config(**UNTIED), "qwen3 has no experts that follow the experts interface"),
+        (JetMoeConfig(vocab_size=384, hidden_size=32, num_hidden_layers=1), "jetmoe has no experts that follow"),
+    ],
+    ids=["3 ranks", "dense", "experts of another kind"],
+)
+def test_models_that_cannot_be_split(config: PretrainedConfig, message: str) -> None:
+    with pytest.raises(OptionError) as error:
+        build_model(Options(expert_parallel=3), config)
+    assert f"expert_parallel 3: {message}" in str(error.value)
