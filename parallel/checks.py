@@ -101,7 +101,7 @@ def check_expert_parallel(model: PreTrainedModel, ranks: int) -> None:
             f"expert_parallel {ranks}: {name} has no experts that follow the experts interface of transformers\n"
             "remove --expert_parallel; --strategy fsdp shards any model"
         )
-    common = math.gcd(*(module.num_experts for module in modules))
+    common = math.gcd(*(len(next(module.parameters())) for module in modules))
     if common % ranks:
         raise OptionError(
             f"expert_parallel {ranks}: {name} has {common} experts in a layer, and {common} / {ranks} = "

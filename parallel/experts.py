@@ -95,7 +95,7 @@ def _compute_experts(
 
     outputs_RD = _AllToAll.apply(outputs_MD, received, sent, group)  # type: ignore[no-untyped-call]
     outputs_RD = outputs_RD.new_zeros(tokens * choices, outputs_RD.shape[1]).index_copy(0, order_R, outputs_RD)
-    weighted_SKD = outputs_RD.unflatten(0, (tokens, choices)) * weight_SK.unsqueeze(-1)
+    weighted_SKD = outputs_RD.view(tokens, choices, hidden_SD.shape[1]) * weight_SK.unsqueeze(-1)
     return weighted_SKD.sum(1).to(hidden_SD.dtype)
 
 
@@ -137,7 +137,7 @@ class _TakeTokens(torch.autograd.Function):
         (order_R,) = ctx.saved_tensors
         repeated = gradient_RD.new_zeros(ctx.tokens * ctx.choices, gradient_RD.shape[1])
         repeated.index_copy_(0, order_R, gradient_RD)
-        return repeated.unflatten(0, (ctx.tokens, ctx.choices)).sum(1), None, None
+        return repeated.view(ctx.tokens, ctx.choices, gradient_RD.shape[1]).sum(1), None, None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,7 +1,10 @@
 """Experts that are split among ranks compute what all experts on each rank compute."""
 
+import copy
+import dataclasses
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,9 @@ from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
 from data import ledger
+from estimate.activations import Activations
+from estimate.communication import predict_collectives
+from estimate.memory import memory_by_phase
 from loss.next_token import NextToken
 from model.adapt import adapt_model
 from model.build import build_model, load_config_and_tokenizer
@@ -308,3 +314,28 @@ def test_models_that_cannot_be_split(config: PretrainedConfig, message: str) -> 
     with pytest.raises(OptionError) as error:
         build_model(Options(expert_parallel=3), config)
     assert f"expert_parallel 3: {message}" in str(error.value)
+
+
+def test_collectives_and_memory(mixture: list[object], tmp_path: Path) -> None:
+    """A step of 2 x 2 ranks in two micro-steps: its collectives to the byte, all-to-alls to the balance of experts."""
+    options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2, strategy="fsdp")
+    options = dataclasses.replace(options, bf16=False, torch_compile=False, expert_parallel=2)
+    more = ["--global_batch_size", 32, "--max_steps", 4, "--logging_steps", 100, "--trace_steps", 1]
+    more += ["--validation_split_percentage", 0]
+    printed = train_ok(4, *mixture, *EP2, *more, "--gradient_checkpointing", "--output_dir", tmp_path)
+    found = re.findall(r"^  (\w+) +([\d,]+) with +([\d,]+) bytes$", printed, re.MULTILINE)
+    counted = {kind: tuple(int(number.replace(",", "")) for number in numbers) for kind, *numbers in found}
+    options.gradient_checkpointing = True
+    model = build_model(options, copy.deepcopy(MIXTURE))
+    predicted = predict_collectives(model, options, 4)
+    assert {kind: calls for kind, (calls, _) in counted.items()} == {kind: one.calls for kind, one in predicted.items()}
+    assert counted.pop("all_to_all")[1] == pytest.approx(predicted.pop("all_to_all").size, rel=0.3)
+    assert counted == predicted
+
+    saved = Activations(0, 0, 0, 0, 0)
+    split, alone = (
+        memory_by_phase(model, dataclasses.replace(options, expert_parallel=ranks), 4, saved)[0] for ranks in (2, 1)
+    )
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    assert split.parameters == alone.parameters
+    assert alone.gradients - split.gradients == 4 * experts // 2, "full gradients between micro-steps"
