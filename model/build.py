@@ -26,6 +26,7 @@ from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
 from model.attention import attention_obstacle
+from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, random_noise
 from parallel.checks import (
@@ -143,6 +144,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         with contextlib.suppress(OSError):  # without such a file, it follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     _check_layers(options, model)
+    use_grouped_products(model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):
         raise OptionError(
             f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and "
