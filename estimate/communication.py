@@ -111,10 +111,10 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
 def expert_parallel_collectives(model: PreTrainedModel, options: Options) -> dict[str, Collectives]:
     """The all-to-alls of tokens within an expert-parallel group (parallel/experts.py), for experts with equal loads.
 
-    In each micro-step, a layer with experts has three in its forward: of the number of tokens for each expert, of
-    tokens to their experts, and of outputs back. It has two of gradients in its backward. A token travels once for each
-    of its experts, in the dtype of computation. With gradient checkpointing, a layer's second forward repeats all
-    three.
+    In each micro-step, a layer with experts has four in its forward: of the number of tokens for each expert, of tokens
+    to their experts, of the router's weights, and of outputs back. It has three of gradients in its backward. A token
+    travels once for each of its experts, in the dtype of computation. With gradient checkpointing, a layer's second
+    forward repeats all four.
     """
     config, compute_bytes = model.config.get_text_config(), BF16 if options.bf16 else FP32
     choices = getattr(config, "num_experts_per_tok", None) or config.top_k_experts  # the second: Gemma 4
@@ -123,8 +123,9 @@ def expert_parallel_collectives(model: PreTrainedModel, options: Options) -> dic
     calls, size = 0, 0
     for module in expert_modules(model):
         numbers = INT64 * len(next(module.parameters()))
-        calls += 5 + 3 * again
-        size += (1 + again) * numbers + (4 + 2 * again) * compute_bytes * tokens * config.hidden_size
+        calls += 7 + 4 * again
+        size += (1 + again) * numbers + (2 + again) * compute_bytes * tokens
+        size += (4 + 2 * again) * compute_bytes * tokens * config.hidden_size
     micro_steps = options.gradient_accumulation_steps
     return {"all_to_all": Collectives(micro_steps * calls, micro_steps * size)}
 

@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel.checks import expert_modules
 
-# The outputs [M, D] of a module's experts for tokens [M, D] that are sorted by expert; int32 [L]: where each ends.
-GroupedMLP = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# The outputs [M, D] of a module's experts, from the module, tokens [M, D] that are sorted by expert, where the tokens
+# of each expert end (int32 [L]), and the weight of each output [M].
+GroupedMLP = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, grouped_mlp: GroupedMLP) -> None:
@@ -81,6 +82,9 @@ def _compute_experts(
     order_R = order_R[: sum(sent)]
     rows_RD = _TakeTokens.apply(hidden_SD.to(shards[0].dtype), order_R, choices)  # type: ignore[no-untyped-call]
     rows_MD = _AllToAll.apply(rows_RD, sent, received, group)  # type: ignore[no-untyped-call]
+    # The rank with the expert applies the weight of the router, so that no rank saves outputs for the backward pass.
+    weight_R1 = _TakeTokens.apply(weight_SK.reshape(-1, 1), order_R, 1)  # type: ignore[no-untyped-call]
+    weight_M1 = _AllToAll.apply(weight_R1, sent, received, group)  # type: ignore[no-untyped-call]
 
     # They arrive by rank of origin, and by expert within each. Sort them by expert, compute, and restore their order.
     expert_M = experts[: received_PL.shape[1]].repeat(group.size())
@@ -88,15 +92,16 @@ def _compute_experts(
     by_expert_M = expert_M.argsort(stable=True)
     rows_MD = _TakeTokens.apply(rows_MD, by_expert_M, 1)  # type: ignore[no-untyped-call]
     if by_expert_M.numel():
-        outputs_MD = grouped_mlp(local, rows_MD, received_PL.sum(0).cumsum(0).to(torch.int32))
+        ends_L = received_PL.sum(0).cumsum(0).to(torch.int32)
+        weight_M1 = _TakeTokens.apply(weight_M1, by_expert_M, 1)  # type: ignore[no-untyped-call]
+        outputs_MD = grouped_mlp(local, rows_MD, ends_L, weight_M1.squeeze(1)).to(rows_MD.dtype)
     else:  # nothing to multiply; the graph still leads to the experts, so that they get gradients of zeros
-        outputs_MD = rows_MD + sum(shard.flatten()[:0].sum() for shard in shards)
+        outputs_MD = rows_MD * weight_M1 + sum(shard.flatten()[:0].sum() for shard in shards)
     outputs_MD = torch.empty_like(outputs_MD).index_copy(0, by_expert_M, outputs_MD)
 
     outputs_RD = _AllToAll.apply(outputs_MD, received, sent, group)  # type: ignore[no-untyped-call]
     outputs_RD = outputs_RD.new_zeros(tokens * choices, outputs_RD.shape[1]).index_copy(0, order_R, outputs_RD)
-    weighted_SKD = outputs_RD.view(tokens, choices, hidden_SD.shape[1]) * weight_SK.unsqueeze(-1)
-    return weighted_SKD.sum(1).to(hidden_SD.dtype)
+    return outputs_RD.view(tokens, choices, hidden_SD.shape[1]).sum(1).to(hidden_SD.dtype)
 
 
 class _LocalExperts(torch.autograd.Function):
