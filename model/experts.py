@@ -82,9 +82,9 @@ def grouped_mlp(
 def _recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Call `function`, which ends with a matrix product, and save its inputs instead of the factors of the product.
 
-    The recomputation stops before the product. The compiler chooses what to recompute by itself.
+    The recomputation stops before the product.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return function(*inputs)
     output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return output
