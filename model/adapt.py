@@ -46,6 +46,7 @@ def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: Devi
     if options.expert_parallel > 1:
         shape = dist.get_world_size() // options.expert_parallel, options.expert_parallel
         expert_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("expert_shard", "expert"))
-        apply_expert_parallel(model, expert_mesh, grouped_mlp)
+        # A layer's graph ends where tokens travel, so what a rank computes for them is compiled on its own.
+        apply_expert_parallel(model, expert_mesh, torch.compile(grouped_mlp) if options.torch_compile else grouped_mlp)
     if options.torch_compile:
         compile_layers(model, options)

@@ -33,8 +33,8 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     With gradient checkpointing, the recomputation is compiled together with the backward pass, and omits what that does
     not need, such as the last matrix product of the layer. In these cases, transformers recomputes the compiled layer
     instead: offloaded inputs; tensor or context parallelism, because torch 2.11 would save the results of collectives;
-    dropout, which torch 2.11 cannot compile inside checkpointing on a GPU; and experts that do not compute with
-    model/experts.py, because a layer with graph breaks would not be compiled at all.
+    dropout, which torch 2.11 cannot compile inside checkpointing on a GPU; and experts that are split, or that do not
+    compute with model/experts.py, because a layer with graph breaks would not be compiled at all.
     """
     set_recomputation(options.activation_memory_budget)
     # Otherwise, graphs would be cut where a bucket of DDP ends, to all-reduce it a little earlier. Tensors between the
@@ -44,7 +44,8 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     # the default of 8.
     torch._dynamo.config.recompile_limit = 64
     experts = any(name.endswith("experts") and not is_experts(module) for name, module in model.named_modules())
-    by_transformers = options.offload_activations or options.model_parallel_size > 1 or experts or random_noise(model)
+    split = options.model_parallel_size > 1 or options.expert_parallel > 1
+    by_transformers = options.offload_activations or split or experts or random_noise(model)
     for layer in decoder_layers(model):
         forward = layer.forward
         if getattr(layer, "gradient_checkpointing", False) and not by_transformers:

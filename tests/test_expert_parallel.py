@@ -1,11 +1,9 @@
 """Experts that are split among ranks compute what all experts on each rank compute."""
 
-import copy
 import dataclasses
 import json
 import os
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
@@ -42,44 +41,30 @@ from model.adapt import adapt_model
 from model.build import build_model, load_config_and_tokenizer
 from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
-from tests import proof
+from tests import proof, world
 from tests.families import SIZES
 from tests.launch import train, train_ok
-from tests.proof import GATES, REFERENCE, Case, curve, deviation, first_gradient, relative_l2
+from tests.proof import (
+    CHECKPOINTING,
+    EP2,
+    GATES,
+    MIXTURE_CASES,
+    REFERENCE,
+    Case,
+    curve,
+    deviation,
+    first_gradient,
+    relative_l2,
+)
 from tests.test_models import everything, same, stored
 from tests.test_resume import cut_off_at, equal_to_the_bit, save_again
 from tests.test_tensor_parallel import count_reads
-
-EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}
-MIXTURE = Qwen3MoeConfig(**SIZES | EXPERTS | {"vocab_size": 384, "attention_dropout": 0.0})
-EP2 = (*proof.FSDP, "--expert_parallel", "2")
-EP4 = (*proof.FSDP, "--expert_parallel", "4")
-CHECKPOINTING = ("--gradient_checkpointing",)
-
-CASES = [
-    Case("expert parallel", 2, 8, EP2),
-    Case("FSDP x expert parallel", 4, 2, EP2),
-    Case("FSDP x expert parallel", 4, 4, EP2, slow=True),
-    Case("expert parallel", 4, 4, EP4, slow=True),
-    Case("FSDP (ZeRO-2) x expert parallel", 4, 2, (*EP2, "--reshard_after_forward", "false"), slow=True),
-    Case("FSDP x expert parallel, reduce-scattered each micro-step", 4, 2, (*EP2, "--sync_each_batch"), slow=True),
-    Case("FSDP x expert parallel, activation checkpointing", 4, 4, (*EP2, *CHECKPOINTING), slow=True),
-]
-
-
-def make_model(config: PretrainedConfig, tokenizer: Path, path: Path) -> Path:
-    """A checkpoint with random values, and the files of `tokenizer`."""
-    shutil.copytree(tokenizer, path, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(tokenizer / "tokenizer_config.json", path)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def mixture(tiny: list[object], model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """The options of most runs, with a mixture of 4 experts."""
-    model = make_model(MIXTURE, model_dir, tmp_path_factory.mktemp("mixture") / "model")
+    model = world.make_mixture(tmp_path_factory.mktemp("mixture") / "model", model_dir)
     return [*tiny, "--model_name_or_path", model]
 
 
@@ -92,7 +77,7 @@ def expected(mixture: list[object], tmp_path_factory: pytest.TempPathFactory) ->
     return directory
 
 
-@pytest.mark.parametrize("case", proof.marked(CASES))
+@pytest.mark.parametrize("case", proof.marked(MIXTURE_CASES))
 def test_same_curve(expected: Path, mixture: list[object], tmp_path: Path, case: Case) -> None:
     """First gradient, 20 steps, evaluation, and the exported experts, which are whole again."""
     gradient = relative_l2(first_gradient(case, mixture, tmp_path / "gradient"), torch.load(expected / "gradient.pt"))
@@ -129,7 +114,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def findings(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What 2 x 2 ranks measured for each family: load, one gradient, export."""
     directory = tmp_path_factory.mktemp("families")
-    paths = {name: make_model(config, model_dir, directory / name) for name, config in FAMILIES.items()}
+    paths = {name: world.make_family(config, directory / name, model_dir) for name, config in FAMILIES.items()}
     outcome = train(4, [], before=partial(try_all, paths, directory))
     assert outcome.exit_codes == [0] * 4, outcome.output
     found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
@@ -312,7 +297,7 @@ def test_refused_options(argv: str, ranks: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MIXTURE, "qwen3_moe has 4 experts in a layer, and 4 / 3 = 1.33333\npass a divisor of 4"),
+        (FAMILIES["gpt oss"], "gpt_oss has 4 experts in a layer, and 4 / 3 = 1.33333\npass a divisor of 4"),
         (Qwen3Config(**UNTIED), "qwen3 has no experts that follow the experts interface"),
         (JetMoeConfig(vocab_size=384, hidden_size=32, num_hidden_layers=1), "jetmoe has no experts that follow"),
     ],
@@ -334,7 +319,7 @@ def test_collectives_and_memory(mixture: list[object], tmp_path: Path) -> None:
     found = re.findall(r"^  (\w+) +([\d,]+) with +([\d,]+) bytes$", printed, re.MULTILINE)
     counted = {kind: tuple(int(number.replace(",", "")) for number in numbers) for kind, *numbers in found}
     options.gradient_checkpointing = True
-    model = build_model(options, copy.deepcopy(MIXTURE))
+    model = build_model(options, AutoConfig.from_pretrained(str(mixture[-1])))
     predicted = predict_collectives(model, options, 4)
     assert {kind: calls for kind, (calls, _) in counted.items()} == {kind: one.calls for kind, one in predicted.items()}
     assert counted.pop("all_to_all")[1] == pytest.approx(predicted.pop("all_to_all").size, rel=0.3)
