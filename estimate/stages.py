@@ -57,7 +57,8 @@ def stages(options: Options, ranks: int) -> list[Options]:
     replicated = dataclasses.replace(
         sharded, strategy="ddp", tensor_parallel=1, expert_parallel=1, sync_each_batch=False
     )
-    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
+    can_offload = options.optim != "muon" and options.expert_parallel == 1
+    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if can_offload else []
     if offloaded and options.tensor_parallel == 1:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
         inputs["activation_memory_budget"] = None  # the two exclude each other
@@ -67,7 +68,9 @@ def stages(options: Options, ranks: int) -> list[Options]:
         ranks // options.tensor_parallel,
     )
     hybrid = (
-        [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and data_parallel_size % replicas == 0 else []
+        [dataclasses.replace(sharded, replicas=replicas)]
+        if replicas > 1 and data_parallel_size % replicas == 0 and options.expert_parallel == 1
+        else []
     )
     not_resharded = dataclasses.replace(sharded, reshard_after_forward=False)
     return [

@@ -214,14 +214,15 @@ def split_in_two(mixture: list[object], tmp_path_factory: pytest.TempPathFactory
     return output_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
     [
         (1, "ddp"),
-        pytest.param(2, "ddp", marks=pytest.mark.slow),
-        pytest.param(4, "fsdp", marks=pytest.mark.slow),
-        pytest.param(4, "fsdp --expert_parallel 2", marks=pytest.mark.slow),
-        pytest.param(4, "fsdp --expert_parallel 4", marks=pytest.mark.slow),
+        (2, "ddp"),
+        (4, "fsdp"),
+        (4, "fsdp --expert_parallel 2"),
+        (4, "fsdp --expert_parallel 4"),
     ],
 )
 def test_resumes_on_any_topology(
@@ -239,6 +240,16 @@ def test_resumes_on_any_topology(
     train_ok(2, *options, *EP2)
     actual, expected = (load_file(run / "model.safetensors") for run in (resumed, split_in_two))
     assert relative_l2(actual, expected) < GATES.parameters
+
+
+@pytest.mark.slow
+def test_preferences(mixture: list[object], dpo: list[object], tmp_path: Path) -> None:
+    """DPO evaluates the initial model without gradients, with the same all-to-alls."""
+    options = [*dpo, "--model_name_or_path", mixture[-1], "--max_steps", 4]
+    train_ok(1, *options, "--output_dir", tmp_path / "one")
+    train_ok(4, *options, *EP2, "--output_dir", tmp_path / "four")
+    one, four = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "four"))
+    assert relative_l2(four, one) < GATES.parameters
 
 
 @pytest.mark.slow
@@ -309,6 +320,7 @@ def test_models_that_cannot_be_split(config: PretrainedConfig, message: str) -> 
     assert f"expert_parallel 3: {message}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_collectives_and_memory(mixture: list[object], tmp_path: Path) -> None:
     """A step of 2 x 2 ranks in two micro-steps: its collectives to the byte, all-to-alls to the balance of experts."""
     options = Options(block_size=64, per_device_train_batch_size=4, gradient_accumulation_steps=2, strategy="fsdp")
