@@ -98,8 +98,9 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
     Raises OptionError on every rank.
     """
     run = {name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES}
-    # Where ranks split layers, a compiled layer that is recomputed repeats other collectives than an eager one.
-    run["torch_compile"] = options.torch_compile and options.model_parallel_size > 1
+    # Where ranks split layers or experts, a compiled layer that is recomputed repeats other collectives than an eager
+    # one.
+    run["torch_compile"] = options.torch_compile and options.model_parallel_size * options.expert_parallel > 1
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
     sees_lock = (Path(options.output_dir) / ".lock").exists()
     runs, sights = zip(*gather_objects((run, sees_lock)), strict=True)

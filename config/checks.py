@@ -25,6 +25,7 @@ POSITIVE = (
     "replicas",
     "tensor_parallel",
     "context_parallel",
+    "expert_parallel",
     "save_total_limit",
     "ddp_timeout",
     "dataloader_prefetch_factor",
@@ -47,6 +48,7 @@ NOT_NEGATIVE = (
 # Options for FSDP only, and why DDP cannot have them.
 FSDP_ONLY = {
     "tensor_parallel": "needs --strategy fsdp (in a DeepSpeed file: zero_optimization.stage 2 or 3)",
+    "expert_parallel": "ddp has the full model on each GPU",
     "replicas": "needs --strategy fsdp (in a DeepSpeed file: zero_optimization.stage 2 or 3)",
     "cpu_offload": "ddp has the full model on the GPU",
     "reshard_after_forward": "ddp shards no parameters",
@@ -191,9 +193,9 @@ def _check_strategy(options: Options) -> None:
 
 
 def _check_parallel(options: Options, world_size: int) -> None:
-    """Refuse numbers of ranks that do not divide, and combinations that tensor and context parallelism do not have."""
+    """Refuse numbers of ranks that do not divide, and combinations that parallelism within a model does not have."""
     tensor, context = f"tensor_parallel {options.tensor_parallel}", f"context_parallel {options.context_parallel}"
-    for name in ("context_parallel", "tensor_parallel"):
+    for name in ("context_parallel", "tensor_parallel", "expert_parallel"):
         size = getattr(options, name)
         if world_size % size:
             raise OptionError(
@@ -216,12 +218,32 @@ def _check_parallel(options: Options, world_size: int) -> None:
             f"optim muon: cannot be combined with {other}, because Muon needs the full matrix on a GPU\n"
             f"remove --{other.split()[0]}, or pass --optim adamw_torch_fused"
         )
+    if options.expert_parallel > 1:
+        _check_expert_parallel(options)
     groups = world_size // options.tensor_parallel
     if groups % options.replicas:
         sharding = data_parallel_groups(dataclasses.replace(options, context_parallel=1), groups)
         raise OptionError(
             f"replicas {options.replicas}: {sharding} are {groups / options.replicas:.3g} for each replica\n"
             f"pass a divisor of {groups}"
+        )
+
+
+def _check_expert_parallel(options: Options) -> None:
+    name = f"expert_parallel {options.expert_parallel}"
+    for other in ("tensor_parallel", "context_parallel", "replicas", "cpu_offload"):
+        value = getattr(options, other)
+        if value != getattr(Options, other):
+            raise OptionError(f"{name}: cannot be combined with {other} {str(value).lower()}\nremove one of them")
+    if options.optim == "muon":
+        raise OptionError(
+            f"optim muon: cannot be combined with {name}, because Muon needs the full matrices of the experts\n"
+            "remove --expert_parallel, or pass --optim adamw_torch_fused"
+        )
+    if options.ddp_backend == "gloo" and torch.cuda.is_available():
+        raise OptionError(
+            f"{name}: cannot be combined with ddp_backend gloo on GPUs\n"
+            "remove --ddp_backend; each rank then needs a GPU of its own"
         )
 
 

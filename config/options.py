@@ -183,6 +183,7 @@ class Options:
     replicas: int = option(STRATEGY, 1, "fsdp: replicas of the model, each sharded; above 1, hybrid sharding.")
     tensor_parallel: int = option(STRATEGY, 1, "fsdp: consecutive ranks that split each layer.")
     context_parallel: int = option(STRATEGY, 1, "Consecutive ranks that split each sequence.")
+    expert_parallel: int = option(STRATEGY, 1, "fsdp: consecutive ranks that split the experts of each layer.")
     shard_optimizer: bool = option(STRATEGY, False, "ddp: shard the optimizer; each rank updates its shard (ZeRO-1).")
     sync_each_batch: bool = option(
         STRATEGY, False, "fsdp: reduce-scatter gradients in each micro-step, not once a step."

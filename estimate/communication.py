@@ -20,7 +20,7 @@ from estimate.memory import numel
 from loss.cross_entropy import CHUNK_LOGITS
 from loss.next_token import ends_with_head
 from model.layers import decoder_layers, decoder_matrices
-from parallel.checks import attention_heads
+from parallel.checks import attention_heads, expert_modules
 from parallel.tensor import split_on_meta
 
 # The default bucket sizes of DistributedDataParallel, in bytes: a full bucket is all-reduced at once.
@@ -55,7 +55,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
     rank communicates nothing.
 
     With tensor parallelism, this holds for the parameters after the split, and `tensor_parallel_collectives` are added;
-    with context parallelism, `context_parallel_collectives`.
+    with context parallelism, `context_parallel_collectives`. With expert parallelism over P ranks, the experts of a
+    layer are a unit of their own among W / P ranks, 1 / P of it, and `expert_parallel_collectives` are added.
     """
     if options.context_parallel > 1:
         alone = predict_collectives(model, dataclasses.replace(options, context_parallel=1), ranks)
@@ -88,15 +89,45 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
     layers = decoder_layers(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     root = [parameter for parameter in parameters if id(parameter) not in in_layers]
-    for unit, gathers in [(root, reductions), *((layer.parameters(), of_layer) for layer in layers)]:
-        padded = numel(unit, shards) * shards
-        if shards > 1:
+    experts = [list(module.parameters()) for module in expert_modules(model)] if options.expert_parallel > 1 else []
+    in_experts = {id(parameter) for unit in experts for parameter in unit}
+    others = [[each for each in layer.parameters() if id(each) not in in_experts] for layer in layers]
+    for unit, gathers, group in [
+        (root, reductions, shards),
+        *((unit, of_layer, shards) for unit in others),
+        *((unit, of_layer, shards // options.expert_parallel) for unit in experts),
+    ]:
+        padded = numel(unit, shards) * group
+        if group > 1:
             kinds["all_gather"] += [compute_bytes * padded] * gathers
             kinds["reduce_scatter"] += [reduced * padded] * reductions
         if options.replicas > 1:
             kinds["all_reduce"] += [reduced * padded // shards] * reductions
     kinds["all_reduce"] += [FP32]
-    return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
+    predicted = {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
+    return _sum(predicted, expert_parallel_collectives(model, options)) if experts else predicted
+
+
+def expert_parallel_collectives(model: PreTrainedModel, options: Options) -> dict[str, Collectives]:
+    """The all-to-alls of tokens within an expert-parallel group (parallel/experts.py), for experts with equal loads.
+
+    In each micro-step, a layer with experts has four in its forward: of the number of tokens for each expert, of tokens
+    to their experts, of the router's weights, and of outputs back. It has three of gradients in its backward. A token
+    travels once for each of its experts, in the dtype of computation. With gradient checkpointing, a layer's second
+    forward repeats all four.
+    """
+    config, compute_bytes = model.config.get_text_config(), BF16 if options.bf16 else FP32
+    choices = getattr(config, "num_experts_per_tok", None) or config.top_k_experts  # the second: Gemma 4
+    tokens = sequences_per_micro_batch(options) * (options.block_size or 0) * choices
+    again = options.gradient_checkpointing
+    calls, size = 0, 0
+    for module in expert_modules(model):
+        numbers = INT64 * len(next(module.parameters()))
+        calls += 7 + 4 * again
+        size += (1 + again) * numbers + (2 + again) * compute_bytes * tokens
+        size += (4 + 2 * again) * compute_bytes * tokens * config.hidden_size
+    micro_steps = options.gradient_accumulation_steps
+    return {"all_to_all": Collectives(micro_steps * calls, micro_steps * size)}
 
 
 def tensor_parallel_collectives(

@@ -27,6 +27,7 @@ from estimate.activations import (
 from loss.cross_entropy import CHUNK_LOGITS
 from loss.next_token import ends_with_head
 from model.layers import decoder_layers, decoder_matrices
+from parallel.checks import expert_modules
 from parallel.tensor import split_on_meta
 
 GIB = 2**30
@@ -100,12 +101,15 @@ def memory_by_phase(
     full = numel(model.parameters())
     layer = max((numel(layer.parameters()) for layer in layers), default=0)
     root = full - sum(numel(layer.parameters()) for layer in layers)
+    if options.expert_parallel > 1:  # FSDP gathers only the experts of this rank's group
+        layer = max(numel(layer.parameters()) - experts_elsewhere(layer, options) for layer in layers)
+        full -= experts_elsewhere(model, options)
     parameters = FP32 * numel(model.parameters(), shards)
     gradients = FP32 * numel(trained, shards)
     moments, in_optimizer = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     if options.cpu_offload:  # shards only pass through the GPU
         parameters = moments = gradients = 0
-    accumulated = accumulated_gradients(options, ranks, numel(trained), gradients)
+    accumulated = accumulated_gradients(options, ranks, numel(trained) - experts_elsewhere(model, options), gradients)
     # The root's full gradients are the last that FSDP reduces.
     at_end = gradients + (FP32 * root if fsdp and accumulated > gradients else 0)
 
@@ -148,6 +152,12 @@ def memory_by_phase(
         phase("in the embedding's gradient", at_end, 0, head_gradient * tied * (not fsdp), last),
         phase("in the optimizer", gradients, 0, 0, in_optimizer),
     ]
+
+
+def experts_elsewhere(module: nn.Module, options: Options) -> int:
+    """Elements of the experts in `module` that the other ranks of an expert-parallel group compute with."""
+    experts = [parameter for each in expert_modules(module) for parameter in each.parameters()]
+    return numel(experts) - numel(experts, options.expert_parallel)
 
 
 def accumulated_gradients(options: Options, ranks: int, trained: int, shard: int) -> int:

@@ -32,6 +32,8 @@ def stage_name(options: Options) -> str:
         name = "FSDP (ZeRO-3)" if options.reshard_after_forward else "FSDP, not resharded after forward (ZeRO-2)"
     if options.tensor_parallel > 1:
         name = f"tensor parallel {options.tensor_parallel} x {name}"
+    if options.expert_parallel > 1:
+        name = f"expert parallel {options.expert_parallel} x {name}"
     if options.context_parallel > 1:
         name = f"context parallel {options.context_parallel} x {name}"
     offloaded = ["shards"] * options.cpu_offload + ["layer inputs"] * options.offload_activations
@@ -52,8 +54,11 @@ def stages(options: Options, ranks: int) -> list[Options]:
         cpu_offload=False,
         offload_activations=False,
     )
-    replicated = dataclasses.replace(sharded, strategy="ddp", tensor_parallel=1, sync_each_batch=False)
-    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if options.optim != "muon" else []
+    replicated = dataclasses.replace(
+        sharded, strategy="ddp", tensor_parallel=1, expert_parallel=1, sync_each_batch=False
+    )
+    can_offload = options.optim != "muon" and options.expert_parallel == 1
+    offloaded = [dataclasses.replace(sharded, cpu_offload=True)] if can_offload else []
     if offloaded and options.tensor_parallel == 1:
         inputs: dict[str, Any] = {"offload_activations": True, "gradient_checkpointing": True}
         inputs["activation_memory_budget"] = None  # the two exclude each other
@@ -63,7 +68,9 @@ def stages(options: Options, ranks: int) -> list[Options]:
         ranks // options.tensor_parallel,
     )
     hybrid = (
-        [dataclasses.replace(sharded, replicas=replicas)] if replicas > 1 and data_parallel_size % replicas == 0 else []
+        [dataclasses.replace(sharded, replicas=replicas)]
+        if replicas > 1 and data_parallel_size % replicas == 0 and options.expert_parallel == 1
+        else []
     )
     not_resharded = dataclasses.replace(sharded, reshard_after_forward=False)
     return [

@@ -110,6 +110,8 @@ def sharded(options: Options, ranks: int) -> str:
         facts.append("full gradients between micro-steps")
     if options.tensor_parallel > 1:
         facts.append(f"each layer split among {options.tensor_parallel} ranks")
+    if options.expert_parallel > 1:
+        facts.append(f"experts split among {options.expert_parallel} ranks")
     if options.cpu_offload:
         facts.append("shards and optimizer in host memory")
     return ", ".join(facts)

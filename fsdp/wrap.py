@@ -1,6 +1,8 @@
 """Shard a model over all ranks."""
 
 import dataclasses
+import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +45,13 @@ def wrap(
         # The CPU does not wait for copies from and to page-locked memory.
         storage_device, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
+    # With expert parallelism, experts are units of their own, sharded over the ranks with equal experts. The weights of
+    # the router are among their inputs, and keep their dtype.
+    experts = [module for module in objective.modules() if hasattr(module, "shard_mesh")]
+    for module in experts:
+        inputs_as_given = dataclasses.replace(precision, cast_forward_inputs=False)
+        shard_mesh: Any = module.shard_mesh
+        fully_shard(module, mesh=shard_mesh, reshard_after_forward=reshard_after_forward, mp_policy=inputs_as_given)
     for layer in decoder_layers:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
@@ -51,7 +60,9 @@ def wrap(
     # floating-point inputs belong to the loss, so they stay fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
-    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
+    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers, *experts]  # type: ignore[assignment]
+    if experts:
+        _prefetch(decoder_layers)
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=storage_device)
     for module in objective.modules():  # FSDP does not offload buffers
@@ -60,6 +71,20 @@ def wrap(
         }
     model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses
     return objective
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """All-gather the units of a layer during the layer before it, and in the backward pass during the one after it.
+
+    By default, FSDP relies on a CPU that is ahead of the GPU. With expert parallelism, the CPU waits in each layer.
+    """
+    units: list[list[FSDPModule]] = [
+        [module for module in layer.modules() if isinstance(module, FSDPModule)] for layer in layers
+    ]
+    for (layer, *_), following in itertools.pairwise(units):
+        layer.set_modules_to_forward_prefetch(following)
+    for previous, (layer, *_) in itertools.pairwise(units):
+        layer.set_modules_to_backward_prefetch(previous)
 
 
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:

@@ -26,9 +26,15 @@ from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
 from model.attention import attention_obstacle
+from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, random_noise
-from parallel.checks import check_context_parallel, check_plan_is_complete, check_tensor_parallel
+from parallel.checks import (
+    check_context_parallel,
+    check_expert_parallel,
+    check_plan_is_complete,
+    check_tensor_parallel,
+)
 from parallel.group import map_hidden_states
 
 
@@ -138,6 +144,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         with contextlib.suppress(OSError):  # without such a file, it follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     _check_layers(options, model)
+    use_grouped_products(model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):
         raise OptionError(
             f"activation_memory_budget {options.activation_memory_budget}: the model has {random}, and "
@@ -151,6 +158,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         )
     if options.tensor_parallel > 1:
         check_plan_is_complete(model, options.tensor_parallel)
+    if options.expert_parallel > 1:
+        check_expert_parallel(model, options.expert_parallel)
     if options.context_parallel > 1 and (reason := attention_obstacle(model)):
         raise OptionError(
             f"context_parallel {options.context_parallel}: {model.config.model_type} is not supported: {reason}\n"

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from config.options import Options
+from model.experts import is_experts
 from model.layers import decoder_layers, random_noise
 from model.recurrent import restarts_at_documents
 
@@ -33,8 +34,9 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     With gradient checkpointing, the recomputation is compiled together with the backward pass, and omits what that does
     not need, such as the last matrix product of the layer. In these cases, transformers recomputes the compiled layer
     instead: offloaded inputs; tensor or context parallelism, because torch 2.11 would save the results of collectives;
-    dropout, which torch 2.11 cannot compile inside checkpointing on a GPU; and experts and modules that restart at
-    documents (model/recurrent.py), because a layer with graph breaks would not be compiled at all.
+    dropout, which torch 2.11 cannot compile inside checkpointing on a GPU; and experts that are split, or that do not
+    compute with model/experts.py, and modules that restart at documents (model/recurrent.py), because a layer with
+    graph breaks would not be compiled at all.
     """
     set_recomputation(options.activation_memory_budget)
     # Otherwise, graphs would be cut where a bucket of DDP ends, to all-reduce it a little earlier. Tensors between the
@@ -43,11 +45,10 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     # Kinds of layers, a first and any length, with or without a window, training and evaluation need more graphs than
     # the default of 8.
     torch._dynamo.config.recompile_limit = 64
-    experts = any("experts" in name for name, _ in model.named_modules())
+    experts = any(name.endswith("experts") and not is_experts(module) for name, module in model.named_modules())
+    split = options.model_parallel_size > 1 or options.expert_parallel > 1
     graph_breaks = experts or restarts_at_documents(model)
-    by_transformers = (
-        options.offload_activations or options.model_parallel_size > 1 or graph_breaks or random_noise(model)
-    )
+    by_transformers = options.offload_activations or split or graph_breaks or random_noise(model)
     for layer in decoder_layers(model):
         forward = layer.forward
         if getattr(layer, "gradient_checkpointing", False) and not by_transformers:

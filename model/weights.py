@@ -250,7 +250,8 @@ def _initialize(model: PreTrainedModel, filled: set[int]) -> None:
         full = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
         for name, tensor in missing.items():
             full[name] = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
-        stand_in = copy.copy(module)
+        stand_in = object.__new__(type(module))  # copy.copy would call __new__ of an FSDP unit, which makes no copy
+        stand_in.__dict__ |= module.__dict__
         stand_in._parameters = module._parameters | {
             name: nn.Parameter(full[name]) for name, parameter in module._parameters.items() if parameter is not None
         }

@@ -1,5 +1,6 @@
 """The optimizer of a run: AdamW, or Muon with AdamW."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
     vectors = [(name, parameter) for name, parameter in trainable if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [of_mesh for group in groups for of_mesh in _by_mesh(group)]
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -37,3 +39,14 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     largest_first = sorted(orthogonal.items(), key=lambda item: -item[1].numel())
     muon_group = {"params": largest_first, "weight_decay": options.weight_decay}
     return Muon(muon_group, groups, torch.bfloat16 if options.bf16 else torch.float32, **settings)
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A parameter group as one group for each device mesh, because a fused update takes DTensors of one mesh.
+
+    With expert parallelism, experts have a mesh of their own.
+    """
+    by_mesh: dict[Any, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for name, parameter in group["params"]:
+        by_mesh[getattr(parameter, "device_mesh", None)].append((name, parameter))
+    return [{**group, "params": named} for named in by_mesh.values()]

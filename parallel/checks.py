@@ -1,4 +1,4 @@
-"""Which models tensor parallelism and context parallelism can split, and the errors for other models."""
+"""Which models tensor, context and expert parallelism can split, and the errors for other models."""
 
 import math
 import re
@@ -80,6 +80,32 @@ def check_plan_is_complete(model: PreTrainedModel, ranks: int) -> None:
         raise OptionError(
             f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves out {min(missing)}\n"
             "remove --tensor_parallel; --strategy fsdp shards any model"
+        )
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that follow the experts interface of transformers: use_experts_implementation.
+
+    They hold the parameters of all experts of a layer, stacked along the first dimension, and nothing else. They take
+    tokens, the experts of each token, and their weights.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "has_gate")]
+    return [module for module in modules if all(len(stack) == module.num_experts for stack in module.parameters())]
+
+
+def check_expert_parallel(model: PreTrainedModel, ranks: int) -> None:
+    """Raise OptionError if parallel/experts.py cannot split the experts of `model` over `ranks` ranks."""
+    name, modules = model.config.model_type, expert_modules(model)
+    if not modules:
+        raise OptionError(
+            f"expert_parallel {ranks}: {name} has no experts that follow the experts interface of transformers\n"
+            "remove --expert_parallel; --strategy fsdp shards any model"
+        )
+    common = math.gcd(*(len(next(module.parameters())) for module in modules))
+    if common % ranks:
+        raise OptionError(
+            f"expert_parallel {ranks}: {name} has {common} experts in a layer, and {common} / {ranks} = "
+            f"{common / ranks:,.6g}\npass a divisor of {common}"
         )
 
 

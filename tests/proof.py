@@ -110,6 +110,18 @@ CASES = [
         slow=True,
     ),
 ]
+EP2 = (*FSDP, "--expert_parallel", "2")
+EP4 = (*FSDP, "--expert_parallel", "4")
+CHECKPOINTING = ("--gradient_checkpointing",)
+MIXTURE_CASES = [  # of a mixture of experts, against one process
+    Case("expert parallel", 2, 8, EP2, slow=True),
+    Case("FSDP x expert parallel", 4, 2, EP2),
+    Case("FSDP x expert parallel", 4, 4, EP2, slow=True),
+    Case("expert parallel", 4, 4, EP4, slow=True),
+    Case("FSDP (ZeRO-2) x expert parallel", 4, 2, (*EP2, "--reshard_after_forward", "false"), slow=True),
+    Case("FSDP x expert parallel, reduce-scattered in every micro-step", 4, 2, (*EP2, "--sync_each_batch"), slow=True),
+    Case("FSDP x expert parallel, activation checkpointing", 4, 4, (*EP2, *CHECKPOINTING), slow=True),
+]
 BF16_CASES = [
     Case("DDP, bf16", 2, 4, BF16),
     Case("DDP, bf16 with a bf16 residual", 2, 4, (*BF16, "--bf16_residual")),
@@ -142,7 +154,8 @@ are processes on a CPU, and communicate over gloo.
 
 A tiny Qwen3 model with tied embeddings trains on documents of different lengths, 16 sequences in each step, in fp32 and
 deterministic mode. The reference is one process that takes all 16 sequences in one micro-step. Each line of the table
-is the same training on another topology, and shows its difference from the reference:
+is the same training on another topology, and shows its difference from the reference. The lines with expert parallelism
+have a Qwen3 mixture of four experts, and one process with that model as their reference:
 
 | column | difference | measured on |
 |---|---|---|
@@ -241,6 +254,18 @@ def mean_of_means() -> None:
     data.loader.collate = count_micro_batches
 
 
+class _References:
+    """What one process measures with `options`: the first gradient, and a curve for each optimizer."""
+
+    def __init__(self, options: list[object], directory: Path) -> None:
+        self.options = options
+        self.gradient = first_gradient(REFERENCE, options, directory / "gradient")
+        self.curves = {
+            label: curve(REFERENCE, [*options, *more], directory / label)
+            for label, more in (("AdamW", ADAMW), ("SGD", SGD))
+        }
+
+
 def main() -> None:
     """Measure every case, print the tables, and write docs/proof.md and docs/proof.svg."""
     with tempfile.TemporaryDirectory() as name:
@@ -249,11 +274,7 @@ def main() -> None:
         options = world.options(
             world.make_model(directory / "model"), world.make_train_file(directory / "text.jsonl"), directory / "cache"
         )
-        gradient = first_gradient(REFERENCE, options, directory / "reference-gradient")
-        references = {
-            label: curve(REFERENCE, [*options, *more], directory / f"reference-{label}")
-            for label, more in (("AdamW", ADAMW), ("SGD", SGD))
-        }
+        mixture = [*options, "--model_name_or_path", world.make_mixture(directory / "mixture", directory / "model")]
         lines = [
             "| topology | ranks | micro-batch x micro-steps | optimizer "
             "| gradient | loss | gradient norm | evaluation | parameters |",
@@ -262,12 +283,15 @@ def main() -> None:
         ]
         _say(lines)
         deviations = []
-        losses = {_label(REFERENCE): _losses(references["AdamW"])}
-        for index, case in enumerate(CASES):
-            first = relative_l2(first_gradient(case, options, directory / f"gradient-{index}"), gradient)
+        dense, of_mixture = _References(options, directory / "dense"), _References(mixture, directory / "experts")
+        losses = {_label(REFERENCE): _losses(dense.curves["AdamW"])}
+        pairs = [(case, dense) for case in CASES] + [(case, of_mixture) for case in MIXTURE_CASES]
+        for index, (case, reference) in enumerate(pairs):
+            given = reference.options
+            first = relative_l2(first_gradient(case, given, directory / f"gradient-{index}"), reference.gradient)
             for label, more in (("AdamW", ADAMW), ("SGD", SGD)):
-                run = curve(case, [*options, *more], directory / f"{index}-{label}")
-                measured = dataclasses.astuple(deviation(run, references[label], first))
+                run = curve(case, [*given, *more], directory / f"{index}-{label}")
+                measured = dataclasses.astuple(deviation(run, reference.curves[label], first))
                 deviations.append(measured)
                 if label == "AdamW" and (case.name, case.ranks, case.micro_batch) in PLOTTED:
                     losses[_label(case)] = _losses(run)
@@ -279,11 +303,11 @@ def main() -> None:
                 assert held, "a gate is broken"
         bf16 = ["| case | first gradient against fp32 | gate |", "|---|---|---|"]
         for case in BF16_CASES:
-            value = relative_l2(first_gradient(case, options, directory / case.name), gradient)
+            value = relative_l2(first_gradient(case, options, directory / case.name), dense.gradient)
             assert value <= BF16_GRADIENT_GATE, "a gate is broken"
             bf16.append(f"| {case.name}, {case.ranks} ranks | {value:.1e} | at most {BF16_GRADIENT_GATE:.0e} |")
         planted = first_gradient(Case("DDP", 2, 4), options, directory / "planted", before=mean_of_means)
-        value = relative_l2(planted, gradient)
+        value = relative_l2(planted, dense.gradient)
         assert value > PLANTED_BUG_GATE, "the proof would not see the bug"
         bf16.append(f"| mean of means (planted bug), 2 ranks | {value:.1e} | more than {PLANTED_BUG_GATE:.0e} |")
         _say(bf16)

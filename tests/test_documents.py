@@ -87,7 +87,7 @@ def error_of_packing(config: PretrainedConfig) -> float:
             NextToken(model)(**{name: batch[name] for name in names if name in batch}).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    alone = gradient([(part, [len(part)]) for part in torch.split(tokens, lengths)], None)
+    alone = gradient([(part, [len(part)]) for part in tokens.split_with_sizes(lengths)], None)
     keep_documents_apart(model)
     return relative_l2(gradient([(tokens, lengths)], padded=32), alone)
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config.options import Options
 from data.prepare import prepare_data
 from metrics.records import read_records
+from tests import world
 from tests.launch import ROOT, train
-from tests.proof import CASES
+from tests.proof import CASES, MIXTURE_CASES
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -63,6 +64,7 @@ def place(model_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest
     for name in ("DIR", "my-chat-model"):
         shutil.copytree(model_dir, tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    world.make_mixture(tmp_path / "MIXTURE_DIR", model_dir)
     shutil.copy(train_file, tmp_path / "text.jsonl")
     shutil.copy(train_file, tmp_path / "more.jsonl")
     other = json.dumps({"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "No."}]})
@@ -202,15 +204,15 @@ def test_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| FSDP (ZeRO-3) |" in run_module(command, argv, capsys)
 
 
-STAGES = r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor|context)[^|]*) \|([^|]*)\|"
+STAGES = r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor|context|expert)[^|]*) \|([^|]*)\|"
 
 
-@pytest.mark.parametrize("page", ["README.md", "parallelism.md"])
-def test_stages(page: str) -> None:
+@pytest.mark.parametrize(("page", "count"), [("README.md", 11), ("parallelism.md", 10)])
+def test_stages(page: str, count: int) -> None:
     """The options of each line of the table of stages are those of a topology that the proofs run."""
     lines = re.findall(STAGES, PAGES[page], re.MULTILINE)
-    assert len(lines) == 10
-    proved = {frozenset(case.options) for case in CASES}
+    assert len(lines) == count
+    proved = {frozenset(case.options) for case in (*CASES, *MIXTURE_CASES)}
     assert [name for name, options in lines if frozenset(options.strip(" `").split()) not in proved] == []
 
 

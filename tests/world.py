@@ -2,12 +2,20 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from data.sequences import Sequence
 from tests.launch import ROOT
@@ -76,6 +84,35 @@ def make_model(path: Path) -> Path:
         eos_token_id=0,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def make_mixture(path: Path, tokenizer: Path) -> Path:
+    """A model directory: a tiny tied Qwen3 mixture of four experts, and the files of `tokenizer`."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    return make_family(config, path, tokenizer)
+
+
+def make_family(config: PretrainedConfig, path: Path, tokenizer: Path) -> Path:
+    """A model directory with random fp32 values, and the files of `tokenizer`."""
+    shutil.copytree(tokenizer, path, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tokenizer / "tokenizer_config.json", path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     return path
 
 

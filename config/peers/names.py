@@ -421,7 +421,8 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("sequence_parallel_size context_parallel_size ulysses_size", alias("context_parallel")),
     ("tensor_parallel_size tp_size deepspeed_autotp_size", alias("tensor_parallel")),
-    ("pipeline_parallel_size pp_size expert_parallel_size", only("1", "there is no pipeline or expert parallelism")),
+    ("expert_parallel_size ep_size", alias("expert_parallel")),
+    ("pipeline_parallel_size pp_size", only("1", "there is no pipeline parallelism")),
     ("deepspeed_config", alias("deepspeed")),
     ("zero_hpz_partition_size", refused("hybrid sharding is --replicas", "pass --replicas N")),
     (
