@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from loss.router import RouterBalance
+from model.experts import skipped_experts
 
 
 class NextToken(nn.Module):
@@ -98,14 +99,15 @@ def ends_with_head(model: PreTrainedModel) -> bool:
     """Whether the logits are the output of a linear head, without a cap (Gemma 2) or a scale (Granite) after it.
 
     Runs the model on fake tensors, which costs a tenth of a second and no memory. Returns False for a model that cannot
-    run on them (routed experts), which is always correct: its loss is then computed from all logits.
+    run on them, which is always correct: its loss is then computed from all logits.
     """
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     if type(head) is not nn.Linear:
         return False
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print the error
     try:
-        with bypass_head(head) as inputs, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with bypass_head(head) as inputs, skipped_experts(model), fake, torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     except Exception:
         return False

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from config.errors import first_line
 from model.documents import position_obstacle
+from model.experts import skipped_experts
 from model.layers import decoder_layers
 
 NAME = "within_documents"
@@ -139,20 +140,15 @@ def _attention_calls(model: PreTrainedModel) -> list[set[str]]:
         calls.append(obstacles)
         return query_BHTE.new_zeros(*query_BHTE.transpose(1, 2).shape[:3], value_BKTE.shape[-1]), None
 
-    experts = [module for name, module in model.named_modules() if name.endswith("experts")]
     before, device = model.config._attn_implementation, next(model.parameters()).device
     AttentionInterface.register("recorded", record)
     model.set_attn_implementation("recorded")
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print caught errors
     try:
-        for module in experts:  # experts cannot run on fake tensors, and do not mix positions
-            module.forward = lambda hidden, *others: torch.zeros_like(hidden)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with skipped_experts(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=device)
             positions_BT = torch.arange(2, device=device)[None]
             model(input_ids=ids_BT, position_ids=positions_BT, document_ends=ids_BT[0], use_cache=False)
     finally:
         model.set_attn_implementation(before)
-        for module in experts:
-            del module.forward
     return calls

@@ -3,8 +3,8 @@
 transformers keeps the experts of a layer as 3-D parameters, and calls a function by the name in its configuration
 (transformers/integrations/moe.py). `experts_forward` is registered there for all mixtures that use this interface.
 Tokens are sorted by their expert, so each expert multiplies consecutive rows. torch.autocast does not reach grouped
-products, so this file casts their factors. Parameters keep fp32, and so do their gradients. Float8 and Muon are for 2-D
-matrices: they do not change experts.
+products, so this file casts their factors. Parameters keep fp32, and so do their gradients. Float8 (model/float8.py) is
+for 2-D matrices and does not change experts.
 
 Only token, routing and first product are saved for the backward pass. The backward pass recomputes sorted tokens, bf16
 weights and gates, but no product.
@@ -12,7 +12,8 @@ Shapes: T tokens, K experts of a token, N = T x K rows sorted by expert, E exper
 G size of the first product: 2 x I if experts have gates, otherwise I.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from model.layers import compute_dtype
 
 NAME = "grouped_products"
-ALIGNMENT = 16  # bytes between rows, for the kernel of a GPU
+ALIGNMENT = 16  # torch's kernel needs rows of a multiple of these bytes
 
 
 def use_grouped_products(model: PreTrainedModel) -> None:
@@ -40,12 +41,31 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
-def experts_forward(module: nn.Module, tokens_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+@contextlib.contextmanager
+def skipped_experts(model: nn.Module) -> Iterator[None]:
+    """Within this context, experts return zeros, because loops over experts cannot run on fake tensors.
+
+    Experts do not mix positions, and their outputs have the shape of their inputs.
+    """
+    experts = [module for name, module in model.named_modules() if name.endswith("experts")]
+    before = [vars(module).get("forward") for module in experts]
+    for module in experts:
+        module.forward = lambda hidden, *others: torch.zeros_like(hidden)
+    try:
+        yield
+    finally:
+        for module, forward in zip(experts, before, strict=True):
+            del module.forward  # the method of its class remains
+            if forward is not None:
+                module.forward = forward
+
+
+def experts_forward(module: Any, tokens_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum of the outputs of each token's experts: [T, D], in the dtype of `tokens_TD`.
 
     An index that is `module.num_experts` or more means no expert: it adds nothing.
     """
-    count, per_token = int(module.num_experts), experts_TK.shape[1]
+    count, per_token = module.num_experts, experts_TK.shape[1]
     nobody_TK = experts_TK >= count
     weights_TK = weights_TK.masked_fill(nobody_TK, 0)
     # Few bits are sorted fastest.
@@ -112,13 +132,15 @@ def _second_product(
 def _grouped_linear(
     module: Any, name: str, rows: Tensor, ends_E: Tensor, bias_weights_N: Tensor | None = None
 ) -> Tensor:
+    bias = None
+    if module.has_bias:  # before the product, so that recomputation can stop there
+        numbers_N = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
+        bias = getattr(module, f"{name}_bias")[torch.searchsorted(ends_E, numbers_N, right=True)]
+        if bias_weights_N is not None:
+            bias = bias * bias_weights_N[:, None]
     weight: Tensor = getattr(module, name).to(rows.dtype)
     output = grouped_product(rows, weight if module.is_transposed else weight.mT, ends_E)
-    if not module.has_bias:
-        return output
-    numbers_N = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
-    bias = getattr(module, f"{name}_bias")[torch.searchsorted(ends_E, numbers_N, right=True)]
-    return output + (bias if bias_weights_N is None else bias * bias_weights_N[:, None]).to(output.dtype)
+    return output if bias is None else output + bias.to(output.dtype)
 
 
 class _SpreadTokens(torch.autograd.Function):
@@ -132,7 +154,9 @@ class _SpreadTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_of_rows(d_rows_ND, *ctx.saved_tensors, ctx.per_token).to(d_rows_ND.dtype), None, None, None
+        order_N, place_N = ctx.saved_tensors
+        summed_TD = _sum_of_rows(d_rows_ND, order_N, place_N, ctx.per_token)
+        return summed_TD.to(d_rows_ND.dtype), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -143,7 +167,7 @@ class _SumRows(torch.autograd.Function):
         ctx.save_for_backward(order_N)
         ctx.per_token, ctx.dtype = per_token, rows_ND.dtype
         dtype = torch.promote_types(rows_ND.dtype, torch.float32)
-        return rows_ND[place_N].unflatten(0, (-1, per_token)).sum(dim=1, dtype=dtype)
+        return rows_ND[place_N].view(-1, per_token, rows_ND.shape[1]).sum(dim=1, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, d_output_TD: Tensor) -> tuple[Tensor, None, None, None]:
@@ -159,11 +183,11 @@ def _sum_of_rows(rows_ND: Tensor, order_N: Tensor, place_N: Tensor, per_token: i
 def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """For each expert, its rows @ its weight: [N, O] for `rows` [N, I] and `weights` [E, I, O], of equal dtype.
 
-    Uses the kernel of torch, where the compiler and the GPU support it: in bf16 and with aligned rows. Otherwise, the
-    experts are multiplied one after another, and the CPU synchronizes with the GPU.
+    Uses torch's kernel where it works: in bf16 and with aligned rows. Otherwise, experts are multiplied one after
+    another, and the CPU synchronizes with the GPU.
     """
     aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[1:])
-    if rows.dtype == torch.bfloat16 and (aligned or rows.device.type == "cpu"):
+    if rows.dtype == torch.bfloat16 and aligned:
         return functional.grouped_mm(rows, weights, offs=ends_E)
     product: Tensor = _product(rows, weights, ends_E)
     return product
