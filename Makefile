@@ -17,7 +17,7 @@ IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Hide GPUs, so the result of the tests does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
-.PHONY: help train test test-all test-gpu proof curves bench museum lint format clean
+.PHONY: help train test test-all test-gpu proof families curves bench museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -38,6 +38,9 @@ test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
+
+families: $(DEVELOPMENT) ## train every family of models in every way and write docs/models.md (ARGS="llama opt": some, no page)
+	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.table $(ARGS)
 
 curves: $(DEVELOPMENT) ## train the demo on 1, 2 and 4 ranks and draw docs/curves.svg
 	PYTHONPATH=. $(BIN)/python -m compare.curves

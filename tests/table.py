@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -134,7 +135,9 @@ def difference(records: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
     assert len(records) == len(expected)
     found = 0.0
     for one, other in zip(records, expected, strict=True):
-        found = max(found, abs(one["loss"] - other["loss"]), abs(one["grad_norm"] / other["grad_norm"] - 1))
+        # maximum() keeps NaN, which max() may drop.
+        amounts = abs(one["loss"] - other["loss"]), abs(one["grad_norm"] / other["grad_norm"] - 1)
+        found = float(np.maximum.reduce([found, *amounts]))
     return found
 
 
@@ -172,7 +175,7 @@ def of_plain(place: Place, first: list[dict[str, Any]]) -> float:
     trained, other = (load_all(place.root / name) for name in ("one", "plain-model"))
     assert trained.keys() == other.keys()
     moved = [(trained[name] - other[name]).norm() / (1e-3 + other[name].norm()) for name in trained]
-    return max(difference(first, expected), *(step.item() for step in moved))
+    return float(np.maximum.reduce([difference(first, expected), *(step.item() for step in moved)]))
 
 
 def of_packed(place: Place, first: list[dict[str, Any]]) -> float:
@@ -271,11 +274,12 @@ def page(table: dict[str, dict[str, Cell]]) -> str:
     def shown(cell: Cell) -> str:
         if cell.verdict == "right":
             return cell.text
-        reason = cell.text if cell.verdict == "refused" else f"WRONG: {cell.text}"
-        reason = re.sub(r"\s+", " ", reason)
+        reason = re.sub(r"\s+", " ", cell.text).replace("|", "\\|")
+        if cell.verdict == "wrong":
+            return f"**wrong: {reason}**"
         if reason not in notes:
             notes.append(reason)
-        return f"refused [{notes.index(reason) + 1}](#refusals)" if cell.verdict == "refused" else f"**{reason}**"
+        return f"refused [{notes.index(reason) + 1}](#refusals)"
 
     rows = [f"| {name} | {' | '.join(shown(cells[column]) for column in COLUMNS)} |" for name, cells in table.items()]
     head = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
@@ -286,12 +290,12 @@ def page(table: dict[str, dict[str, Cell]]) -> str:
         [
             "# Families of models",
             "",
-            f"`make families` writes this page, with {versions}. Each row is a tiny model of the family with random",
-            "values and each kind of its layers. Each cell is a run of train.py in fp32 on the CPU, and what it is",
-            "compared with. A number is the largest difference of the losses (nats per token) and of the gradient norms",
-            f"(as a fraction); up to {GATE:.0e} is right. [tests/table.py](../tests/table.py) measures,",
-            "[tests/zoo.py](../tests/zoo.py) has the configurations. A family that is not in the table may work, because the",
-            "checks do not look at names.",
+            f"`make families` writes this page, with {versions}. Each row is a tiny model of the",
+            "family with random values and each kind of its layers. Each cell compares a run of train.py, in fp32 on the",
+            "CPU, with another run. A number is the largest difference of the losses (nats per token) and of the gradient",
+            f"norms (as a fraction); up to {GATE:.0e} is right. [tests/table.py](../tests/table.py) measures,",
+            "[tests/zoo.py](../tests/zoo.py) has the configurations. A family that is not in the table may work, because",
+            "the checks do not look at names.",
             "",
             *columns,
             "",
@@ -306,6 +310,18 @@ def page(table: dict[str, dict[str, Cell]]) -> str:
             "",
         ]
     )
+
+
+def read_page(text: str) -> dict[str, dict[str, str]]:
+    """The verdict of each cell of a page: families, then columns."""
+    told = {}
+    for line in text.splitlines():
+        name, *cells = re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |"))
+        if len(cells) == len(COLUMNS) and name != "family":
+            words = [cell.removeprefix("**").partition(" ")[0].rstrip(":") for cell in cells]
+            verdicts = [word if word in ("refused", "wrong") else "right" for word in words]
+            told[name] = dict(zip(COLUMNS, verdicts, strict=True))
+    return told
 
 
 def main(argv: list[str]) -> int:
