@@ -331,9 +331,12 @@ def main(argv: list[str]) -> int:
     """Measure families, two at a time, and write the page if all were measured. Results are kept in --output_dir."""
     parser = argparse.ArgumentParser(description="Measure families of models, and write docs/models.md.")
     parser.add_argument("names", nargs="*", help="families; without any, all of them, and the page is written")
-    parser.add_argument("--output_dir", help="where results are kept, to continue an interrupted table")
+    parser.add_argument(
+        "--output_dir", help="where results are kept: families with a result there are not measured again"
+    )
     arguments = parser.parse_args(argv)
     names = arguments.names or NAMES
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         shared, kept = Path(temporary) / "shared", Path(arguments.output_dir or temporary)
         kept.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from tests.zoo import NAMES, config
 
 needs_page = pytest.mark.skipif(not PAGE.exists(), reason="docs/models.md is not written: run make families")
 # The columns of `make test`, by family.
-QUICK = {"llama": ("plain",), "qwen3_next": ("packed",)}
+QUICK = {"llama": ("packed",), "qwen3_next": ("plain", "memory", "head"), "gpt_oss": ("fsdp",)}
 
 
 @pytest.fixture(scope="session")
