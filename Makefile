@@ -39,7 +39,7 @@ test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof
 
-families: $(DEVELOPMENT) ## run every family of models in tiny and write docs/models.md, in half an hour (ARGS="qwen3 llama": some)
+families: $(DEVELOPMENT) ## train every family of models in every way and write docs/models.md (ARGS="llama opt": some, no page)
 	$(ON_CPU) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.table $(ARGS)
 
 curves: $(DEVELOPMENT) ## train the demo on 1, 2 and 4 ranks and draw docs/curves.svg
