@@ -1,6 +1,7 @@
 """Shard a model over all ranks."""
 
 import dataclasses
+from collections import Counter
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ def wrap(
     Each of `decoder_layers`, the decoder layers of the model, is one FSDP unit. FSDP all-gathers its parameters just
     before their use, in bf16 with `bf16`. It reduce-scatters the gradients in `reduce_dtype` and stores them in fp32.
     With `reshard_after_forward`, the full parameters of a layer are freed after its forward pass and gathered again for
-    its backward pass. Embedding and head belong to the root unit, so that tied weights stay one tensor.
+    its backward pass. Embedding and head belong to the root unit, so that tied weights stay one tensor. So do layers
+    that share parameters with another layer (Zamba 2).
 
     Ranks along `mesh["shard"]` have consecutive numbers, so their collectives can use the fast links of one node.
     With several replicas, the reduced shards are then averaged along `mesh["replicate"]` (all-reduce).
@@ -43,7 +45,8 @@ def wrap(
         # The CPU does not wait for copies from and to page-locked memory.
         storage_device, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
-    for layer in decoder_layers:
+    units = _without_shared_parameters(decoder_layers)
+    for layer in units:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
         )
@@ -51,7 +54,7 @@ def wrap(
     # floating-point inputs belong to the loss, so they stay fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
-    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
+    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *units]  # type: ignore[assignment]
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=storage_device)
     for module in objective.modules():  # FSDP does not offload buffers
@@ -60,6 +63,12 @@ def wrap(
         }
     model.tie_weights()  # because to_empty gave a tied weight new memory for each of its uses
     return objective
+
+
+def _without_shared_parameters(layers: list[nn.Module]) -> list[nn.Module]:
+    """The layers whose parameters belong to no other layer. A parameter can be in one FSDP unit only."""
+    uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    return [layer for layer in layers if all(uses[id(parameter)] == 1 for parameter in layer.parameters())]
 
 
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:
