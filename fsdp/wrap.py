@@ -45,8 +45,8 @@ def wrap(
         # The CPU does not wait for copies from and to page-locked memory.
         storage_device, offload = torch.device("cpu"), CPUOffloadPolicy(pin_memory=device.type == "cuda")
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduce_dtype)
-    units = _without_shared_parameters(decoder_layers)
-    for layer in units:
+    decoder_layers = _without_shared_parameters(decoder_layers)
+    for layer in decoder_layers:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
         )
@@ -54,7 +54,7 @@ def wrap(
     # floating-point inputs belong to the loss, so they stay fp32.
     root_precision = dataclasses.replace(precision, cast_forward_inputs=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=root_precision, offload_policy=offload)
-    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *units]  # type: ignore[assignment]
+    objective.gathered_after_forward = [objective] if reshard_after_forward else [objective, *decoder_layers]  # type: ignore[assignment]
     objective.register_forward_hook(_reshard_if_no_backward)
     objective.to_empty(device=storage_device)
     for module in objective.modules():  # FSDP does not offload buffers

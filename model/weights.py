@@ -8,12 +8,13 @@ joined to one parameter, such as the experts of a layer.
 import copy
 import hashlib
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,8 @@ from config.errors import OptionError, first_line
 from config.options import Options
 
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
+# Stored buffers that follow from the configuration: rotary frequencies, positions, causal masks.
+CONSTANTS = re.compile(r"inv_freq$|position_ids$|(attn|attention|crossattention)\.(masked_)?bias$")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Slices = tuple[slice, ...]  # which shard of a full tensor: a slice of each dimension; () is the full tensor
@@ -183,10 +186,37 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
     for kind, names in (("missing", info.missing_keys), ("unexpected", info.unexpected_keys)):
         if names:
             raise ValueError(f"{len(names)} {kind} tensors, for instance {min(names)}")
+    _report_unused(model, unexpected)
     for name, shape in shapes.items():
         if shape != list(expected[name].shape):
             raise ValueError(f"mismatched shapes: {name} is {shape}, and {list(expected[name].shape)} in the model")
     return _merge_tied(weights, expected)
+
+
+def _report_unused(model: PreTrainedModel, names: set[str]) -> None:
+    """Say which stored tensors the export will not hold. Raises ValueError unless the model is complete without them.
+
+    `names` are the tensors that the class of the model ignores when it loads a checkpoint.
+    """
+    kind, layers = type(model).__name__, model.config.get_text_config().num_hidden_layers
+    names = {name for name in names if not CONSTANTS.search(name)}
+    predictors = {name for name in names if "mtp" in name or _layer_number(name) >= layers}
+    if others := names - predictors:
+        raise ValueError(
+            f"{len(others)} tensors, for instance {min(others)}, are not in {kind}, and the export would lose them"
+        )
+    if predictors and os.environ.get("RANK", "0") == "0":
+        print(
+            f"model_name_or_path: {len(predictors)} tensors of multi-token prediction, for instance "
+            f"{min(predictors)}, are neither trained nor exported",
+            file=sys.stderr,
+        )
+
+
+def _layer_number(name: str) -> int:
+    """The number of the layer that a stored tensor belongs to; -1 outside of layers."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def _merge_tied(weights: Weights, expected: dict[str, Tensor]) -> Weights:
@@ -304,11 +334,15 @@ def _set_as_constructed(model: PreTrainedModel, lacking: set[int]) -> set[int]:
         return constructor
 
     found = set()
-    with ExitStack() as patches:
-        for kind in kinds:
-            patches.enter_context(patch.object(kind, "__init__", note(kind, kind.__init__)))
+    originals = {kind: kind.__init__ for kind in kinds}
+    for kind, construct in originals.items():
+        kind.__init__ = note(kind, construct)  # type: ignore[method-assign]
+    try:
         with torch.device("meta"):
             again = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    finally:
+        for kind, construct in originals.items():
+            kind.__init__ = construct  # type: ignore[method-assign]
     for name, module in modules.items():
         if (twin := again.get(name)) not in arguments:
             continue
@@ -325,7 +359,8 @@ def _set_as_constructed(model: PreTrainedModel, lacking: set[int]) -> set[int]:
 
 def _class_before_sharding(module: nn.Module) -> type[nn.Module]:
     """The class of a module. fully_shard replaces it by a subclass, which cannot be constructed."""
-    return next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+    kind: type[nn.Module] = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+    return kind
 
 
 def _bottom_up(

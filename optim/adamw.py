@@ -24,9 +24,9 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     ]
     matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
     vectors = [(name, parameter) for name, parameter in trainable if parameter.dim() < 2]
-    decays = (matrices, options.weight_decay), (vectors, 0.0)
-    # The norms of some models (OLMo) have no parameters, and torch.optim names no parameters in an empty group.
-    groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # The norms of some models have no parameters (OLMo), and torch.optim stores no names for an empty group.
+    groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
