@@ -359,7 +359,8 @@ def _set_as_constructed(model: PreTrainedModel, lacking: set[int]) -> set[int]:
 
 def _class_before_sharding(module: nn.Module) -> type[nn.Module]:
     """The class of a module. fully_shard replaces it by a subclass, which cannot be constructed."""
-    kind: type[nn.Module] = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+    kind = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+    assert issubclass(kind, nn.Module)
     return kind
 
 
