@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def wrap(
     Each of `decoder_layers`, the decoder layers of the model, is one FSDP unit. FSDP all-gathers its parameters just
     before their use, in bf16 with `bf16`. It reduce-scatters the gradients in `reduce_dtype` and stores them in fp32.
     With `reshard_after_forward`, the full parameters of a layer are freed after its forward pass and gathered again for
-    its backward pass. Embedding and head belong to the root unit, so that tied weights stay one tensor.
+    its backward pass. Embedding and head belong to the root unit, so that tied weights stay one tensor. So do layers
+    that share parameters with another layer (Zamba 2).
 
     Ranks along `mesh["shard"]` have consecutive numbers, so their collectives can use the fast links of one node.
     With several replicas, the reduced shards are then averaged along `mesh["replicate"]` (all-reduce).
@@ -52,6 +54,7 @@ def wrap(
         inputs_as_given = dataclasses.replace(precision, cast_forward_inputs=False)
         shard_mesh: Any = module.shard_mesh
         fully_shard(module, mesh=shard_mesh, reshard_after_forward=reshard_after_forward, mp_policy=inputs_as_given)
+    decoder_layers = _without_shared_parameters(decoder_layers)
     for layer in decoder_layers:
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=precision, offload_policy=offload
@@ -85,6 +88,12 @@ def _prefetch(layers: list[nn.Module]) -> None:
         layer.set_modules_to_forward_prefetch(following)
     for previous, (layer, *_) in itertools.pairwise(units):
         layer.set_modules_to_backward_prefetch(previous)
+
+
+def _without_shared_parameters(layers: list[nn.Module]) -> list[nn.Module]:
+    """The layers whose parameters belong to no other layer. A parameter can be in one FSDP unit only."""
+    uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    return [layer for layer in layers if all(uses[id(parameter)] == 1 for parameter in layer.parameters())]
 
 
 def _reshard_if_no_backward(objective: nn.Module, inputs: object, outputs: object) -> None:

@@ -28,7 +28,7 @@ from config.options import Options
 from model.attention import attention_obstacle
 from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
-from model.layers import compute_dtype, decoder_layers, random_noise
+from model.layers import compute_dtype, decoder_layers, freeze_unused, random_noise
 from parallel.checks import (
     check_context_parallel,
     check_expert_parallel,
@@ -143,6 +143,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     if options.model_name_or_path and model.can_generate():
         with contextlib.suppress(OSError):  # without such a file, it follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
+    freeze_unused(model)
     _check_layers(options, model)
     use_grouped_products(model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):

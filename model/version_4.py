@@ -4,8 +4,8 @@ transformers 5 has new names for some keys of config.json and tokenizer_config.j
 transformers 4 ignores the new names: it would serve another rope than the model was trained with, without a word.
 """
 
-import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,10 @@ def _has_rope(value: object) -> bool:
 
 def _as_read(config: PretrainedConfig, values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     """The configuration that version 5 reads from `values`, without `keys` and the older name of rope_type."""
-    read = type(config).from_dict(copy.deepcopy(values)).to_dict()
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # in a file, infinity is a dict that version 5 reads
+        json.dump(values, file)
+        file.flush()
+        read = type(config).from_json_file(file.name).to_dict()
     if isinstance(rope := read.get("rope_parameters"), dict):
         rope.pop("type", None)
     return {key: value for key, value in read.items() if key not in keys}

@@ -8,13 +8,18 @@ joined to one parameter, such as the experts of a layer.
 import copy
 import hashlib
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
@@ -34,6 +39,8 @@ from config.errors import OptionError, first_line
 from config.options import Options
 
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
+# Stored buffers that follow from the configuration: rotary frequencies, positions, causal masks.
+CONSTANTS = re.compile(r"inv_freq$|position_ids$|(attn|attention|crossattention)\.(masked_)?bias$")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Slices = tuple[slice, ...]  # which shard of a full tensor: a slice of each dimension; () is the full tensor
@@ -179,10 +186,37 @@ def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
     for kind, names in (("missing", info.missing_keys), ("unexpected", info.unexpected_keys)):
         if names:
             raise ValueError(f"{len(names)} {kind} tensors, for instance {min(names)}")
+    _report_unused(model, unexpected)
     for name, shape in shapes.items():
         if shape != list(expected[name].shape):
             raise ValueError(f"mismatched shapes: {name} is {shape}, and {list(expected[name].shape)} in the model")
     return _merge_tied(weights, expected)
+
+
+def _report_unused(model: PreTrainedModel, names: set[str]) -> None:
+    """Say which stored tensors the export will not hold. Raises ValueError unless the model is complete without them.
+
+    `names` are the tensors that the class of the model ignores when it loads a checkpoint.
+    """
+    kind, layers = type(model).__name__, model.config.get_text_config().num_hidden_layers
+    names = {name for name in names if not CONSTANTS.search(name)}
+    predictors = {name for name in names if "mtp" in name or _layer_number(name) >= layers}
+    if others := names - predictors:
+        raise ValueError(
+            f"{len(others)} tensors, for instance {min(others)}, are not in {kind}, and the export would lose them"
+        )
+    if predictors and os.environ.get("RANK", "0") == "0":
+        print(
+            f"model_name_or_path: {len(predictors)} tensors of multi-token prediction, for instance "
+            f"{min(predictors)}, are neither trained nor exported",
+            file=sys.stderr,
+        )
+
+
+def _layer_number(name: str) -> int:
+    """The number of the layer that a stored tensor belongs to; -1 outside of layers."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def _merge_tied(weights: Weights, expected: dict[str, Tensor]) -> Weights:
@@ -240,39 +274,147 @@ def load_weights(model: PreTrainedModel, weights: Weights | None) -> None:
 
 
 def _initialize(model: PreTrainedModel, filled: set[int]) -> None:
-    """Initialize, as transformers does, the tensors that are not `filled`. Raises OptionError if its class cannot."""
-    for module, owner in _bottom_up(model, model):
-        own = {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
-        missing = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
+    """Initialize, as transformers does, the tensors that are not `filled`. Raises OptionError if its class cannot.
+
+    A module may also set tensors of the modules within it, which replaces their earlier values. These modules may be
+    sharded, so transformers always gets a copy with full tensors: on the CPU if it sets them, otherwise without memory.
+    """
+    drawn: set[int] = set()
+    owners: dict[int, str] = {}  # of the tensors that are not initialized yet: a description
+    for module, owner in _bottom_up(model, model, set()):
+        own = {id(tensor) for tensor in (module._parameters | module._buffers).values() if tensor is not None}
+        within = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        tied = own & drawn  # initialized with its first use
+        missing = {key: tensor for key, tensor in within.items() if key not in filled | tied}
         if not missing:
             continue
-        # A copy of the module with full tensors on the CPU. Filled tensors have no values there.
-        full = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
-        for name, tensor in missing.items():
-            full[name] = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
-        stand_in = object.__new__(type(module))  # copy.copy would call __new__ of an FSDP unit, which makes no copy
-        stand_in.__dict__ |= module.__dict__
-        stand_in._parameters = module._parameters | {
-            name: nn.Parameter(full[name]) for name, parameter in module._parameters.items() if parameter is not None
-        }
-        stand_in._buffers = module._buffers | {name: full[name] for name in full.keys() & module._buffers.keys()}
-        owner._init_weights(stand_in)
-        for name, tensor in missing.items():
-            if full[name].isnan().any():
-                raise OptionError(
-                    f"{type(owner).__name__}: {name} of its {type(module).__name__} is in no file, and _init_weights "
-                    "of its class does not initialize it\npass a model whose code is in transformers"
-                )
-            local, slices = _local_shard(tensor)
-            local.copy_(full[name][slices])
-        filled |= {id(tensor) for tensor in missing.values()}
+        for name, tensor in (module._parameters | module._buffers).items():
+            if id(tensor) in missing:
+                owners[id(tensor)] = f"{name} of its {type(module).__name__}"
+        has_children = next(module.children(), None) is not None
+        chosen = (_changed_by_init(module, owner, within) if has_children else own) & missing.keys()
+        full = {key: _unset(tensor) for key, tensor in missing.items() if key in chosen | own}
+        owner._init_weights(_stand_in(module, {key: _on_meta(tensor) for key, tensor in within.items()} | full, {}))
+        for key, values in full.items():
+            is_set = not values.isnan().any() if values.is_floating_point() else values._version > 0
+            if is_set:
+                local, slices = _local_shard(missing[key])
+                local.copy_(values[slices])
+                drawn.add(key)
+    if lacking := owners.keys() - drawn:
+        drawn |= _set_as_constructed(model, lacking)
+    if lacking := owners.keys() - drawn:
+        raise OptionError(
+            f"{type(model).__name__}: {min(owners[key] for key in lacking)} is in no file, and _init_weights of its "
+            "class does not initialize it\npass a model whose code is in transformers"
+        )
+    filled |= drawn
 
 
-def _bottom_up(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """Each module after its children, with the innermost model that contains it, which can initialize it."""
+def _set_as_constructed(model: PreTrainedModel, lacking: set[int]) -> set[int]:
+    """Set tensors to the values that the constructor of their module gives them; returns the ids of those that it can.
+
+    Only these modules are constructed, one at a time on the CPU, with the arguments that the model gave to each.
+    """
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, PreTrainedModel)
+        and any(id(tensor) in lacking for tensor in (module._parameters | module._buffers).values())
+    }
+    kinds = {_class_before_sharding(module) for module in modules.values()}
+    arguments: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note(kind: type[nn.Module], construct: Callable[..., None]) -> Callable[..., None]:
+        def constructor(self: nn.Module, *given: Any, **named: Any) -> None:
+            construct(self, *given, **named)
+            if type(self) is kind:
+                arguments[self] = given, named
+
+        return constructor
+
+    found = set()
+    originals = {kind: kind.__init__ for kind in kinds}
+    for kind, construct in originals.items():
+        kind.__init__ = note(kind, construct)  # type: ignore[method-assign]
+    try:
+        with torch.device("meta"):
+            again = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    finally:
+        for kind, construct in originals.items():
+            kind.__init__ = construct  # type: ignore[method-assign]
+    for name, module in modules.items():
+        if (twin := again.get(name)) not in arguments:
+            continue
+        given, named = arguments[twin]
+        values = type(twin)(*given, **named)
+        for key, tensor in (module._parameters | module._buffers).items():
+            full = (values._parameters | values._buffers).get(key)
+            if full is not None and id(tensor) in lacking:
+                local, slices = _local_shard(tensor)
+                local.copy_(full[slices])
+                found.add(id(tensor))
+    return found
+
+
+def _class_before_sharding(module: nn.Module) -> type[nn.Module]:
+    """The class of a module. fully_shard replaces it by a subclass, which cannot be constructed."""
+    kind = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+    assert issubclass(kind, nn.Module)
+    return kind
+
+
+def _bottom_up(
+    module: nn.Module, owner: PreTrainedModel, seen: set[nn.Module]
+) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """Each module once, after its children, with the innermost model that contains it, which can initialize it."""
+    if module in seen:
+        return
+    seen.add(module)
     for child in module.children():
-        yield from _bottom_up(child, child if isinstance(child, PreTrainedModel) else owner)
+        yield from _bottom_up(child, child if isinstance(child, PreTrainedModel) else owner, seen)
     yield module, owner
+
+
+def _changed_by_init(module: nn.Module, owner: PreTrainedModel, within: dict[int, Tensor]) -> set[int]:
+    """The ids of the tensors in `module` and its children that `_init_weights(module)` sets."""
+    empty = {key: _on_meta(tensor) for key, tensor in within.items()}
+    before = torch.get_rng_state()
+    try:
+        owner._init_weights(_stand_in(module, empty, {}))
+    except (RuntimeError, NotImplementedError):  # it reads values, and tensors without memory have none
+        return set(within)
+    finally:
+        torch.set_rng_state(before)
+    return {key for key, tensor in empty.items() if tensor._version > 0}
+
+
+def _stand_in(module: nn.Module, tensors: dict[int, Tensor], copies: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and its children with other parameters and buffers: `tensors`, by the id of the original."""
+    if id(module) in copies:
+        return copies[id(module)]
+    kind = _class_before_sharding(module)
+    copied: nn.Module = kind.__new__(kind)
+    copies[id(module)] = copied
+    copied.__dict__ = dict(module.__dict__)
+    copied._parameters = {
+        name: None if old is None else nn.Parameter(tensors[id(old)], requires_grad=False)
+        for name, old in module._parameters.items()
+    }
+    copied._buffers = {name: None if old is None else tensors[id(old)] for name, old in module._buffers.items()}
+    copied._modules = {
+        name: None if child is None else _stand_in(child, tensors, copies) for name, child in module._modules.items()
+    }
+    return copied
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _unset(tensor: Tensor) -> Tensor:
+    """A full tensor on the CPU that shows which of its values nobody set."""
+    return torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
 
 
 def _local_shard(tensor: Tensor) -> tuple[Tensor, Slices]:

@@ -23,7 +23,12 @@ def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
         raise OptionError(
             f"tensor_parallel {ranks}: the plan of {name} has the unknown style {style} for {module}\n{remedy}"
         )
-    heads = attention_heads(config)
+    try:
+        heads = attention_heads(config)
+    except RuntimeError as error:  # transformers raises it where layers differ (Gemma 4)
+        raise OptionError(
+            f"tensor_parallel {ranks}: the layers of {name} have different numbers of heads\n{remedy}"
+        ) from error
     sizes = {
         "attention heads": heads.queries,
         "key-value heads": heads.key_values,
@@ -118,7 +123,10 @@ class Heads(NamedTuple):
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:
-    """The heads of a model's layers. Without head_dim in the configuration, it is hidden size / query heads."""
+    """The heads of a model's layers. Without head_dim in the configuration, it is hidden size / query heads.
+
+    Raises RuntimeError, as transformers does, if layers differ in their heads (Gemma 4).
+    """
     config = config.get_text_config()
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries

@@ -1,10 +1,12 @@
 """Proves model/build.py, model/weights.py and model/export.py: every family loads and exports, or is refused."""
 
+import copy
 import json
 import os
 import pickle
 import resource
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    Gemma3Config,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -42,7 +48,9 @@ from model.build import build_model, load_config_and_tokenizer
 from model.export import write_model
 from model.layers import decoder_layers
 from model.weights import Weights, find_weights, load_weights
-from tests.families import FAMILIES, SIZES, TIED, make_family
+from optim import build_optimizer
+from tests import zoo
+from tests.families import FAMILIES, SIZES, TIED, asked_for, make_family
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, TENSOR, relative_l2
 
@@ -240,24 +248,119 @@ def test_a_mixture_trains(tiny: list[object], families: dict[str, Path], tmp_pat
     assert relative_l2(stored(tmp_path / "two"), stored(tmp_path / "one")) < GATES.parameters
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_random_weights_are_those_of_transformers(name: str, families: dict[str, Path]) -> None:
+# Their initial values come from the module around the parameter (mamba2, qwen3_next), from the whole model (falcon_h1)
+# or from a constructor (apertus, ernie4_5_moe).
+UNUSUAL = ("mamba2", "qwen3_next", "falcon_h1", "apertus", "ernie4_5_moe", "gpt2")
+
+
+def each(quick: Iterable[str]) -> list[Any]:
+    """The names of tests/zoo.py as parameters of a test. All but `quick` are slow."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in zoo.NAMES]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *each(UNUSUAL)])
+def test_random_weights_are_those_of_transformers(name: str) -> None:
     """Initial tensors have the distribution and constants of transformers, and depend only on the seed."""
+    config = FAMILIES[name][0] if name in FAMILIES else zoo.config(name)
     torch.manual_seed(1)
-    theirs = everything(AutoModelForCausalLM.from_config(FAMILIES[name][0], dtype=torch.float32))
-    drawn = []
-    for seed in (2, 2):
-        loaded = build_model(Options(config_name=name), FAMILIES[name][0])
-        loaded.to_empty(device="cpu").tie_weights()
-        torch.manual_seed(seed)
-        load_weights(loaded, {})
-        drawn.append(everything(loaded))
+    theirs = everything(AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32))
+    drawn = [everything(drawn_whole(config, seed)) for seed in (2, 2)]
     assert same(drawn[0], drawn[1]) == []
     assert drawn[0].keys() == theirs.keys()
     for key, tensor in drawn[0].items():
+        tensor, other = tensor.double(), theirs[key].double()
         deviations = 5 * (tensor.std(correction=0) if tensor.numel() > 1 else 0) / tensor.numel() ** 0.5
-        assert abs(tensor.mean() - theirs[key].mean()) <= deviations * 2**0.5, key
-        assert abs(tensor.std(correction=0) - theirs[key].std(correction=0)) <= deviations, key
+        assert abs(tensor.mean() - other.mean()) <= deviations * 2**0.5, key
+        assert abs(tensor.std(correction=0) - other.std(correction=0)) <= deviations, key
+
+
+def drawn_whole(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with random weights in one process, without replicas or shards."""
+    loaded = build_model(Options(config_name="DIR"), copy.deepcopy(config))
+    loaded.to_empty(device="cpu").tie_weights()
+    torch.manual_seed(seed)
+    load_weights(loaded, {})
+    return loaded
+
+
+# Shared layers (zamba2), nested names of layers (mamba), no vectors (olmo), a vision tower.
+SHARDED = (*UNUSUAL, "zamba2", "mamba", "olmo", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks say about the shards of each family that this session tests."""
+    directory = tmp_path_factory.mktemp("shards")
+    names = asked_for(request, test_shards_are_of_the_weights_of_one_rank)
+    outcome = train(2, [], before=partial(shard_all, names, directory))
+    assert outcome.exit_codes == [0, 0], outcome.output
+    found: dict[str, Any] = json.loads((directory / "findings.json").read_text())
+    return found
+
+
+def shard_all(names: list[str], directory: Path) -> None:
+    """Replaces train.py in the subprocess."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    found: dict[str, Any] = {}
+    for name in names:
+        config = MULTIMODAL if name == "gemma3" else zoo.config(name)
+        one = drawn_whole(config, 7).eval()
+        built = build_model(Options(config_name=name), copy.deepcopy(config))
+        wrapped = fsdp.wrap(NextToken(built), decoder_layers(built), mesh, CPU, False, True, False).eval()
+        torch.manual_seed(7)
+        load_weights(built, {})
+        different = same(everything(built), everything(one))
+        tokens_BT = torch.arange(10, 50).view(2, 20)
+        losses = [objective(input_ids=tokens_BT, labels=tokens_BT) for objective in (wrapped, NextToken(one))]
+        for loss in losses:
+            loss.backward()
+        norms = fsdp.grad_norm(wrapped).item(), ddp.grad_norm(one).item()
+        idle = [key for key, parameter in one.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        found[name] = {"different": different, "losses": [loss.item() for loss in losses], "norms": norms, "idle": idle}
+    if dist.get_rank() == 0:
+        (directory / "findings.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("name", [*each(SHARDED), "gemma3"])
+def test_shards_are_of_the_weights_of_one_rank(shards: dict[str, Any], name: str) -> None:
+    """With one seed, the initial weights are equal on one rank and on two, and so are loss and gradient."""
+    found = shards[name]
+    assert found["different"] == []
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
+    if name == "gemma3":
+        assert found["idle"] == []  # DDP waits for the gradient of each parameter that is not frozen
+
+
+def test_an_optimizer_has_no_empty_group() -> None:
+    optimizer = build_optimizer(drawn_whole(zoo.config("olmo"), 1), Options())
+    assert [len(group["params"]) == len(group["param_names"]) > 0 for group in optimizer.param_groups] == [True]
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MULTIMODAL = Gemma3Config(
+    text_config={**SIZES, "pad_token_id": 0, "sliding_window": 16, "layer_types": ["sliding_attention"] * 2},
+    vision_config={**VISION, "image_size": 28, "patch_size": 14},
+    **{"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7, "mm_tokens_per_image": 4},
+)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_a_multimodal_model_keeps_its_vision_tower(
+    tiny: list[object], model_dir: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Only text is trained. The export has the vision tower of the files, bit for bit."""
+    path = Path(shutil.copytree(model_dir, tmp_path / "DIR"))
+    AutoModelForImageTextToText.from_config(MULTIMODAL, dtype=torch.float32).save_pretrained(path)
+    options = [*tiny, "--model_name_or_path", path, "--output_dir", tmp_path, "--strategy", strategy]
+    train_ok(2, *options, "--max_steps", 2, "--gradient_checkpointing", "true")
+    changed = same(stored(tmp_path), stored(path))
+    assert stored(tmp_path).keys() == stored(path).keys()
+    assert len(changed) == sum("vision" not in key and "projector" not in key for key in stored(path))
+    AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
 # --- Complete or refused --------------------------------------------------------------------------------------------
@@ -308,6 +411,28 @@ def test_unexpected(copied: Path) -> None:
     rewrite(copied, lambda tensors: rename(tensors, "norm.bias", "norm.weight"))
     rewrite(copied, lambda tensors: "model.norm.weight" in tensors and tensors.update(extra=torch.zeros(1)))
     assert "1 unexpected tensors, for instance extra\n" in refused(copied)
+
+
+def test_unused(copied: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tensors that transformers ignores: constants are silent, predictors of more tokens are named, others refused."""
+    kind = type(build_model(Options(), AutoConfig.from_pretrained(copied)))
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"^mtp", r"^model.visual", r"layers\.\d\d?\."])
+
+    def add(name: str) -> None:
+        rewrite(copied, lambda tensors: "model.norm.weight" in tensors and tensors.update({name: torch.zeros(1)}))
+
+    add("model.layers.0.self_attn.rotary_emb.inv_freq")
+    loaded_whole(copied)
+    assert capfd.readouterr().err == ""
+    add("mtp.fc.weight")
+    add("model.layers.2.eh_proj.weight")  # as DeepSeek-V3 stores it: a layer after the last
+    loaded_whole(copied)
+    assert capfd.readouterr().err == (
+        "model_name_or_path: 2 tensors of multi-token prediction, for instance model.layers.2.eh_proj.weight, are "
+        "neither trained nor exported\n"
+    )
+    add("model.visual.merger.weight")
+    assert f"1 tensors, for instance model.visual.merger.weight, are not in {kind.__name__}, and " in refused(copied)
 
 
 def test_misshapen(copied: Path) -> None:
