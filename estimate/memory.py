@@ -178,14 +178,15 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
 
     The state has two moments of each parameter and its step count; for a matrix that Muon updates, one moment and no
     count. A sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies
-    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back.
+    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back; or of a rank's
+    experts, which are not gathered.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = list(decoder_matrices(model).values()) if options.optim == "muon" else []
     state = 2 * FP32 * numel(parameters, shards) + FP32 * len(parameters)
     state -= FP32 * numel(matrices, shards) + FP32 * len(matrices)
     step = FP32 * numel(parameters, shards) if options.shard_optimizer else 0
-    longest = max((matrix.numel() for matrix in matrices), default=0)
+    longest = max((numel([matrix], shards if matrix.dim() == 3 else 1) for matrix in matrices), default=0)
     return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
 
 
