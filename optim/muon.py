@@ -147,7 +147,7 @@ def shard_rows(rows: int, ranks: int) -> list[int]:
 
 
 def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The process group that the rows of a matrix are sharded over; None if this rank holds all rows of its matrices."""
+    """The process group that the rows of a matrix are sharded over; None if this rank holds full matrices."""
     if not isinstance(parameter, DTensor):
         return None
     if parameter.dim() == 3:
