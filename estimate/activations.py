@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from config.errors import OptionError, first_line
@@ -54,7 +55,8 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     A copy of the model runs on tensors without values, and the tensors that autograd saves are added up. Costs a second
     or three, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
     compiled layer, torch's partitioner chooses what is saved, so the count calls the partitioner. The count assumes
-    fused attention and no padding. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
+    fused attention where the model has it, and no padding. Experts run on tokens x experts per token rows, whatever
+    the routing. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
     its middle, and all gathered positions of both. With context parallelism, a layer saves its attention output twice,
     by heads and by positions, and a copy of keys and values for each rank that shares a head. Raises OptionError for a
     model that does not run this way.
@@ -122,7 +124,8 @@ def _count(
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
-    model.set_attn_implementation("fused")
+    if model.config._attn_implementation != "eager":  # transformers has no fused attention for GPT-OSS and some others
+        model.set_attn_implementation("fused")
     # By storage. Each storage must stay alive, because a new one could reuse its id.
     saved: dict[int, tuple[object, int, nn.Module | None]] = {}
     inputs: dict[int, tuple[object, int]] = {}
@@ -166,6 +169,7 @@ def _count(
             bypass_head(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            GroupedProducts(),  # type: ignore[no-untyped-call]
         ):
             model(input_ids=ids_BT, use_cache=False)
         own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -227,8 +231,21 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """A fused attention: saves queries, keys, values, the result, and a sum of exponentials for each query."""
     query, key = query_BHTE.to(value_BKTE.dtype), key_BKTE.to(value_BKTE.dtype)
+    if value_BKTE.shape[-1] != query.shape[-1]:  # latent attention: kernels that also take another head_dim of values
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        attended = efficient(query, key, value_BKTE, None, True, 0.0, True, scale=scaling)[0]
+        return attended.transpose(1, 2), None
     attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value_BKTE, 0.0, True, scale=scaling)[0]
     return attended.transpose(1, 2), None
+
+
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The shapes of products of experts: torch's own rule refuses fp32 and sizes that a GPU's kernel refuses."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten._grouped_mm.default and (args[0].dim(), args[1].dim()) == (2, 3):
+            return args[0].new_empty(len(args[0]), args[1].shape[2])
+        return operator(*args, **(kwargs or {}))
 
 
 def _to_bf16(tensor: Tensor) -> Tensor:

@@ -115,6 +115,8 @@ def memory_by_phase(
     waiting = saved.outside + (inputs if options.gradient_checkpointing else saved.layers)
     recomputed = saved.largest_layer if options.gradient_checkpointing else 0
     temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
+    if options.bf16 and not fsdp:  # autocast computes the gradient of an expert stack in bf16, and converts it
+        temporary += BF16 * max((numel([weight]) for weight in trained if weight.dim() == 3), default=0)
 
     # Communication. FSDP gathers the parameters of a layer and of the next one, unless it has not freed them; it holds
     # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.

@@ -1,5 +1,6 @@
 """Proves estimate/ and compare/scaling.py: predicted memory and collectives are those of real ranks."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 import ddp
 import fsdp
@@ -34,6 +35,7 @@ from model.build import build_model
 from model.compile import compile_layers
 from tests.families import FAMILIES, drawn
 from tests.launch import ROOT, Ranks, train
+from tests.test_flops import BY_HAND, SIZES
 
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "DDP": (2, {}),
@@ -140,6 +142,26 @@ def test_a_stage(
     assert counted == predict_collectives(meta_model, options, ranks)
 
 
+def saved_by(model: PreTrainedModel, options: Options) -> int:
+    """The bytes that a forward pass of a micro-batch saves on the CPU, without parameters and buffers."""
+    saved = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage  # which must live on: the next one might get its address
+        return tensor
+
+    ids_BT = torch.zeros(options.per_device_train_batch_size, options.block_size or 0, dtype=torch.int64)
+    with (
+        bypass_head(model.get_output_embeddings()),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
+    ):
+        model(input_ids=ids_BT, use_cache=False)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
 @pytest.mark.parametrize("more", [{"bf16": False}, {}, {"bf16_residual": True}, {"float8": True}], ids=str)
 @pytest.mark.parametrize(
     ("compiled", "budget"),
@@ -158,26 +180,34 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
     if compiled:
         torch.compiler.reset()
         compile_layers(model, options)
-    saved = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage  # which must live on: the next one might get its address
-        return tensor
-
-    ids_BT = torch.zeros(3, 64, dtype=torch.int64)
-    with (
-        bypass_head(model.get_output_embeddings()),
-        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
-    ):
-        model(input_ids=ids_BT, use_cache=False)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    actual = saved_by(model, options)
     kept = count_activations(build_model(options, shape), options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
-    actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
     chosen = budget or (compiled and options.float8)
     assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["experts", "a shared expert", "a hybrid", "no attention", "eager attention"])
+def test_activations_of_other_layers(name: str, bf16: bool) -> None:
+    """Experts count with the tokens that routing sends to all of them together, and layers with a state as they run."""
+    options = Options(per_device_train_batch_size=3, block_size=64, torch_compile=False, bf16=bf16)
+    few = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}
+    config, _, attention = BY_HAND.get(name, (GptOssConfig(**SIZES, **few), 0, 0))
+    torch.manual_seed(0)
+    saved = saved_by(AutoModelForCausalLM.from_config(copy.deepcopy(config)).train(), options)
+    counted = count_activations(build_model(options, copy.deepcopy(config)), options)
+    seeds = 24 * attention // (4 * 2 * 8)  # of the dropout in each layer's attention, which only a GPU's keeps
+    assert counted.layers + counted.outside - seeds == saved
+
+
+def test_activations_of_latent_attention() -> None:
+    """Fused attention saves queries and keys, values of another head_dim, and the result."""
+    config = copy.deepcopy(BY_HAND["latent attention, a dense layer"][0])
+    options = Options(per_device_train_batch_size=1, block_size=64, torch_compile=False, bf16=False)
+    longer = dataclasses.replace(options, block_size=128)
+    model = build_model(options, config)
+    assert 1.9 < count_activations(model, longer).layers / count_activations(model, options).layers < 2.01
 
 
 @pytest.mark.slow
