@@ -33,7 +33,7 @@ from estimate.stages import advice, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, bypass_head
 from model.build import build_model
 from model.compile import compile_layers
-from tests.families import FAMILIES, drawn
+from tests.families import FAMILIES, drawn, make_family
 from tests.launch import ROOT, Ranks, train
 from tests.test_flops import BY_HAND, SIZES
 
@@ -115,6 +115,34 @@ def test_a_stage(
     name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """A step of it, in two micro-steps: bytes that rank 0 has, collectives and their bytes, all to the byte."""
+    check_stage(name, each, tiny, meta_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("FSDP (ZeRO-3)", {"optim": "muon"}),
+        pytest.param("DDP", {}, marks=pytest.mark.slow),
+        pytest.param("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}, marks=pytest.mark.slow),
+        pytest.param("hybrid FSDP, 2 replicas", {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_stage_of_a_mixture(
+    name: str, each: dict[str, Any], tiny: list[object], model_dir: Path, tmp_path: Path
+) -> None:
+    """Four experts, which three ranks cannot divide: the last has none."""
+    path = make_family("qwen3 moe", tmp_path / "model", model_dir, num_experts=4)
+    model = build_model(Options(), AutoConfig.from_pretrained(path))
+    report = check_stage(name, each, [*tiny, "--model_name_or_path", path], model, tmp_path / "run")
+    assert re.search(r"^  products of experts +[\d.]+$", report, re.MULTILINE)
+    assert re.search(r"^  sorting and indexing +[\d.]+$", report, re.MULTILINE)
+
+
+def check_stage(
+    name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
+) -> str:
+    """Compare a run with its prediction. Returns what the run printed."""
     ranks, values = STAGES[name]
     values = values | each
     ranks += -ranks % (each.get("tensor_parallel", 1) * each.get("context_parallel", 1))
@@ -140,6 +168,7 @@ def test_a_stage(
     found = re.findall(r"^  (\w+) +([\d,]+) with +([\d,]+) bytes$", outcome.output, re.MULTILINE)
     counted = {kind: tuple(int(number.replace(",", "")) for number in numbers) for kind, *numbers in found}
     assert counted == predict_collectives(meta_model, options, ranks)
+    return outcome.output
 
 
 def saved_by(model: PreTrainedModel, options: Options) -> int:
