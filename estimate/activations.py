@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
@@ -35,6 +36,9 @@ class Activations:
     largest_tensor: int  # in a layer
     inputs: int  # the inputs of all layers: with gradient checkpointing, only these are saved
     outside: int  # outside the layers: token ids, the last norm
+    largest_result: int = (
+        0  # the largest tensor that an operation of a layer makes, saved or not, but a copy of experts
+    )
 
 
 def sequences_per_micro_batch(options: Options) -> int:
@@ -169,7 +173,7 @@ def _count(
             bypass_head(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-            GroupedProducts(),  # type: ignore[no-untyped-call]
+            GroupedProducts(model, running) as results,
         ):
             model(input_ids=ids_BT, use_cache=False)
         own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -181,6 +185,7 @@ def _count(
         largest_tensor=max((size for size, where in sizes if where is not None), default=0),
         inputs=sum(size for _, size in inputs.values()),
         outside=sum(size for size, where in sizes if where is None),
+        largest_result=results.largest,
     )
 
 
@@ -240,12 +245,28 @@ def _fused_attention(
 
 
 class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The shapes of products of experts: torch's own rule refuses fp32 and sizes that a GPU's kernel refuses."""
+    """Finds the largest result within layers, and the shapes of products of experts.
+
+    torch's own rule for these shapes refuses fp32, and sizes that a GPU's kernel refuses. `running` are the layers that
+    run at the moment.
+    """
+
+    def __init__(self, model: nn.Module, running: list[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running = running
+        self.experts = {parameter.numel() for parameter in model.parameters() if parameter.dim() == 3}
+        self.largest = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if get_proxy_mode():  # a layer is traced for the partitioner, which must see each operation as it is
+            return operator(*args, **(kwargs or {}))
         if operator is torch.ops.aten._grouped_mm.default and (args[0].dim(), args[1].dim()) == (2, 3):
-            return args[0].new_empty(len(args[0]), args[1].shape[2])
-        return operator(*args, **(kwargs or {}))
+            result = args[0].new_empty(len(args[0]), args[1].shape[2])
+        else:
+            result = operator(*args, **(kwargs or {}))
+        if self.running and isinstance(result, Tensor) and result.numel() not in self.experts:
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
 
 
 def _to_bf16(tensor: Tensor) -> Tensor:

@@ -115,8 +115,10 @@ def memory_by_phase(
     waiting = saved.outside + (inputs if options.gradient_checkpointing else saved.layers)
     recomputed = saved.largest_layer if options.gradient_checkpointing else 0
     temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
-    if options.bf16 and not fsdp:  # autocast computes the gradient of an expert stack in bf16, and converts it
-        temporary += BF16 * max((numel([weight]) for weight in trained if weight.dim() == 3), default=0)
+    if experts := max((numel([weight]) for weight in trained if weight.dim() == 3), default=0):
+        # The backward of experts works with sorted rows, their gradient, and the first product or its gradient. Under
+        # DDP also with a stack of weights in bf16, and with its gradient, which autograd then converts.
+        temporary = max(temporary, 3 * saved.largest_result) + 2 * BF16 * experts * (options.bf16 and not fsdp)
 
     # Communication. FSDP gathers the parameters of a layer and of the next one, unless it has not freed them; it holds
     # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.

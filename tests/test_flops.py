@@ -29,16 +29,8 @@ from estimate.flops import count_uses, flops_per_token
 from estimate.start_block import model_line
 from model.build import build_model
 
-V, D, F, L, H, K, E, M = (
-    32,
-    16,
-    24,
-    2,
-    4,
-    2,
-    8,
-    12,
-)  # vocabulary, sizes, layers, heads, key-value heads, head_dim, expert
+# Vocabulary; hidden, MLP and expert size; layers; query heads, key-value heads, head_dim.
+V, D, F, M, L, H, K, E = 32, 16, 24, 40, 2, 4, 2, 8
 SIZES: dict[str, Any] = {
     "vocab_size": V,
     "hidden_size": D,

@@ -223,9 +223,11 @@ def test_activations_of_other_layers(name: str, bf16: bool) -> None:
     options = Options(per_device_train_batch_size=3, block_size=64, torch_compile=False, bf16=bf16)
     few = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}
     config, _, attention = BY_HAND.get(name, (GptOssConfig(**SIZES, **few), 0, 0))
+    config = copy.deepcopy(config)
     torch.manual_seed(0)
-    saved = saved_by(AutoModelForCausalLM.from_config(copy.deepcopy(config)).train(), options)
-    counted = count_activations(build_model(options, copy.deepcopy(config)), options)
+    model, without_values = AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_model(options, config)
+    model.config._experts_implementation = without_values.config._experts_implementation
+    saved, counted = saved_by(model.train(), options), count_activations(without_values, options)
     seeds = 24 * attention // (4 * 2 * 8)  # of the dropout in each layer's attention, which only a GPU's keeps
     assert counted.layers + counted.outside - seeds == saved
 
