@@ -284,6 +284,20 @@ def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row == sorted(row) for row in values)
 
 
+def test_table_of_a_mixture(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stage of a mixture has a number, from its configuration alone."""
+    BY_HAND["experts"][0].save_pretrained(tmp_path)
+    argv = ["--config_name", str(tmp_path), "--block_size", "64", "--bf16", "false", "--torch_compile", "false"]
+    with open(tmp_path / "config.json") as file:
+        config = json.load(file) | {"vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    main([*argv, "--tokenizer_name", str(model_dir), "--ranks", "16", "--gpu_memory", "3.03"])
+    printed = capsys.readouterr().out
+    assert "?" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 8
+    assert printed.splitlines()[-1].startswith("DDP, micro-batch 8: predicted ")
+
+
 def test_what_would_fit(meta_model: PreTrainedModel) -> None:
     """A GPU that is too small for DDP and large enough for shards: the start block says so."""
     options = Options(block_size=8, per_device_train_batch_size=1, bf16=False, torch_compile=False)
