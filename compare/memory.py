@@ -16,10 +16,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen3Config
 
 from compare.bench import ON_GPU, SHAPES
-from compare.sharded import build
+from compare.sharded import build, configuration
 from config.errors import first_line
 from config.options import Options
 from estimate.memory import GIB, Memory, predict
@@ -33,7 +32,13 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 LENGTH = 4096
 QWEN3_32B = {**SHAPES["8B"], "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64}
 QWEN3_32B["num_attention_heads"] = 64
-MODELS = {**SHAPES, "32B": QWEN3_32B}
+# Mixtures: Qwen3-30B-A3B with 3 of its 48 layers, and a smaller one with as many experts for each token.
+A3B: dict[str, Any] = {**SHAPES["8B"], "hidden_size": 2048, "num_hidden_layers": 3, "intermediate_size": 6144}
+A3B |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+A3B |= {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+SMALL_MIXTURE = {**A3B, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_experts": 32}
+MODELS = {**SHAPES, "32B": QWEN3_32B, "30B-A3B, 3 layers": A3B, "mixture of 32": SMALL_MIXTURE}
+MODELS["30B-A3B"] = {**A3B, "num_hidden_layers": 48}
 FSDP: dict[str, Any] = {"strategy": "fsdp"}
 CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
 
@@ -43,6 +48,7 @@ NAMED = (
     "gradient_accumulation_steps",
     "sync_each_batch",
     "activation_memory_budget",
+    "optim",
 )
 
 
@@ -101,6 +107,16 @@ CASES = [
     Case("8B", 8, 2, {**FSDP, "tensor_parallel": 4}),
     Case("8B", 8, 1, {**FSDP, "context_parallel": 4, "block_size": 8 * LENGTH}),
     Case("8B", 8, 1, {**CHECKPOINTED, "context_parallel": 8, "block_size": 32 * LENGTH}),
+    Case("30B-A3B, 3 layers", 1, 4, {}),
+    Case("30B-A3B, 3 layers", 1, 4, FSDP),
+    Case("30B-A3B, 3 layers", 1, 4, {"torch_compile": False}),
+    Case("30B-A3B, 3 layers", 1, 4, {**FSDP, "torch_compile": False}),
+    Case("30B-A3B, 3 layers", 1, 4, CHECKPOINTED),
+    Case("30B-A3B, 3 layers", 1, 4, {**FSDP, "optim": "muon"}),
+    Case("mixture of 32", 1, 4, {}),
+    Case("mixture of 32", 1, 4, {"gradient_checkpointing": True}),
+    Case("mixture of 32", 8, 4, FSDP),
+    Case("30B-A3B", 8, 1, CHECKPOINTED),
 ]
 
 
@@ -144,7 +160,7 @@ def measuring(case: Case) -> Iterator[Future[float]]:
 
 def predict_case(case: Case) -> Memory:
     """The prediction, from the configuration alone."""
-    model = build_model(case.options, Qwen3Config(**MODELS[case.model]))
+    model = build_model(case.options, configuration(MODELS[case.model]))
     return predict(model, case.options, case.ranks)
 
 

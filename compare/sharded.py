@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import PreTrainedModel, Qwen3Config
+from transformers import PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 import ddp
 import fsdp
@@ -64,6 +64,11 @@ class Rank(NamedTuple):
         self.wrapped.zero_grad()
 
 
+def configuration(shape: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a Qwen3 model of these sizes: a mixture if it has experts."""
+    return Qwen3MoeConfig(**shape) if "num_experts" in shape else Qwen3Config(**shape)
+
+
 def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     """Rank 0 of `ranks`, without values yet. Among several, the others do not exist."""
     if ON_GPU:
@@ -73,7 +78,7 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     else:
         dist.init_process_group("nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=dist.HashStore())
     device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-    model = build_model(options, Qwen3Config(**shape))
+    model = build_model(options, configuration(shape))
     objective = build_objective(model, options)
     mesh = init_device_mesh(device.type, mesh_shape(options, ranks), mesh_dim_names=("replicate", "shard", "tensor"))
     adapt_model(objective, options, "none", mesh)

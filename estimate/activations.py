@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from config.errors import OptionError, first_line
@@ -34,6 +36,9 @@ class Activations:
     largest_tensor: int  # in a layer
     inputs: int  # the inputs of all layers: with gradient checkpointing, only these are saved
     outside: int  # outside the layers: token ids, the last norm
+    largest_result: int = (
+        0  # the largest tensor that an operation of a layer makes, saved or not, but a copy of experts
+    )
 
 
 def sequences_per_micro_batch(options: Options) -> int:
@@ -54,7 +59,8 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     A copy of the model runs on tensors without values, and the tensors that autograd saves are added up. Costs a second
     or three, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
     compiled layer, torch's partitioner chooses what is saved, so the count calls the partitioner. The count assumes
-    fused attention and no padding. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
+    fused attention where the model has it, and no padding. Experts run on tokens x experts per token rows, whatever
+    the routing. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
     its middle, and all gathered positions of both. With context parallelism, a layer saves its attention output twice,
     by heads and by positions, and a copy of keys and values for each rank that shares a head. Raises OptionError for a
     model that does not run this way.
@@ -122,7 +128,8 @@ def _count(
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     model = copy.deepcopy(model)
     model.gradient_checkpointing_disable()
-    model.set_attn_implementation("fused")
+    if model.config._attn_implementation != "eager":  # transformers has no fused attention for GPT-OSS and some others
+        model.set_attn_implementation("fused")
     # By storage. Each storage must stay alive, because a new one could reuse its id.
     saved: dict[int, tuple[object, int, nn.Module | None]] = {}
     inputs: dict[int, tuple[object, int]] = {}
@@ -166,6 +173,7 @@ def _count(
             bypass_head(model.get_output_embeddings()),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            GroupedProducts(model, running) as results,
         ):
             model(input_ids=ids_BT, use_cache=False)
         own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -177,6 +185,7 @@ def _count(
         largest_tensor=max((size for size, where in sizes if where is not None), default=0),
         inputs=sum(size for _, size in inputs.values()),
         outside=sum(size for size, where in sizes if where is None),
+        largest_result=results.largest,
     )
 
 
@@ -227,8 +236,37 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """A fused attention: saves queries, keys, values, the result, and a sum of exponentials for each query."""
     query, key = query_BHTE.to(value_BKTE.dtype), key_BKTE.to(value_BKTE.dtype)
+    if value_BKTE.shape[-1] != query.shape[-1]:  # latent attention: kernels that also take another head_dim of values
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        attended = efficient(query, key, value_BKTE, None, True, 0.0, True, scale=scaling)[0]
+        return attended.transpose(1, 2), None
     attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value_BKTE, 0.0, True, scale=scaling)[0]
     return attended.transpose(1, 2), None
+
+
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Finds the largest result within layers, and the shapes of products of experts.
+
+    torch's own rule for these shapes refuses fp32, and sizes that a GPU's kernel refuses. `running` are the layers that
+    run at the moment.
+    """
+
+    def __init__(self, model: nn.Module, running: list[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running = running
+        self.experts = {parameter.numel() for parameter in model.parameters() if parameter.dim() == 3}
+        self.largest = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if get_proxy_mode():  # a layer is traced for the partitioner, which must see each operation as it is
+            return operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten._grouped_mm.default and (args[0].dim(), args[1].dim()) == (2, 3):
+            result = args[0].new_empty(len(args[0]), args[1].shape[2])
+        else:
+            result = operator(*args, **(kwargs or {}))
+        if self.running and isinstance(result, Tensor) and result.numel() not in self.experts:
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
 
 
 def _to_bf16(tensor: Tensor) -> Tensor:

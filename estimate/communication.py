@@ -45,7 +45,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
     updated shards: W broadcasts of 4 N bytes together.
 
     Muon with sharded matrices: two all-to-alls for every W matrices, in the dtype of computation. The bytes are those
-    of rank 0: its full matrix, or its rows of all W matrices if these are more.
+    of rank 0: its full matrix, or its rows of all W matrices if these are more. Experts are sharded as whole matrices,
+    so Muon communicates none of them.
 
     FSDP, for each of L + 1 units (each layer, and the root): in each micro-step, two all-gathers of its parameters, in
     bf16 or fp32, for the forward and for the backward. A unit that is not resharded after its forward, as the root
@@ -69,7 +70,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards, compute_bytes = ranks // options.replicas, BF16 if options.bf16 else FP32
     if options.optim == "muon" and shards > 1 and (options.strategy == "fsdp" or options.shard_optimizer):
-        matrices = sorted(decoder_matrices(model).values(), key=lambda matrix: -matrix.numel())
+        sharded_by_rows = [matrix for matrix in decoder_matrices(model).values() if matrix.dim() == 2]
+        matrices = sorted(sharded_by_rows, key=lambda matrix: -matrix.numel())
         batches = [matrices[first : first + shards] for first in range(0, len(matrices), shards)]
         kinds["all_to_all"] = [
             compute_bytes * max(numel(batch[:1]), numel(batch, shards)) for batch in batches for _ in "12"

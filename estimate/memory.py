@@ -119,6 +119,10 @@ def memory_by_phase(
     waiting = saved.outside + (inputs if options.gradient_checkpointing else saved.layers)
     recomputed = saved.largest_layer if options.gradient_checkpointing else 0
     temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
+    if experts := max((numel([weight]) for weight in trained if weight.dim() == 3), default=0):
+        # The backward of experts works with sorted rows, their gradient, and the first product or its gradient. Under
+        # DDP also with a stack of weights in bf16, and with its gradient, which autograd then converts.
+        temporary = max(temporary, 3 * saved.largest_result) + 2 * BF16 * experts * (options.bf16 and not fsdp)
 
     # Communication. FSDP gathers the parameters of a layer and of the next one, unless it has not freed them; it holds
     # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.
@@ -188,14 +192,15 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
 
     The state has two moments of each parameter and its step count; for a matrix that Muon updates, one moment and no
     count. A sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies
-    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back.
+    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back; or of a rank's
+    experts, which are not gathered.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = list(decoder_matrices(model).values()) if options.optim == "muon" else []
     state = 2 * FP32 * numel(parameters, shards) + FP32 * len(parameters)
     state -= FP32 * numel(matrices, shards) + FP32 * len(matrices)
     step = FP32 * numel(parameters, shards) if options.shard_optimizer else 0
-    longest = max((matrix.numel() for matrix in matrices), default=0)
+    longest = max((numel([matrix], shards if matrix.dim() == 3 else 1) for matrix in matrices), default=0)
     return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
 
 

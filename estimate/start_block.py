@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.options import Options
 from config.plan import Plan, count, data_parallel_groups, learning_rate_factor
 from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
+from estimate.flops import count_uses
 from estimate.stages import memory_forecast, stage_name
 from metrics.hardware import gpu_memory
-from model.layers import decoder_layers, decoder_matrices
+from model.layers import decoder_layers, decoder_matrices, expert_stacks
 from model.weights import Weights
 from optim.schedule import learning_rate
 
@@ -46,7 +47,7 @@ def describe_run(
     lines = {
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
         "strategy": strategy_line(model, options, ranks),
-        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "model": model_line(model),
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
         "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "activations": activations_line(options),
@@ -68,6 +69,14 @@ def describe_run(
     if options.show_examples:
         block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
     return block
+
+
+def model_line(model: PreTrainedModel) -> str:
+    """The class and its parameters; of a mixture also those that one token uses, and why MFU cannot be computed."""
+    line, uses = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters", count_uses(model)
+    if isinstance(uses, str):
+        return f"{line}; no MFU: {uses}"
+    return f"{line}; each token is multiplied with {uses.products:,.0f}" if expert_stacks(model) else line
 
 
 def start_line(options: Options, plan: Plan, resumed_from: Path | None) -> str:

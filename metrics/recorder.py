@@ -13,8 +13,8 @@ training comes every `logging_steps` optimizer steps:
                        batch had no target
     tokens_per_second  input tokens of all ranks since the last record, per second of training; the seconds of
                        evaluations and checkpoints do not count
-    mfu                model FLOPs (estimate/flops.py) per second, as a fraction of the peak of all GPUs; null if the
-                       peak is unknown
+    mfu                model FLOPs (estimate/flops.py) per second, as a fraction of the peak of all GPUs; experts count
+                       by the fraction that a token is sent to; null if the peak or the FLOPs are unknown
     peak_memory_gib    of rank 0 so far: allocated on its GPU, or resident on a CPU
     data_wait_seconds  in which rank 0 waited for micro-batches since the last record
     save_seconds       in which training waited for checkpoints since the last record: for the copy of the state, and

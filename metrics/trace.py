@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps, and the collectives that they had."""
+"""A profiler trace of a few steps, the collectives that they had, and the time of their kernels."""
 
 import collections
 import math
@@ -20,9 +20,31 @@ COLLECTIVES = {
     "c10d::alltoall_base_": "all_to_all",
 }
 
+# Kinds of kernels on a GPU, or of operators on a CPU, by words in their names. The first that fits decides.
+KINDS = {
+    "communication": ("nccl", "c10d", "gloo"),
+    "attention": ("flash", "fmha", "attention", "attn"),
+    "products of experts": ("grouped_mm", "grouped_gemm", "group_gemm", "groupproblemshape"),
+    "other matrix products": (
+        "gemm",
+        "gemv",
+        "cutlass",
+        "nvjet",
+        "xmma",
+        "cublas",
+        "::mm",
+        "::addmm",
+        "bmm",
+        "_scaled_mm",
+    ),
+    "optimizer": ("adam", "multi_tensor"),
+    "sorting and indexing": ("sort", "topk", "histc", "cumsum", "scan", "gather", "scatter", "index", "bincount"),
+    "copies": ("memcpy", "memset", "::copy_", "::_to_copy"),
+}
+
 
 class Trace:
-    """A torch profiler that records some steps of rank 0, and reports their collectives.
+    """A torch profiler that records some steps of rank 0, and reports their collectives and the time of their kernels.
 
     It skips the first two steps of a run, in which layers are compiled and DDP finds the order of its buckets. It
     records the next `steps`, each with its batch, forward, backward and update. Recording makes these steps slower.
@@ -64,6 +86,9 @@ class Trace:
             f"  {kind:<15}{count / self.steps:>9,g} with {size / self.steps:>17,.0f} bytes"
             for kind, (count, size) in sorted(collectives(profiler).items())
         ]
+        lines += ["milliseconds of a step, by kind:"]
+        for kind, seconds in sorted(kernel_times(profiler).items(), key=lambda item: -item[1]):
+            lines += [f"  {kind:<24}{1000 * seconds / self.steps:>11,.2f}"]
         self.report = "\n".join([f"traced {path}; collectives of a step:", *lines])
 
 
@@ -86,6 +111,24 @@ def collectives(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
         calls, size = found[kind]
         found[kind] = (calls + 1, size + max(map(_bytes, event.extra_fields.inputs)))
     return found
+
+
+def kernel_times(profiler: torch.profiler.profile) -> dict[str, float]:
+    """The seconds of a profile by kind: of a GPU's kernels, or without a GPU of operators, each without its callees.
+
+    Kernels of two streams may run at the same time, so the sum may exceed the time of the steps.
+    """
+    times: dict[str, float] = collections.defaultdict(float)
+    averages = profiler.key_averages()
+    kernels = [event for event in averages if event.device_type != torch.autograd.DeviceType.CPU]
+    for event in kernels or averages:
+        if event.key.startswith("ProfilerStep"):
+            continue
+        name = event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "all else")
+        microseconds = event.self_device_time_total if kernels else event.self_cpu_time_total
+        times[kind] += microseconds / 1e6
+    return dict(times)
 
 
 def _bytes(argument: Any) -> int:

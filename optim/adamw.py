@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from config.options import Options
-from model.layers import decoder_matrices
+from model.layers import decoder_matrices, expert_stacks
 from optim.muon import Muon
 
 
@@ -38,7 +38,8 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     # Ranks work on consecutive matrices at the same time, so these should have equal sizes.
     largest_first = sorted(orthogonal.items(), key=lambda item: -item[1].numel())
     muon_group = {"params": largest_first, "weight_decay": options.weight_decay}
-    return Muon(muon_group, groups, torch.bfloat16 if options.bf16 else torch.float32, **settings)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    return Muon(muon_group, groups, expert_stacks(model), dtype, **settings)
 
 
 def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:

@@ -130,7 +130,8 @@ def attention_heads(config: PretrainedConfig) -> Heads:
     config = config.get_text_config()
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
-    return Heads(queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries)
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)  # JetMoE
+    return Heads(queries, keys, head_dim or config.hidden_size // queries)
 
 
 def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:

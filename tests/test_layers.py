@@ -10,7 +10,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import BioGptConfig, CTRLConfig, GPTNeoXJapaneseConfig, PretrainedConfig
+from transformers import (
+    BioGptConfig,
+    CTRLConfig,
+    GPTNeoXJapaneseConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+)
 
 import fsdp
 from config.errors import OptionError
@@ -22,13 +29,15 @@ from estimate.start_block import strategy_line
 from loss.next_token import NextToken
 from model.build import build_model
 from model.compile import compile_layers
-from model.layers import decoder_layers, decoder_matrices
+from model.layers import decoder_layers, decoder_matrices, random_noise
 from tests.families import FAMILIES
 
 RANKS = 4
 CPU = torch.device("cpu")
 IDS = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, **IDS}
+
+MIXTURE: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 3}
 
 # A configuration, the class of its decoder layers and their number. transformers marks the layers of most families by
 # GradientCheckpointingLayer and by _no_split_modules, of BioGPT by the former alone, of GPTNeoXJapanese by the latter
@@ -71,7 +80,7 @@ def test_all_agree_on_the_layers(mark: str) -> None:
     objective = fsdp.wrap(NextToken(model), layers, mesh, CPU, False, True, False)
     assert [module for module in objective.modules() if isinstance(module, FSDPModule)] == [objective, *layers]
 
-    matrices = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() == 2]
+    matrices = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() >= 2]
     assert list(map(id, decoder_matrices(model).values())) == list(map(id, matrices)), "also after wrapping"
 
 
@@ -99,6 +108,21 @@ def test_options_for_layers_work_by_either_mark() -> None:
         options.gradient_checkpointing = mark == "checkpointing"
         build_model(options, copy.deepcopy(MARKS[mark][0]))
         assert options.torch_compile
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MixtralConfig(**MIXTURE, router_jitter_noise=0.1), "jitter_noise 0.1 in its Mixtral"),
+        (PhimoeConfig(**MIXTURE, router_jitter_noise=0.2), "router_jitter_noise 0.2 in its Phimoe"),
+        (MixtralConfig(**MIXTURE), ""),
+    ],
+    ids=["Mixtral", "PhiMoE", "none"],
+)
+def test_noise_of_routers_is_found(config: PretrainedConfig, expected: str) -> None:
+    found = random_noise(build_model(Options(), copy.deepcopy(config)))
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
 
 
 def test_compilation_is_off_without_layers(capsys: pytest.CaptureFixture[str]) -> None:

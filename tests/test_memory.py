@@ -1,5 +1,6 @@
 """Proves estimate/ and compare/scaling.py: predicted memory and collectives are those of real ranks."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 import ddp
 import fsdp
@@ -32,8 +33,9 @@ from estimate.stages import advice, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, bypass_head
 from model.build import build_model
 from model.compile import compile_layers
-from tests.families import FAMILIES, drawn
+from tests.families import FAMILIES, drawn, make_family
 from tests.launch import ROOT, Ranks, train
+from tests.test_flops import BY_HAND, SIZES
 
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "DDP": (2, {}),
@@ -113,6 +115,34 @@ def test_a_stage(
     name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """A step of it, in two micro-steps: bytes that rank 0 has, collectives and their bytes, all to the byte."""
+    check_stage(name, each, tiny, meta_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("FSDP (ZeRO-3)", {"optim": "muon"}),
+        pytest.param("DDP", {}, marks=pytest.mark.slow),
+        pytest.param("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}, marks=pytest.mark.slow),
+        pytest.param("hybrid FSDP, 2 replicas", {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_stage_of_a_mixture(
+    name: str, each: dict[str, Any], tiny: list[object], model_dir: Path, tmp_path: Path
+) -> None:
+    """Four experts, which three ranks cannot divide: the last has none."""
+    path = make_family("qwen3 moe", tmp_path / "model", model_dir, num_experts=4)
+    model = build_model(Options(), AutoConfig.from_pretrained(path))
+    report = check_stage(name, each, [*tiny, "--model_name_or_path", path], model, tmp_path / "run")
+    assert re.search(r"^  products of experts +[\d.]+$", report, re.MULTILINE)
+    assert re.search(r"^  sorting and indexing +[\d.]+$", report, re.MULTILINE)
+
+
+def check_stage(
+    name: str, each: dict[str, Any], tiny: list[object], meta_model: PreTrainedModel, tmp_path: Path
+) -> str:
+    """Compare a run with its prediction. Returns what the run printed."""
     ranks, values = STAGES[name]
     values = values | each
     ranks += -ranks % (each.get("tensor_parallel", 1) * each.get("context_parallel", 1))
@@ -138,6 +168,27 @@ def test_a_stage(
     found = re.findall(r"^  (\w+) +([\d,]+) with +([\d,]+) bytes$", outcome.output, re.MULTILINE)
     counted = {kind: tuple(int(number.replace(",", "")) for number in numbers) for kind, *numbers in found}
     assert counted == predict_collectives(meta_model, options, ranks)
+    return outcome.output
+
+
+def saved_by(model: PreTrainedModel, options: Options) -> int:
+    """The bytes that a forward pass of a micro-batch saves on the CPU, without parameters and buffers."""
+    saved = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage  # which must live on: the next one might get its address
+        return tensor
+
+    ids_BT = torch.zeros(options.per_device_train_batch_size, options.block_size or 0, dtype=torch.int64)
+    with (
+        bypass_head(model.get_output_embeddings()),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
+    ):
+        model(input_ids=ids_BT, use_cache=False)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
 @pytest.mark.parametrize("more", [{"bf16": False}, {}, {"bf16_residual": True}, {"float8": True}], ids=str)
@@ -158,26 +209,36 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
     if compiled:
         torch.compiler.reset()
         compile_layers(model, options)
-    saved = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage  # which must live on: the next one might get its address
-        return tensor
-
-    ids_BT = torch.zeros(3, 64, dtype=torch.int64)
-    with (
-        bypass_head(model.get_output_embeddings()),
-        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=options.bf16),
-    ):
-        model(input_ids=ids_BT, use_cache=False)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    actual = saved_by(model, options)
     kept = count_activations(build_model(options, shape), options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
-    actual = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
     chosen = budget or (compiled and options.float8)
     assert kept.layers + kept.outside - seeds == pytest.approx(actual, rel=0.1 if chosen else 0)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["experts", "a shared expert", "a hybrid", "no attention", "eager attention"])
+def test_activations_of_other_layers(name: str, bf16: bool) -> None:
+    """Experts count with the tokens that routing sends to all of them together, and layers with a state as they run."""
+    options = Options(per_device_train_batch_size=3, block_size=64, torch_compile=False, bf16=bf16)
+    few = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}
+    config, _, attention = BY_HAND.get(name, (GptOssConfig(**SIZES, **few), 0, 0))
+    config = copy.deepcopy(config)
+    torch.manual_seed(0)
+    model, without_values = AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_model(options, config)
+    model.config._experts_implementation = without_values.config._experts_implementation
+    saved, counted = saved_by(model.train(), options), count_activations(without_values, options)
+    seeds = 24 * attention // (4 * 2 * 8)  # of the dropout in each layer's attention, which only a GPU's keeps
+    assert counted.layers + counted.outside - seeds == saved
+
+
+def test_activations_of_latent_attention() -> None:
+    """Fused attention saves queries and keys, values of another head_dim, and the result."""
+    config = copy.deepcopy(BY_HAND["latent attention, a dense layer"][0])
+    options = Options(per_device_train_batch_size=1, block_size=64, torch_compile=False, bf16=False)
+    longer = dataclasses.replace(options, block_size=128)
+    model = build_model(options, config)
+    assert 1.9 < count_activations(model, longer).layers / count_activations(model, options).layers < 2.01
 
 
 @pytest.mark.slow
@@ -221,6 +282,20 @@ def test_table(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not all(brackets)
     values = [[float(cell.strip(" ()")) for cell in cells] for _, *cells in lines]
     assert all(row == sorted(row) for row in values)
+
+
+def test_table_of_a_mixture(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stage of a mixture has a number, from its configuration alone."""
+    BY_HAND["experts"][0].save_pretrained(tmp_path)
+    argv = ["--config_name", str(tmp_path), "--block_size", "64", "--bf16", "false", "--torch_compile", "false"]
+    with open(tmp_path / "config.json") as file:
+        config = json.load(file) | {"vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    main([*argv, "--tokenizer_name", str(model_dir), "--ranks", "16", "--gpu_memory", "3.03"])
+    printed = capsys.readouterr().out
+    assert "?" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 8
+    assert printed.splitlines()[-1].startswith("DDP, micro-batch 8: predicted ")
 
 
 def test_what_would_fit(meta_model: PreTrainedModel) -> None:
