@@ -96,8 +96,7 @@ def test_every_product_is_in_bf16(name: str, attention: str) -> None:
 @pytest.mark.parametrize("name", SPECIAL)
 def test_every_product_of_every_family_is_in_bf16(name: str) -> None:
     """With attention as plain products, because the CPU's fused attention uses fp32 for some sizes of heads."""
-    eager = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
-    assert products(name, eager.config._attn_implementation if eager._is_stateful else "eager").others == set()
+    assert products(name, "eager").others == set()
 
 
 def test_the_record_notices_fp32() -> None:
