@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     Gemma3Config,
+    Gemma4TextConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -47,8 +48,10 @@ from model.attention import expect_one_document_per_sequence
 from model.build import build_model, load_config_and_tokenizer
 from model.export import write_model
 from model.layers import decoder_layers
+from model.version_4 import add_config_keys
 from model.weights import Weights, find_weights, load_weights
 from optim import build_optimizer
+from parallel.checks import check_tensor_parallel
 from tests import zoo
 from tests.families import FAMILIES, SIZES, TIED, asked_for, make_family
 from tests.launch import train, train_ok
@@ -283,8 +286,7 @@ def drawn_whole(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return loaded
 
 
-# Shared layers (zamba2), nested names of layers (mamba), no vectors (olmo), a vision tower.
-SHARDED = (*UNUSUAL, "zamba2", "mamba", "olmo", "gemma3")
+SHARDED = ("mamba2", "falcon_h1", "ernie4_5_moe", "zamba2")  # zamba2: layers that share a block
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +335,22 @@ def test_shards_are_of_the_weights_of_one_rank(shards: dict[str, Any], name: str
     assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
     if name == "gemma3":
         assert found["idle"] == []  # DDP waits for the gradient of each parameter that is not frozen
+
+
+def test_infinity_in_a_configuration(tmp_path: Path) -> None:
+    """JSON has no infinity, so config.json holds a dict for it, which `add_config_keys` reads back."""
+    config = zoo.config("mamba2")
+    assert config.time_step_limit[1] == float("inf")
+    config.save_pretrained(tmp_path)
+    add_config_keys(tmp_path / "config.json", config)
+    assert AutoConfig.from_pretrained(tmp_path).time_step_limit[1] == float("inf")
+
+
+def test_heads_that_differ_cannot_be_split() -> None:
+    config = Gemma4TextConfig()
+    config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "colwise"}
+    with pytest.raises(OptionError, match="tensor_parallel 2: the layers of gemma4_text have different numbers of hea"):
+        check_tensor_parallel(config, 2)
 
 
 def test_an_optimizer_has_no_empty_group() -> None:
