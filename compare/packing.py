@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import model.attention
+import model.documents.attention
 from metrics.records import read_records
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -57,7 +57,7 @@ def write_documents(path: Path) -> None:
 def run(variant: str, options: list[str]) -> None:
     """In a process of its own: train.py, with the mask that transformers makes if the variant wants it."""
     if "dense" in variant:
-        model.attention.attend_within_documents = lambda *_: None
+        model.documents.attention.attend_within_documents = lambda *_: None
     sys.argv = ["train.py", *options, *VARIANTS[variant]]
     runpy.run_path(str(TRAIN), run_name="__main__")
 

@@ -19,7 +19,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The tensors that the model takes, on `device`. The CPU does not wait for a copy from pinned memory.
 
     `document_ends` keeps its CPU tensor as the attribute `on_cpu`, for layers that restart at documents: they slice on
-    the CPU (model/recurrent.py). DDP and FSDP pass a tensor that is on the device as it is, with its attributes.
+    the CPU (model/documents/recurrent.py). DDP and FSDP pass a tensor that is on the device as it is, with its
+    attributes.
     """
     taken = ("input_ids", "labels", "position_ids", "document_ends", "reference", "tokens")
     moved = {name: batch[name].to(device, non_blocking=True) for name in taken if name in batch}

@@ -31,7 +31,7 @@ from data.sources import cache_directory, find_sources
 from data.stream import StreamingDataset
 from data.tokens import Rendering, detect_shape, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
-from model.documents import document_obstacle
+from model.documents.trial import document_obstacle
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"  # of a terminal
 
@@ -61,7 +61,7 @@ def prepare_data(
 ) -> Data:
     """The sequences that `options` ask for, from the cache or made now. Raises OptionError.
 
-    Documents are packed only for a model in which they stay apart, by the trial in model/documents.py. Without
+    Documents are packed only for a model in which they stay apart, by the trial in model/documents/trial.py. Without
     `model_config`, the caller answers for that.
     Every rank calls this before a process group exists. The first rank takes a file lock and prepares. The others
     wait for the lock without a time limit, and then read what it wrote.

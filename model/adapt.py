@@ -9,14 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from config.options import Options
-from model.attention import (
+from model.compile import compile_layers
+from model.documents.attention import (
     attend,
     attend_within_documents,
     expect_one_document_per_sequence,
     supports_variable_length,
 )
-from model.compile import compile_layers
-from model.documents import keep_documents_apart
+from model.documents.trial import keep_documents_apart
 from model.experts import grouped_mlp
 from model.layers import decoder_layers
 from parallel.context import apply_context_parallel

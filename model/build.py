@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
-from model.attention import attention_obstacle
+from model.documents.attention import attention_obstacle
 from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, freeze_unused, random_noise

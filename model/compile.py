@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from config.options import Options
+from model.documents.recurrent import restarts_at_documents
 from model.experts import is_experts
 from model.layers import decoder_layers, random_noise
-from model.recurrent import restarts_at_documents
 
 Shape = tuple[int, int, int, int]
 
@@ -35,8 +35,8 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     not need, such as the last matrix product of the layer. In these cases, transformers recomputes the compiled layer
     instead: offloaded inputs; tensor or context parallelism, because torch 2.11 would save the results of collectives;
     dropout, which torch 2.11 cannot compile inside checkpointing on a GPU; and experts that are split, or that do not
-    compute with model/experts.py, and modules that restart at documents (model/recurrent.py), because a layer with
-    graph breaks would not be compiled at all.
+    compute with model/experts.py, and modules that restart at documents (model/documents/recurrent.py), because a layer
+    with graph breaks would not be compiled at all.
     """
     set_recomputation(options.activation_memory_budget)
     # Otherwise, graphs would be cut where a bucket of DDP ends, to all-reduce it a little earlier. Tensors between the

@@ -48,8 +48,8 @@ def check_context_parallel(config: PretrainedConfig, ranks: int) -> None:
     """Raise OptionError if parallel/context.py cannot split the sequences of a model over `ranks` ranks.
 
     Its layers may look at other positions in attention only. A tensor-parallel plan is taken as a sign of that, and
-    `attention_obstacle` in model/attention.py checks what the layers do. Each rank must get an equal number of query
-    heads, together with their key-value heads.
+    `attention_obstacle` in model/documents/attention.py checks what the layers do. Each rank must get an equal number
+    of query heads, together with their key-value heads.
     """
     name = config.model_type
     remedy = "remove --context_parallel; --gradient_checkpointing also saves memory with long sequences"

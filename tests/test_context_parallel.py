@@ -32,9 +32,9 @@ from config.options import Options
 from data.batches import collate
 from data.sequences import Sequence
 from loss.next_token import NextToken
-from model.attention import attention_obstacle
 from model.build import build_model
 from model.compile import compile_layers
+from model.documents.attention import attention_obstacle
 from parallel.checks import check_context_parallel
 from parallel.context import apply_context_parallel, visible_mask
 from tests.families import EXPERTS, FAMILIES, SIZES, asked_for, make_family

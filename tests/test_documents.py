@@ -1,4 +1,4 @@
-"""Proves model/documents.py and model/masks.py: a model that mixes packed documents is found, whatever mixes them."""
+"""Proves model/documents/: a model that mixes packed documents is found, whatever mixes them."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ from data.prepare import prepare_data
 from data.sequences import Sequence
 from loss.next_token import NextToken
 from metrics.records import read_records
-from model.documents import document_obstacle, keep_documents_apart, position_obstacle
+from model.documents.trial import document_obstacle, keep_documents_apart, position_obstacle
 from tests.families import FAMILIES, SIZES
 from tests.proof import GATES, Case, first_gradient, relative_l2
 
@@ -65,7 +65,7 @@ STATE: dict[str, PretrainedConfig] = {
 @pytest.fixture(autouse=True)
 def new_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the trials of other tests, because some tests change a model between two trials."""
-    monkeypatch.setattr("model.documents._results", {})
+    monkeypatch.setattr("model.documents.trial._results", {})
 
 
 def error_of_packing(config: PretrainedConfig) -> float:
@@ -168,7 +168,7 @@ def test_leak_on_purpose_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(LEAKS[name]))
     assert document_obstacle(config) != ""
     monkeypatch.setattr(LeakyForCausalLM, "leak", staticmethod(torch.clone))
-    monkeypatch.setattr("model.documents._results", {})
+    monkeypatch.setattr("model.documents.trial._results", {})
     assert document_obstacle(config) == ""
 
 
@@ -181,8 +181,8 @@ def test_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(modeling_qwen3, "create_causal_mask", mask)
     assert document_obstacle(RIGHT["qwen3"]) == ""
-    monkeypatch.setattr("model.documents.stateful_kinds", lambda model: set())
-    monkeypatch.setattr("model.documents._results", {})
+    monkeypatch.setattr("model.documents.trial.stateful_kinds", lambda model: set())
+    monkeypatch.setattr("model.documents.trial._results", {})
     assert "Qwen3DecoderLayer lets a document see another one" in document_obstacle(RIGHT["qwen3"])
 
 

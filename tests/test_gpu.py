@@ -20,9 +20,9 @@ from loss.cross_entropy import cross_entropy_, head_and_loss_sum, softmax_, toke
 from loss.next_token import NextToken, fastest_softmax
 from metrics.recorder import Recorder
 from metrics.records import read_records
-from model.attention import NAME, attend_within_documents
+from model.documents.attention import NAME, attend_within_documents
+from model.documents.recurrent import stateful_kinds
 from model.float8 import CAPABILITY, E4M3, E5M2, product, to_float8
-from model.recurrent import stateful_kinds
 from tests import world
 from tests.launch import train, train_ok
 from tests.proof import read_tensors, relative_l2

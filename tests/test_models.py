@@ -44,8 +44,8 @@ from config.errors import OptionError
 from config.options import Options
 from loss.next_token import NextToken
 from metrics.records import read_records
-from model.attention import expect_one_document_per_sequence
 from model.build import build_model, load_config_and_tokenizer
+from model.documents.attention import expect_one_document_per_sequence
 from model.export import write_model
 from model.layers import decoder_layers
 from model.version_4 import add_config_keys

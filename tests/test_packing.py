@@ -1,4 +1,4 @@
-"""Proves data/packing.py, data/batches.py and model/attention.py: full sequences, no token lost, separate documents."""
+"""Proves data/packing.py, data/batches.py and model/documents/: full sequences, no token lost, separate documents."""
 
 import json
 import random
@@ -13,13 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import data.packing
-import model.attention
+import model.documents.attention
 from data.batches import collate
 from data.packing import Packing, pack, pack_in_parts
 from data.sequences import Sequence
 from loss.next_token import NextToken
 from metrics.records import read_records
-from model.attention import NAME, attend_within_documents
+from model.documents.attention import NAME, attend_within_documents
 from tests.proof import GATES, Case, first_gradient, relative_l2
 
 
@@ -160,9 +160,9 @@ def test_variable_length_attention(
     model_dir: Path, model_name: str, older: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU path gives the same loss and gradients. Its kernel is computed by hand here, and runs in the GPU test."""
-    monkeypatch.setattr(model.attention, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(model.documents.attention, "varlen_attn", varlen_by_hand)
     if older:
-        monkeypatch.setattr(model.attention, "VARLEN_HAS_GQA", False)
+        monkeypatch.setattr(model.documents.attention, "VARLEN_HAS_GQA", False)
     small = sliding_model() if "sliding" in model_name else AutoModelForCausalLM.from_pretrained(model_dir)
     packed, alone = packed_and_alone()
     expected_loss, expected = loss_and_gradient(small, alone)

@@ -1,4 +1,4 @@
-"""Proves model/recurrent.py: layers that carry a state from token to token restart at each document."""
+"""Proves model/documents/recurrent.py: layers that carry a state from token to token restart at each document."""
 
 import json
 import random
@@ -36,7 +36,7 @@ from transformers import (
 from data.batches import collate
 from data.sequences import Sequence
 from metrics.records import read_records
-from model.recurrent import group_documents, restart_at_documents, restarts_at_documents, stateful_kinds
+from model.documents.recurrent import group_documents, restart_at_documents, restarts_at_documents, stateful_kinds
 from tests.launch import train_ok
 from tests.proof import Case, first_gradient, read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_row, tokens_of_documents

@@ -18,9 +18,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.initialization import no_init_weights
 
 from config.errors import first_line
+from model.documents.masks import mask_documents
+from model.documents.recurrent import restart_at_documents, stateful_kinds
 from model.layers import decoder_layers
-from model.masks import mask_documents
-from model.recurrent import restart_at_documents, stateful_kinds
 from parallel.context import visible_mask
 
 SHUFFLED = "shuffled"
@@ -56,7 +56,7 @@ class Trace:
 def keep_documents_apart(model: PreTrainedModel, trust_remote_code: bool = False) -> None:
     """Change `model` in place so that packed documents stay apart, as far as is known how. Before it is wrapped.
 
-    Masks know the documents (model/masks.py), and layers that carry a state restart (model/recurrent.py).
+    Masks know the documents (masks.py), and layers that carry a state restart (recurrent.py).
     """
     mask_documents(model)
     restart_at_documents(model, _try_out(model.config, trust_remote_code)[1])
@@ -106,9 +106,9 @@ def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
     """Why layers of a model of `config` look at other positions outside of causal softmax attention; "" if none does.
 
     Runs the small model of `document_obstacle` on packed documents in random order: tokens and position ids move
-    together, and the attention function sees what `attend` of model/attention.py would show it, in the order before.
-    A layer that treats each position alone cannot notice that. A state, a convolution, a mask of its own, or another
-    kind of attention makes another result than each document alone.
+    together, and the attention function sees what `attend` of model/documents/attention.py would show it, in the order
+    before. A layer that treats each position alone cannot notice that. A state, a convolution, a mask of its own, or
+    another kind of attention makes another result than each document alone.
     """
     with torch.random.fork_rng(devices=[]):
         try:

@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from config.errors import first_line
-from model.documents import position_obstacle
+from model.documents.trial import position_obstacle
 from model.experts import skipped_experts
 from model.layers import decoder_layers
 
@@ -58,7 +58,7 @@ def attention_obstacle(model: PreTrainedModel) -> str:
 
     `attend` is causal softmax attention, optionally with a sliding window. Runs the model on fake tensors and records
     the arguments of each attention call, which costs up to a second and no memory. Then tries `attend` in a small model
-    with values (model/documents.py), which costs about another second.
+    with values (model/documents/trial.py), which costs about another second.
     """
     try:
         calls = _attention_calls(model)

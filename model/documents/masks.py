@@ -21,7 +21,7 @@ def mask_documents(model: nn.Module) -> None:
     `create_causal_mask` and its like. Some models do not: GPT-OSS and AFMoE omit the position ids, OPT, Falcon, BLOOM
     and MPT make an attention mask of ones. Chunked attention (Llama 4) counts its chunks from the start of the
     sequence; here each document counts its own.
-    A model that builds masks in another way is not changed. model/documents.py notices that.
+    A model that builds masks in another way is not changed. model/documents/trial.py notices that.
     """
     masking_utils._preprocess_mask_arguments = _preprocess_mask_arguments
     masking_utils.chunked_overlay = _chunked_overlay
