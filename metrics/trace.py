@@ -24,7 +24,7 @@ COLLECTIVES = {
 KINDS = {
     "communication": ("nccl", "c10d", "gloo"),
     "attention": ("flash", "fmha", "attention", "attn"),
-    "products of experts": ("grouped_mm", "grouped_gemm", "group_gemm", "groupproblemshape"),
+    "products of experts": ("grouped_mm", "grouped_gemm", "group_gemm", "groupproblemshape", "trainer::grouped"),
     "other matrix products": (
         "gemm",
         "gemv",
