@@ -37,7 +37,7 @@ from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
 from loss.evaluation import evaluate
 from loss.objective import build_objective, prepare_objective
-from loss.router import begin_step, router_metrics
+from loss.router import begin_step, router_metrics, update_router_bias
 from model.adapt import adapt_model
 from model.build import build_model, generate_completion, load_config_and_tokenizer
 from model.layers import decoder_layers
@@ -74,9 +74,7 @@ def main(argv: list[str]) -> None:
 
     # === 3. Replicate or shard the model, load its weights, build the optimizer. ====================================
     resumed_from = checkpoint.choose_checkpoint(options)
-    description = ""
-    if rank == 0:
-        description = estimate.describe_run(options, plan, data, tokenizer, model, weights, device, resumed_from)
+    description = estimate.describe_run(options, plan, data, tokenizer, model, weights, device, resumed_from)
     adapt_model(objective, options, data.packing, mesh)  # attention, tensor and context parallelism, compilation
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     layers, reduce_dtype = decoder_layers(model), getattr(torch, options.reduce_dtype)
@@ -160,6 +158,7 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        update_router_bias(objective, skip)
         strategy.gather_parameters(optimizer)  # with a sharded optimizer: the shards that other ranks have updated
         wrapped.zero_grad()
         recorder.step(tokens // options.model_parallel_size)  # as many ranks have counted the same sequence

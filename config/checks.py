@@ -33,6 +33,7 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
+    "router_bias_update_rate",
     "learning_rate",
     "warmup_steps",
     "weight_decay",

@@ -138,6 +138,9 @@ class Options:
     router_aux_loss_coef: float | None = option(
         OBJECTIVE, None, "Mixtures: weight of the load-balancing loss. Default: the model's configuration."
     )
+    router_bias_update_rate: float = option(
+        OBJECTIVE, 0.0, "Mixtures: step of the biases that balance experts without a loss; 0.001 in DeepSeek-V3."
+    )
 
     num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences. 0: only evaluate.")
     max_steps: int = option(OPTIMIZER, -1, "Optimizer steps. Above 0, it overrides num_train_epochs.")

@@ -31,10 +31,12 @@ def describe_run(
     device: torch.device,
     resumed_from: Path | None,
 ) -> str:
-    """The start block: lines that describe the run. `model` is on the meta device, before it is wrapped.
+    """The start block of rank 0: lines that describe the run. `model` is on the meta device, before it is wrapped.
 
     Costs a second or three for the memory forecast. With `show_examples`, the first training sequences follow.
     """
+    if dist.get_rank() > 0:
+        return ""
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)

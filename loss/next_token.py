@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
-from loss.router import RouterBalance
+from loss.router import RouterBalance, RouterBias, real_positions
 from model.experts import skipped_experts
 
 
@@ -27,12 +27,16 @@ class NextToken(nn.Module):
     needs_initial_model = False
 
     def __init__(
-        self, model: PreTrainedModel, compiled: bool = False, router_balance: RouterBalance | None = None
+        self,
+        model: PreTrainedModel,
+        compiled: bool = False,
+        router_balance: RouterBalance | None = None,
+        router_bias: RouterBias | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.compiled = compiled
-        self.router_balance = router_balance
+        self.router_balance, self.router_bias = router_balance, router_bias
         self.ends_with_head = ends_with_head(model)
         self.cross_entropy_ = partial(cross_entropy_, softmax_=fastest_softmax() if compiled else softmax_)
 
@@ -52,6 +56,8 @@ class NextToken(nn.Module):
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "document_ends": document_ends}
         balance = self.router_balance
+        if self.router_bias is not None and tokens is not None:
+            self.router_bias.real_S = real_positions(tokens, input_ids.shape)
         if balance is None or not (torch.is_grad_enabled() or balance.counting):
             return self.token_loss(inputs, labels)
         assert tokens is not None

@@ -9,15 +9,15 @@ from data.prepare import Data
 from loss.dpo import Preference
 from loss.dpo_reference import add_reference
 from loss.next_token import NextToken
-from loss.router import build_router_balance
+from loss.router import build_router_balance, build_router_bias
 
 
 def build_objective(model: PreTrainedModel, options: Options) -> NextToken | Preference:
     """The module whose forward returns the sum of the losses of a micro-batch. It holds the model as `.model`."""
-    router_balance = build_router_balance(model, options)
+    router_balance, router_bias = build_router_balance(model, options), build_router_bias(model, options)
     if options.objective == "dpo":
         return Preference(model, options.dpo_beta)
-    return NextToken(model, options.torch_compile, router_balance)
+    return NextToken(model, options.torch_compile, router_balance, router_bias)
 
 
 def prepare_objective(

@@ -1,10 +1,11 @@
-"""The load-balancing loss of a mixture of experts, over the global batch, and the load of its experts.
+"""What balances the experts of a mixture, over the global batch: a loss, or biases; and the load of the experts.
 
 Shapes: B sequences, T tokens of a sequence, S = B x T; L layers with experts; E experts of a layer; K experts of a
 token.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class RouterBalance:
         self.tokens = self.targets = 0
         self.counting = False
 
-    def _capture(self, router_logits: tuple[Tensor, ...], experts: int, choices: int, mask: object = None) -> int:
+    def _capture(self, router_logits: tuple[Tensor, ...], experts: int, choices: int, *others: object) -> int:
         self.captured = router_logits, choices
         return 0
 
@@ -54,7 +55,7 @@ class RouterBalance:
         """The tokens for each expert, int64 [L, E], and the sums of the probabilities [E], without padding."""
         router_logits, choices = self.captured
         self.captured = (), 0
-        real_S = (torch.arange(shape[1], device=lengths_B.device) < _padded(lengths_B, shape[0])[:, None]).flatten()
+        real_S = real_positions(lengths_B, shape)
         counts, probabilities_E = [], torch.zeros((), device=lengths_B.device)
         for logits_SE in router_logits:
             # In the dtype of the logits, as transformers does, so that ties are broken in the same way.
@@ -102,9 +103,91 @@ class RouterBalance:
         return result
 
 
-def _padded(lengths_B: Tensor, sequences: int) -> Tensor:
-    """The lengths, with 0 for a sequence of padding alone, which stands for an empty micro-batch."""
-    return functional.pad(lengths_B, (0, sequences - len(lengths_B)))
+def real_positions(lengths_B: Tensor, shape: torch.Size) -> Tensor:
+    """Whether each position of a micro-batch [B, T] is no padding: bool [S]. An empty micro-batch is all padding."""
+    padded_B = functional.pad(lengths_B, (0, shape[0] - len(lengths_B)))
+    return (torch.arange(shape[1], device=lengths_B.device) < padded_B[:, None]).flatten()
+
+
+BIASES = ("e_score_correction_bias", "expert_bias")  # buffers [E]: a router adds one to scores, to choose experts
+
+
+class RouterBias:
+    """Keeps experts balanced without a loss (Wang et al. 2024; DeepSeek-V3 report 2024, section 2.1.2).
+
+    After each step, the bias of an expert rises by `rate` if fewer tokens of the global batch came to it than the mean
+    of its layer, and falls if more did. Biases are saved buffers of the model, equal on all ranks, without a gradient.
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self.rate = rate
+        self.owners: list[tuple[nn.Module, str]] = []  # the module of each layer's bias, and the bias's name in it
+        self.counts: list[Tensor] = []  # int64 [E] each: tokens of this rank for each expert in this step
+        self.real_S: Tensor | None = None  # whether a position of the micro-batch is no padding
+        for parent in model.modules():
+            experts = getattr(parent, "experts", None)
+            owners = [
+                (module, name)
+                for module in parent.modules()
+                for name in BIASES
+                if name in dict(module.named_buffers(recurse=False))
+            ]
+            if isinstance(experts, nn.Module) and len(owners) == 1:
+                experts.register_forward_pre_hook(partial(self._count, len(self.owners)))
+                self.owners += owners
+
+    def begin(self, device: torch.device) -> None:
+        """Begin a step: forget the counts of the last one."""
+        biases = [owner.get_buffer(name) for owner, name in self.owners]
+        self.counts = [torch.zeros(bias_E.shape, dtype=torch.int64, device=device) for bias_E in biases]
+
+    def _count(self, layer: int, experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Count the choices [S, K], the second argument of an experts function of transformers: a forward pre-hook.
+
+        A layer that is recomputed counts twice. That is so for all of its experts, and does not change the comparison.
+        """
+        if torch.is_grad_enabled() and self.real_S is not None:
+            chosen_SK = inputs[1]
+            real_R = self.real_S.long().repeat_interleave(chosen_SK.shape[1])
+            self.counts[layer].scatter_add_(0, chosen_SK.flatten(), real_R)
+
+    def update(self, skip: Tensor) -> None:
+        """Move the biases after a step, unless `skip`, a bool on the device, says that it changes nothing.
+
+        Every rank must call. The CPU does not synchronize with the GPU.
+        """
+        counts_LE = torch.stack(self.counts)
+        dist.all_reduce(counts_LE)
+        moves_LE = self.rate * (counts_LE.double().mean(1, keepdim=True) - counts_LE).sign() * ~skip
+        for (owner, name), move_E in zip(self.owners, moves_LE, strict=True):
+            bias_E = owner.get_buffer(name)
+            bias_E += move_E.to(bias_E.dtype)
+
+
+def build_router_bias(model: PreTrainedModel, options: Options) -> RouterBias | None:
+    """What moves the biases of the routers, if --router_bias_update_rate asks for it. Raises OptionError."""
+    if not options.router_bias_update_rate:
+        return None
+    bias, source = (
+        RouterBias(model, options.router_bias_update_rate),
+        f"router_bias_update_rate {options.router_bias_update_rate}",
+    )
+    if not bias.owners:
+        raise OptionError(
+            f"{source}: {model.config.model_type} has no bias of its routers as a buffer\n"
+            "remove --router_bias_update_rate; --router_aux_loss_coef balances other mixtures"
+        )
+    if options.model_parallel_size > 1 or options.objective == "dpo":
+        other = "objective dpo" if options.objective == "dpo" else "tensor or context parallelism"
+        raise OptionError(f"{source}: cannot be combined with {other}\nremove one of them")
+    return bias
+
+
+def update_router_bias(objective: nn.Module, skip: Tensor) -> None:
+    """Move the biases of a mixture's routers after a step, if an option asks for it. Every rank must call."""
+    bias: Any = getattr(objective, "router_bias", None)
+    if bias is not None:
+        bias.update(skip)
 
 
 def build_router_balance(model: PreTrainedModel, options: Options) -> RouterBalance | None:
@@ -142,6 +225,9 @@ def begin_step(
     without gradients each: the loss of a micro-step needs the choices of the global batch. A step takes about a third
     longer then.
     """
+    bias: Any = getattr(objective, "router_bias", None)
+    if bias is not None:
+        bias.begin(device)
     balance: Any = getattr(objective, "router_balance", None)
     if balance is None:
         return

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
 from config.command_line import parse
 from config.errors import OptionError
 from data.prepare import prepare_data
-from loss.router import build_router_balance
+from loss.router import RouterBias, build_router_balance, build_router_bias
 from metrics.records import read_records
+from tests import zoo
 from tests.launch import train_ok
 
 SIZES: dict[str, Any] = {
@@ -111,3 +113,50 @@ def test_refusals(model_dir: Path, tmp_path: Path) -> None:
     for other in (["--context_parallel", "2"], ["--objective", "dpo"]):
         with pytest.raises(OptionError, match=r"coef 0\.5 of the model's configuration: cannot be combined"):
             build_router_balance(mixture, parse([*asked[:2], *other]))
+
+
+def test_bias_moves_against_the_load(tiny: list[object], tmp_path: Path) -> None:
+    """Biases of GLM-4.5 after each step, on any topology, against a count by hand; saved, resumed, and exported."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(zoo.config("glm4_moe"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    position = tiny.index("--model_name_or_path") + 1
+    AutoTokenizer.from_pretrained(tiny[position]).save_pretrained(tmp_path / "model")
+    options = [*tiny[:position], tmp_path / "model", *tiny[position + 1 :], "--router_bias_update_rate", 0.01]
+    biases = {}
+    for name, ranks, micro_batch, more in (
+        ("one", 1, 16, []),
+        ("two", 2, 2, ["--strategy", "fsdp", "--gradient_checkpointing"]),
+        ("resumed", 1, 8, ["--save_steps", 2]),
+    ):
+        argv = [*options, "--per_device_train_batch_size", micro_batch, *more, "--output_dir", tmp_path / name]
+        argv += ["--lr_scheduler_type", "constant_with_warmup"]
+        if name == "resumed":
+            train_ok(1, *argv, "--max_steps", 2)
+            argv += ["--resume_from_checkpoint", "auto"]
+        train_ok(ranks, *argv, "--max_steps", 4)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        biases[name] = {key: value for key, value in tensors.items() if key.endswith("e_score_correction_bias")}
+    assert biases["one"]
+    for key, bias_E in biases["one"].items():
+        assert torch.equal(bias_E, biases["two"][key])
+        assert torch.equal(bias_E, biases["resumed"][key])
+        assert bias_E.abs().max() > 0.005
+        torch.testing.assert_close((bias_E / 0.01).round(), bias_E / 0.01, atol=1e-4, rtol=0)
+
+
+def test_one_move_of_the_bias() -> None:
+    """Rises below the mean of its layer, falls above, stays at it, and does not move in a skipped step."""
+    model = AutoModelForCausalLM.from_config(zoo.config("glm4_moe"))
+    bias = RouterBias(model, 0.5)
+    counts = torch.tensor([[3, 1, 2, 2]] * len(bias.owners))
+    for skip, expected in ((True, [0.0, 0, 0, 0]), (False, [-0.5, 0.5, 0, 0])):
+        bias.counts = list(counts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+            bias.update(torch.tensor(skip))
+        for owner, name in bias.owners:
+            assert owner.get_buffer(name).tolist() == expected
+    mixtral = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
+    with pytest.raises(OptionError, match=r"router_bias_update_rate 0\.1: mixtral has no bias of its routers"):
+        build_router_bias(mixtral, parse(["--config_name", "x", "--router_bias_update_rate", "0.1"]))

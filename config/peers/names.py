@@ -331,6 +331,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("label_smoothing_factor label_smoothing dpo_label_smoothing", only("0", "the loss has no label smoothing")),
     ("neftune_noise_alpha", only("0", "embeddings get no noise")),
     ("moe_aux_loss_coef", alias("router_aux_loss_coef")),
+    ("moe_router_bias_update_rate load_balance_coeff", alias("router_bias_update_rate")),
     (
         "use_dft_loss use_asft_loss use_eaft_loss enable_dft_loss enable_channel_loss",
         only("false", "the loss is cross-entropy"),
