@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens of a sequence, S = B x T; L layers with experts; E
 token.
 """
 
+import inspect
 import sys
 from functools import partial
 from typing import Any
@@ -42,8 +43,8 @@ class RouterBalance:
         self.tokens = self.targets = 0
         self.counting = False
 
-    def _capture(self, router_logits: tuple[Tensor, ...], experts: int, choices: int, *others: object) -> int:
-        self.captured = router_logits, choices
+    def _capture(self, router_logits: tuple[Tensor, ...] | None, experts: int, choices: int, *others: object) -> int:
+        self.captured = router_logits or (), choices
         return 0
 
     def begin(self, tokens: int, targets: int, device: torch.device) -> None:
@@ -54,6 +55,11 @@ class RouterBalance:
     def count(self, lengths_B: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The tokens for each expert, int64 [L, E], and the sums of the probabilities [E], without padding."""
         router_logits, choices = self.captured
+        if not router_logits:  # some models of transformers pass none
+            raise OptionError(
+                f"router_aux_loss_coef {self.coefficient}: this model does not give the logits of its routers\n"
+                "pass --router_aux_loss_coef 0"
+            )
         self.captured = (), 0
         real_S = real_positions(lengths_B, shape)
         counts, probabilities_E = [], torch.zeros((), device=lengths_B.device)
@@ -71,6 +77,8 @@ class RouterBalance:
 
         The caller divides by these targets, as it does with the sum of the token losses.
         """
+        if not self.captured[0] and not self.coefficient:
+            return torch.zeros((), device=lengths_B.device)
         counts_LE, probabilities_E = self.count(lengths_B, shape)
         self.load = counts_LE if len(self.load) == 0 else self.load + counts_LE
         if not self.coefficient:
@@ -202,7 +210,13 @@ def build_router_balance(model: PreTrainedModel, options: Options) -> RouterBala
     asked = options.router_aux_loss_coef
     coefficient = asked if asked is not None else from_config * bool(getattr(config, "output_router_logits", False))
     source = f"router_aux_loss_coef {coefficient}" + (" of the model's configuration" if asked is None else "")
-    known = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    formula = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    # Some models have another formula by this name, with other arguments.
+    known = formula is not None and [*inspect.signature(formula).parameters][:3] == [
+        "gate_logits",
+        "num_experts",
+        "top_k",
+    ]
     known = known and hasattr(config, "output_router_logits")
     if coefficient and not known:
         raise OptionError(

@@ -81,7 +81,15 @@ def check_plan_is_complete(model: PreTrainedModel, ranks: int) -> None:
     """Raise OptionError if the plan leaves out a linear module: each rank of a group would count its gradient."""
     head = model.get_output_embeddings()
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    if missing := linear - tensor_parallel_plan(model).keys():
+    plan = tensor_parallel_plan(model)
+    # A module that holds split modules may have parameters of its own, such as one for each attention head.
+    own = {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if any(f"{name}.{child}" in plan for child, _ in module.named_children())
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    if missing := (linear | own) - plan.keys():
         raise OptionError(
             f"tensor_parallel {ranks}: the plan of {model.config.model_type} leaves out {min(missing)}\n"
             "remove --tensor_parallel; --strategy fsdp shards any model"

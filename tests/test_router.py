@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwe
 from config.command_line import parse
 from config.errors import OptionError
 from data.prepare import prepare_data
+from loss.next_token import NextToken
 from loss.router import RouterBias, build_router_balance, build_router_bias
 from metrics.records import read_records
 from tests import zoo
@@ -109,6 +110,17 @@ def test_refusals(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"router_aux_loss_coef 0\.1: qwen3 has no load-balancing loss"):
         build_router_balance(dense, parse(asked))
     assert build_router_balance(dense, parse(asked[:2])) is None
+    for name, coefficient in (("doge", True), ("granitemoe", False)):  # another formula; no logits in transformers
+        model = AutoModelForCausalLM.from_config(zoo.config(name))
+        if coefficient:
+            with pytest.raises(OptionError, match="doge has no load-balancing loss"):
+                build_router_balance(model, parse(asked))
+            continue
+        balance = build_router_balance(model, parse(asked))
+        assert balance is not None
+        ids_BT = torch.randint(1, 500, (2, 8))
+        with pytest.raises(OptionError, match="this model does not give the logits of its routers"):
+            NextToken(model, router_balance=balance)(ids_BT, ids_BT, tokens=torch.tensor([8, 8]))
     mixture = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
     for other in (["--context_parallel", "2"], ["--objective", "dpo"]):
         with pytest.raises(OptionError, match=r"coef 0\.5 of the model's configuration: cannot be combined"):
