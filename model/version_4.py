@@ -78,7 +78,10 @@ def _as_read(config: PretrainedConfig, values: dict[str, Any], keys: set[str]) -
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # in a file, infinity is a dict that version 5 reads
         json.dump(values, file)
         file.flush()
-        read = type(config).from_json_file(file.name).to_dict()
+        try:
+            read = type(config).from_json_file(file.name).to_dict()
+        except Exception:  # version 5 refuses keys of version 4 (Gemma 4): these values are unlike any that it reads
+            return {"unreadable": values}
     if isinstance(rope := read.get("rope_parameters"), dict):
         rope.pop("type", None)
     return {key: value for key, value in read.items() if key not in keys}

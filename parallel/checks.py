@@ -29,6 +29,8 @@ def check_tensor_parallel(config: PretrainedConfig, ranks: int) -> None:
         raise OptionError(
             f"tensor_parallel {ranks}: the layers of {name} have different numbers of heads\n{remedy}"
         ) from error
+    if not isinstance(config.intermediate_size, int):  # one for each layer (Gemma 3n)
+        raise OptionError(f"tensor_parallel {ranks}: the layers of {name} have different sizes\n{remedy}")
     sizes = {
         "attention heads": heads.queries,
         "key-value heads": heads.key_values,

@@ -52,12 +52,26 @@ ZAMBA: dict[str, Any] = {
         "adapter_rank": 8,
     },
 }
+GEMMA_3N: dict[str, Any] = {
+    **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_kv_shared_layers": 0},
+    **{"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+    **{"intermediate_size": [48] * 3, "activation_sparsity_pattern": [0.0] * 3},
+}
+GEMMA_4: dict[str, Any] = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8, "global_head_dim": 16}
+QWEN_4: dict[str, Any] = {
+    **HYBRID,
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16},
+    **{"indexer_compress_ratio": 4, "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 64},
+    **{"heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8},
+}
 
 # The families of today first, as in docs/models.md, with values that they need beside COMMON.
 SPECIAL: dict[str, dict[str, Any]] = {
     **{"qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "qwen3_next": HYBRID, "qwen3_5_text": HYBRID},
     **{"qwen3_5_moe_text": HYBRID, "qwen2_moe": {}, "llama": {}},
     "llama4_text": {"no_rope_layers": [1, 1, 0], "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+    "gemma3n_text": GEMMA_3N,
+    "gemma4_text": GEMMA_4,
     **{"mistral": {}, "ministral": {}, "ministral3": {}, "mixtral": {}, "gemma": {}},
     **{"gemma2": {}, "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}},
     "gpt_oss": {},
@@ -100,6 +114,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "nanochat": {},
     },
     **{"vaultgemma": {}, "youtu": LOW_RANK, "mimo_v2_flash": {}, "jais2": {}, "solar_open": {}, "granite_swa": {}},
+    "qwen4_exp_text": QWEN_4,
+    "modernbert-decoder": dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0),
     **{"minicpm3": LOW_RANK, "hy_v3": {}, "laguna": {}, "mellum": {}, "axk1": LOW_RANK},
     **{"falcon": {}, "gpt2": {}, "gpt_neox": {}, "gptj": {}, "gpt_bigcode": {}, "bloom": {}, "mpt": {}, "opt": {}},
     **{"codegen": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2}},

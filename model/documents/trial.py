@@ -124,8 +124,7 @@ def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
         except Exception as error:
             return f"it does not run with another attention function: {first_line(error)}"
     back_T = order_T.argsort()
-    layers = [(name, output_BTD[:, back_T]) for name, output_BTD in shuffled.layers]
-    if _difference(Trace(shuffled.logits_BTV[:, back_T], shuffled.gradient_BTD[:, back_T], layers), alone):
+    if _difference(Trace(shuffled.logits_BTV[:, back_T], shuffled.gradient_BTD[:, back_T], []), alone):
         return "a position depends on others by more than causal attention with a window"
     return ""
 
