@@ -114,8 +114,8 @@ EP2 = (*FSDP, "--expert_parallel", "2")
 EP4 = (*FSDP, "--expert_parallel", "4")
 CHECKPOINTING = ("--gradient_checkpointing",)
 MIXTURE_CASES = [  # of a mixture of experts, against one process
-    Case("expert parallel", 2, 8, EP2, slow=True),
-    Case("FSDP x expert parallel", 4, 2, EP2),
+    Case("expert parallel", 2, 8, EP2),
+    Case("FSDP x expert parallel", 4, 2, EP2, slow=True),
     Case("FSDP x expert parallel", 4, 4, EP2, slow=True),
     Case("expert parallel", 4, 4, EP4, slow=True),
     Case("FSDP (ZeRO-2) x expert parallel", 4, 2, (*EP2, "--reshard_after_forward", "false"), slow=True),

@@ -247,6 +247,7 @@ def hybrid(tiny: list[object], model_dir: Path, tmp_path_factory: pytest.TempPat
     return [*tiny, "--model_name_or_path", directory / "model", "--train_file", file]
 
 
+@pytest.mark.slow
 def test_packed_run_is_the_unpacked_run(hybrid: list[object], tmp_path: Path) -> None:
     """Gradient and loss of the first step on all documents: alone on one rank, and packed on two with checkpointing."""
     unpacked = [*hybrid, "--packing", "none", "--global_batch_size", DOCUMENTS]
