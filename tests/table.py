@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,8 @@ COLUMNS = {
     "memory": "whether the memory of a run is predicted",
     "head": "whether the loss applies the head in chunks, or to all logits",
 }
-TRAINED = ("plain", "fsdp", "packed", "checkpointed", "tensor", "context", "resumed", "exported")
+# transformers builds and loads a model with settings of the whole process: whether weights are initialized, or tied.
+ONE_MODEL_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def plain(place: Place) -> list[dict[str, Any]]:
 
 
 def of_plain(place: Place, first: list[dict[str, Any]]) -> float:
-    expected = plain(place)
+    with ONE_MODEL_AT_A_TIME:
+        expected = plain(place)
     trained, other = (load_all(place.root / name) for name in ("one", "plain-model"))
     assert trained.keys() == other.keys()
     moved = [(trained[name] - other[name]).norm() / (1e-3 + other[name].norm()) for name in trained]
@@ -235,7 +238,8 @@ def load_all(directory: Path) -> dict[str, torch.Tensor]:
 def measure(name: str, root: Path, shared: Path, columns: tuple[str, ...] = tuple(COLUMNS)) -> dict[str, Cell]:
     """The cells of a family. `root` is a new directory, and `shared` that of make_shared."""
     place = Place(name, root, shared)
-    make_model(place)
+    with ONE_MODEL_AT_A_TIME:
+        make_model(place)
     cells: dict[str, Cell] = {}
     first = attempt(lambda: place.run("one", 1))
     if isinstance(first, Cell):
@@ -249,8 +253,9 @@ def measure(name: str, root: Path, shared: Path, columns: tuple[str, ...] = tupl
         told = line.startswith("predicted")
         cells["memory"] = Cell("right" if told else "refused", "predicted" if told else line)
     if "head" in columns:
-        model = AutoModelForCausalLM.from_config(config(name))
-        cells["head"] = Cell("right", "in chunks" if ends_with_head(model) else "all logits")
+        with ONE_MODEL_AT_A_TIME:
+            chunked = ends_with_head(AutoModelForCausalLM.from_config(config(name)))
+        cells["head"] = Cell("right", "in chunks" if chunked else "all logits")
     return cells
 
 
