@@ -183,11 +183,11 @@ def _sum_of_rows(rows_ND: Tensor, order_N: Tensor, place_N: Tensor, per_token: i
 def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """For each expert, its rows @ its weight: [N, O] for `rows` [N, I] and `weights` [E, I, O], of equal dtype.
 
-    Uses torch's kernel where it works: in bf16 and with aligned rows. Otherwise, experts are multiplied one after
-    another, and the CPU synchronizes with the GPU.
+    Uses torch's kernel where it works: on a GPU, in bf16 and with aligned rows. Otherwise, experts are multiplied one
+    after another, and the CPU synchronizes with the GPU. On a CPU, the kernel has ended the process once in a while.
     """
     aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[1:])
-    if rows.dtype == torch.bfloat16 and aligned:
+    if rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned:
         return functional.grouped_mm(rows, weights, offs=ends_E)
     product: Tensor = _product(rows, weights, ends_E)
     return product

@@ -80,7 +80,7 @@ def products(name: str, attention: str, implementation: str | None = None) -> Pr
     assert mode.counts.total() > 20
     # Two products in the forward pass, and two for each of them in the backward pass; no product is recomputed.
     layers = sum(is_experts(module) for module in model.modules())
-    assert mode.counts["_grouped_mm"] == 6 * layers
+    assert mode.counts["grouped_product"] + mode.counts["grouped_weight_gradient"] == 6 * layers
     return mode
 
 
