@@ -7,7 +7,7 @@ products, so this file casts their factors. Parameters keep fp32, and so do thei
 for 2-D matrices and does not change experts.
 
 Only token, routing and first product are saved for the backward pass. The backward pass recomputes sorted tokens, bf16
-weights and gates, but no product.
+weights and gates. On a GPU, it recomputes no product.
 Shapes: T tokens, K experts of a token, N = T x K rows sorted by expert, E experts, D hidden size, I intermediate size,
 G size of the first product: 2 x I if experts have gates, otherwise I.
 """
@@ -102,7 +102,7 @@ def grouped_mlp(
 def _recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Call `function`, which ends with a matrix product, and save its inputs instead of the factors of the product.
 
-    The recomputation stops before the product.
+    The recomputation stops before the product, if that is torch's own kernel.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)

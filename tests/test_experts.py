@@ -78,7 +78,7 @@ def products(name: str, attention: str, implementation: str | None = None) -> Pr
         loss.backward()
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
     assert mode.counts.total() > 20
-    # Two products in the forward pass, the same two again before the backward pass, and two for each of them in it. On a
+    # Two products in the forward pass, these two again before the backward pass, and two for each of them in it. On a
     # GPU, the recomputation ends before torch's own kernel, because this kernel saves its factors before it multiplies.
     layers = sum(is_experts(module) for module in model.modules())
     assert mode.counts["grouped_product"] + mode.counts["grouped_weight_gradient"] == 8 * layers
