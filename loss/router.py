@@ -19,6 +19,8 @@ from config.errors import OptionError
 from config.options import Options
 from data.batches import Batch, to_device
 
+BIASES = ("e_score_correction_bias", "expert_bias")  # buffers [E]: a router adds one to scores, to choose experts
+
 
 class RouterBalance:
     """What the routers of a model chose in this step, and the loss that keeps their choices balanced.
@@ -35,9 +37,7 @@ class RouterBalance:
         # transformers calls this function of the model's module with the logits of all routers. Its own would count
         # on the CPU, which synchronizes with the GPU, and knows only this micro-batch.
         sys.modules[type(model).__module__].load_balancing_loss_func = self._capture  # type: ignore[attr-defined]
-        self.of_step: Tensor | None = (
-            None  # int64 [L, E]: tokens of the global batch for each expert, if counted before
-        )
+        self.of_step: Tensor | None = None  # int64 [L, E]: tokens of the global batch, if they were counted before
         self.load = torch.zeros(0)  # int64 [L, E]: of the last step, over all ranks once `metrics` has added them
         self.loss_sum = torch.zeros(0)
         self.tokens = self.targets = 0
@@ -115,9 +115,6 @@ def real_positions(lengths_B: Tensor, shape: torch.Size) -> Tensor:
     """Whether each position of a micro-batch [B, T] is no padding: bool [S]. An empty micro-batch is all padding."""
     padded_B = functional.pad(lengths_B, (0, shape[0] - len(lengths_B)))
     return (torch.arange(shape[1], device=lengths_B.device) < padded_B[:, None]).flatten()
-
-
-BIASES = ("e_score_correction_bias", "expert_bias")  # buffers [E]: a router adds one to scores, to choose experts
 
 
 class RouterBias:
