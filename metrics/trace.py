@@ -61,6 +61,7 @@ class Trace:
             schedule=torch.profiler.schedule(wait=0, warmup=self.WARMUP, active=steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
+            acc_events=True,  # nothing is lost, and torch does not warn that it might be
         )
 
     def start(self, step: int) -> None:
