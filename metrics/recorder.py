@@ -55,6 +55,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from config.errors import writing
@@ -63,6 +64,7 @@ from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
 from metrics.records import drop_records_beyond
 from metrics.trace import Trace
+from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA
 
 
 class Recorder:
@@ -87,14 +89,20 @@ class Recorder:
         self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = 0
         self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
+        self.activity = ACTIVITY
         # In a log file, every redraw of a bar would be a new line.
         no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
         self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
-    def start(self, step: int, tokens_seen: int) -> None:
-        """Begin after `step` steps. Later records, which an interrupted run has left, are removed."""
+    def start(self, step: int, tokens_seen: int, wrapped: nn.Module) -> None:
+        """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
+
+        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/watch.py).
+        """
+        wrapped.register_forward_pre_hook(self._micro_step)
+        self.activity.step, self.activity.micro_steps = step + 1, self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen
         self.step_at_last_record = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
@@ -112,10 +120,12 @@ class Recorder:
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
+            self.activity.phase = WAITING_FOR_DATA
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+            self.activity.phase = TRAINING
             self.waited += time.perf_counter() - before
             yield batch
 
@@ -125,7 +135,9 @@ class Recorder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
+        self.activity.phase, phase = to, self.activity.phase
         yield
+        self.activity.phase = phase
         if to == "evaluate":
             self.evaluating += time.perf_counter() - before
         else:
@@ -134,6 +146,7 @@ class Recorder:
     def step(self, tokens: int) -> None:
         """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU."""
         self.tokens_seen += tokens
+        self.activity.step, self.activity.micro_step = self.activity.step + 1, 0
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
             self.print(report)
@@ -203,6 +216,10 @@ class Recorder:
         if self.board is not None:
             with writing(self.path.parent / "tensorboard"):
                 self.board.close()
+
+    def _micro_step(self, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self.activity.micro_step += 1
 
     def _write(self, step: int, **values: Any) -> None:
         if not self.writes:

@@ -15,6 +15,7 @@ import transformers
 
 from config.errors import OptionError, first_line
 from runtime.signals import SAVE_SIGNALS
+from runtime.watch import explain_failure
 
 
 def configure_libraries(full_determinism: bool) -> None:
@@ -37,6 +38,8 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
     try:
         main(sys.argv[1:])
     except Exception as error:
+        if explain_failure(error):  # another rank is the cause, and a message names it
+            exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         if os.environ.get("RANK", "0") != "0":
