@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     rank, world_size, local_rank = runtime.rank_from_environment()
     options = config.parse(argv, world_size)
     config.check(options, world_size)
-    runtime.configure_libraries(options.full_determinism)
+    runtime.configure_libraries(options.full_determinism, options.output_dir if options.flight_recorder else None)
     lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer, model_config)  # one rank prepares, the others wait for its file lock
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
-    recorder.start(progress.step, progress.tokens_seen, wrapped)
+    recorder.start(progress.step, progress.tokens_seen, wrapped, layers[0])
     saver = checkpoint.Saver(options)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)

@@ -19,6 +19,8 @@ training comes every `logging_steps` optimizer steps:
     data_wait_seconds  in which rank 0 waited for micro-batches since the last record
     save_seconds       in which training waited for checkpoints since the last record: for the copy of the state, and
                        for the previous checkpoint to reach the disk
+    slowest_rank       the rank that the others waited for longest since the last record; only with several ranks
+    slowest_rank_lag   an estimate of the fraction of the time in which they did, from 0 to 1 (metrics/stragglers.py)
 
 A mixture of experts has three more (loss/router.py), if transformers knows its routers:
 
@@ -63,6 +65,7 @@ from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
 from metrics.records import drop_records_beyond
+from metrics.stragglers import Stragglers
 from metrics.trace import Trace
 from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA
 
@@ -96,11 +99,13 @@ class Recorder:
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
         self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
-    def start(self, step: int, tokens_seen: int, wrapped: nn.Module) -> None:
+    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layer: nn.Module) -> None:
         """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
 
-        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/watch.py).
+        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/watch.py). Those of
+        `layer`, a decoder layer, are timed to find a slow rank.
         """
+        self.stragglers = Stragglers(layer, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)
         self.activity.step, self.activity.micro_steps = step + 1, self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen
@@ -162,6 +167,7 @@ class Recorder:
     ) -> None:
         """Write a record of training. The caller has read the floats from the device, so the step is complete.
 
+        Every rank must call, because they gather their times, in a millisecond.
         `router` has the fields of a mixture of experts (loss/router.py).
         """
         now = time.perf_counter()
@@ -179,7 +185,10 @@ class Recorder:
             data_wait_seconds=self.waited,
             save_seconds=self.saving,
             **router,
+            **self.stragglers.gather(seconds, self.waited),
         )
+        if report := self.stragglers.report():
+            self.print(f"step {step}: {report}")
         progress = f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         if self.bar.disable:
             total = self.plan.total_steps

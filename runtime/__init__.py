@@ -8,7 +8,7 @@ from runtime.gpus import choose_device, require_own_gpu
 from runtime.launcher import rank_from_environment
 from runtime.process import configure_libraries, run
 from runtime.signals import Signals, ignore_signals
-from runtime.watch import ACTIVITY, watch_ranks
+from runtime.watch import ACTIVITY, node_of_rank, watch_ranks
 
 __all__ = [
     "ACTIVITY",
@@ -18,6 +18,7 @@ __all__ = [
     "choose_device",
     "configure_libraries",
     "ignore_signals",
+    "node_of_rank",
     "rank_from_environment",
     "require_own_gpu",
     "run",

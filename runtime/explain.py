@@ -61,7 +61,8 @@ def explain(beats: list[Beat], peers: list[Peer], silent: float) -> str:
     missing = [beat for beat in beats if beat not in waiting]
     groups: dict[str, list[int]] = {}
     for beat in waiting:
-        groups.setdefault(f"in {beat.collective} of step {beat.step} at {beat.where}", []).append(beat.rank)
+        place = "for" if beat.collective == stacks.GPU else "in"
+        groups.setdefault(f"{place} {beat.collective} of step {beat.step}, {beat.where}", []).append(beat.rank)
     if not missing and len(groups) == 1:
         return (
             f"all ranks wait {next(iter(groups))}\n"

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # Calls in which the CPU waits for the GPU, and so perhaps for a collective of NCCL.
 SYNCHRONIZES = re.compile(r"\.(item|tolist|cpu)\(|synchronize\(")
+GPU = "the GPU"
 STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "Z": "has ended", "X": "has ended"}
 STATES["D"] = "waits for a disk or a driver (state D)"
 
@@ -70,7 +71,7 @@ def place_of(calls: Calls) -> Place:
         collective = "backward"
     # A call into C++ has no frame of its own, so the last line is the call.
     if not collective and calls[-1] == (code, line) and SYNCHRONIZES.search(linecache.getline(code.co_filename, line)):
-        collective = "the GPU"
+        collective = GPU
     modules = {Path(code.co_filename).name for code, _ in calls}
     return Place(where, collective, bool({"pdb.py", "bdb.py", "pydevd.py"} & modules))
 
@@ -102,14 +103,12 @@ def started(pid: int) -> int:
     return _stat(pid)[1]
 
 
-def stuck_children() -> str:
-    """Which child processes of this one are stopped or wait for a disk: "pt_data_worker 123 is stopped"; or ""."""
-    return ", ".join(
-        f"its child process {pid} ({name}) {STATES[state]}"
-        for pid in _children()
-        for state, _, name in (_stat(pid),)
-        if state in STATES
-    )
+def stuck_children(states: str = "TtD") -> dict[int, str]:
+    """The child processes of this one in one of these states, stopped or waiting for a disk, and what is wrong."""
+    found = {pid: _stat(pid) for pid in _children()}
+    return {
+        pid: f"its process {pid} ({name}) {STATES[state]}" for pid, (state, _, name) in found.items() if state in states
+    }
 
 
 def _children() -> Iterator[int]:

@@ -14,11 +14,13 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
-import time
+import traceback
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 from torch.distributed.distributed_c10d import _get_default_store
 
 from config.errors import first_line
@@ -37,6 +40,7 @@ BEATS = 20  # of each rank within --ddp_timeout; at least one in LONGEST seconds
 LONGEST = 2.0
 AHEAD = 6  # beats before the timeout, a rank that waits in a collective reports the hang
 PATIENCE = 60.0  # seconds; a rank without a beat for so long is reported earlier
+RECORDINGS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}  # torch's last collectives, as JSON
 OF_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|process group", re.IGNORECASE)
 
 
@@ -59,6 +63,11 @@ def explain_failure(error: Exception) -> bool:
     return _watch is not None and _watch.failed(error)
 
 
+def node_of_rank(rank: int) -> str:
+    """The name of the node of a rank; its number if the ranks are not watched."""
+    return _watch.peers[rank].node if _watch else f"rank {rank}"
+
+
 class Watch:
     """The watching thread of a rank, and what it knows."""
 
@@ -71,6 +80,8 @@ class Watch:
         self.rank, world_size = dist.get_rank(), dist.get_world_size()
         machine = stacks.machine()
         self.me = Peer(socket.gethostname(), machine, os.getpid(), stacks.started(os.getpid()), time.time())
+        if self.rank == 0:
+            self._prepare_directory()
         self.peers: list[Peer] = [self.me] * world_size
         dist.all_gather_object(self.peers, self.me)
         self.met = time.time()
@@ -80,9 +91,17 @@ class Watch:
         self.asking: threading.Thread | None = None  # waits for an answer of the store
         self.place, self.key = stacks.Place("", "", False), (0, 0)
         self.since = self.looked = time.monotonic()
-        self.failure = ""
+        self.failure = self.trace = ""
         self.over = self.reported = self.printed = self.written = False
         self.lock, self.pause = threading.RLock(), threading.Event()
+
+    def _prepare_directory(self) -> None:
+        """Put the files of an earlier hang aside."""
+        with suppress(OSError):  # a hang will be explained all the same
+            if self.directory.exists() and any(self.directory.iterdir()):
+                self.directory.rename(f"{self.directory}-put-aside-{uuid.uuid4().hex[:8]}")
+            if self.flight_recorder:  # NCCL does not create it
+                self.directory.mkdir(exist_ok=True)
 
     def run(self) -> None:
         """Send beats, and report a hang. For a thread of its own."""
@@ -96,15 +115,26 @@ class Watch:
             self._look_at_main()
         if self._send():
             self._write_stacks()
-        if not self.place.collective or self.over:
+        loading = self.place.collective == WAITING_FOR_DATA
+        if not self.place.collective or self.over or (loading and not stacks.stuck_children()):
             return
         now = time.monotonic()
+        if loading and self.reported and now - self.since > self.timeout and stacks.stuck_children("Tt"):
+            self._end_loader()
         if now - self.since > self.timeout - AHEAD * self.interval:
             self._report()
         elif now - self.looked > self.patience:
             self.looked = now
             if self._some_rank_is_silent():
                 self._report()
+
+    def _end_loader(self) -> None:
+        """End this rank, because a worker of its loader is stuck. torch would wait for it for ever."""
+        print(f"train.py: error: rank {self.rank}: no data for --ddp_timeout {self.timeout:g} s", file=sys.stderr)
+        sys.stderr.flush()
+        for pid in stacks.stuck_children("Tt"):
+            os.kill(pid, signal.SIGKILL)  # a stopped process would stay
+        os._exit(1)
 
     def _look_at_main(self) -> None:
         place, key = stacks.place_of_main()
@@ -122,6 +152,7 @@ class Watch:
                 self.failure = f"{type(error).__name__}: {first_line(error)}".removeprefix("OptionError: ")
                 self._send()
                 return False
+            self.trace = "".join(traceback.format_exception(error))
             place = stacks.place_of_error(error)
             self.place = place if place.collective else self.place
             self._send()
@@ -133,7 +164,7 @@ class Watch:
     def _send(self) -> bool:
         """Send a beat. Returns whether a rank has found a hang."""
         waited = time.monotonic() - self.since
-        place, step, children = self.place, ACTIVITY.step, stacks.stuck_children()
+        place, step, children = self.place, ACTIVITY.step, ", ".join(stacks.stuck_children().values())
         beat = Beat(self.rank, step, str(ACTIVITY), *place, waited, time.time(), self.failure, children)
         text = json.dumps(dataclasses.asdict(beat))
 
@@ -224,14 +255,18 @@ class Watch:
         if self.written:
             return
         self.written = True
-        title = f"rank {self.rank}, {self.me.node}, pid {self.me.pid}: {ACTIVITY}\n"
-        texts = {f"rank-{self.rank}.txt": f"{title}\n{stacks.stacks()}"}
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        title = f"{now}: rank {self.rank} ({self.me.node}, pid {self.me.pid}) is in {ACTIVITY}\n"
+        text = f"{title}\n{self.trace or stacks.stacks()}"
 
         def write() -> None:
             with suppress(OSError):
                 self.directory.mkdir(exist_ok=True)
-                for name, text in texts.items():
-                    (self.directory / name).write_text(text)
+                (self.directory / f"rank-{self.rank}.txt").write_text(text)
+                for backend, recording in RECORDINGS.items() if self.flight_recorder else ():
+                    if hasattr(c10d, recording):
+                        collectives: bytes = getattr(c10d, recording)()
+                        (self.directory / f"rank-{self.rank}-{backend}.json").write_bytes(collectives)
 
         writer = threading.Thread(target=write, name="watch, writing", daemon=True)
         writer.start()
