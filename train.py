@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
-    recorder.start(progress.step, progress.tokens_seen, wrapped, layers[0])
+    recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
     saver = checkpoint.Saver(options)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)

@@ -99,13 +99,13 @@ class Recorder:
         self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
         self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
 
-    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layer: nn.Module) -> None:
+    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
         """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
 
         The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/watch.py). Those of
-        `layer`, a decoder layer, are timed to find a slow rank.
+        the decoder `layers` are timed to find a slow rank.
         """
-        self.stragglers = Stragglers(layer, self.device)
+        self.stragglers = Stragglers(layers, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)
         self.activity.step, self.activity.micro_steps = step + 1, self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen

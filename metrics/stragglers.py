@@ -1,8 +1,8 @@
 """A rank that is slower than the others, whom all wait for: found from times that the ranks gather at each record.
 
-Each rank measures two times that depend on itself alone. It waits for its own data. And one decoder layer computes: no
+Each rank measures two times that depend on itself alone. It waits for its own data. And its decoder layers compute: no
 collective of data parallelism runs within a layer, because FSDP gathers its parameters before it. On a GPU, two events
-enclose the layer in the stream of the GPU, so a throttled GPU shows, and the CPU never synchronizes.
+enclose a layer in the stream of the GPU, so a throttled GPU shows, and the CPU never synchronizes.
 """
 
 import statistics
@@ -18,25 +18,25 @@ from runtime import node_of_rank
 BOUND = 0.25  # a lag above it, ...
 RECORDS = 5  # ... in so many consecutive records, ...
 SECONDS = 60.0  # ... over at least so long, is reported: a busy machine makes each rank slow for a moment
+MOST = 1000  # forward passes of a layer that are timed for a record
 
 
 class Stragglers:
     """The times of this rank since the last record, and how long which rank has been slow. Every rank has one."""
 
-    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.begun: Any = None  # the start of the layer's forward pass
         self.times: list[tuple[Any, Any]] = []  # start and end: seconds on a CPU, events on a GPU
         self.slow_rank, self.slow_records, self.slow_seconds, self.reported = -1, 0, 0.0, False
-        self.details = (
-            0.0,
-            1.0,
-        )  # of the slowest rank: the fraction of its waits for data, its layer's time to the median
-        layer.register_forward_pre_hook(self._begin)
-        layer.register_forward_hook(self._end)
+        self.details = 0.0, 1.0  # of the slowest rank: its waits for data, and its layer's time to the median
+        # A GPU computes for long, so one layer tells its speed. A CPU is interrupted now and then.
+        for layer in layers[:1] if self.on_gpu else layers:
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end)
 
     def _begin(self, *_: object) -> None:
-        if torch.is_grad_enabled() and len(self.times) < 100:  # neither evaluation nor a long window
+        if torch.is_grad_enabled() and len(self.times) < MOST:  # neither evaluation nor a long window
             self.begun = self._now()
 
     def _end(self, *_: object) -> None:
@@ -55,7 +55,7 @@ class Stragglers:
         """The fields of a record of `seconds`, of which this rank waited `data_wait` for data. Every rank must call.
 
         slowest_rank is the rank with the highest lag. A lag estimates the fraction of the time in which the other
-        ranks wait for this one: the fraction in which it waits for data, plus that which its layer takes longer, each
+        ranks wait for this one: the fraction in which it waits for data, plus that by which its layers take longer, each
         beyond the median rank. {} for one rank. The GPU must have computed all steps.
         """
         layer = sum(self._seconds(*pair) for pair in self.times) / max(1, len(self.times))
