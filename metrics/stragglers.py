@@ -55,8 +55,8 @@ class Stragglers:
         """The fields of a record of `seconds`, of which this rank waited `data_wait` for data. Every rank must call.
 
         slowest_rank is the rank with the highest lag. A lag estimates the fraction of the time in which the other
-        ranks wait for this one: the fraction in which it waits for data, plus that by which its layers take longer, each
-        beyond the median rank. {} for one rank. The GPU must have computed all steps.
+        ranks wait for this one: the fraction in which it waits for data, plus the fraction by which its layers take
+        longer, each beyond the median rank. {} for one rank. The GPU must have computed all steps.
         """
         layer = sum(self._seconds(*pair) for pair in self.times) / max(1, len(self.times))
         self.times = []

@@ -110,7 +110,7 @@ def _condition(beat: Beat, silent: float) -> tuple[str, str]:
         return f"has not been heard of for {beat.silent:.0f} s", (
             "look whether {node} is up and reachable, and at the state of this process: ps -o stat,wchan {pid}"
         )
-    place = f"is in {beat.activity}, at {beat.where}, for {beat.waited:.0f} s"
+    place = f"is in {beat.activity}, {beat.where}, for {beat.waited:.0f} s"
     if beat.children:
         return f"{place}: {beat.children}", "look at these processes; --dataloader_num_workers 0 reads without them"
     if beat.debugged:
