@@ -89,7 +89,7 @@ class Recorder:
         peak = peak_flops(device)
         # The fraction of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
-        self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = 0
+        self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = self.steps_done = 0
         self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
         self.activity = ACTIVITY
@@ -107,7 +107,8 @@ class Recorder:
         """
         self.stragglers = Stragglers(layers, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)
-        self.activity.step, self.activity.micro_steps = step + 1, self.plan.accumulation
+        self.steps_done = self.activity.step = step
+        self.activity.micro_steps = self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen
         self.step_at_last_record = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
@@ -125,7 +126,7 @@ class Recorder:
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
-            self.activity.phase = WAITING_FOR_DATA
+            self.activity.step, self.activity.phase = self.steps_done + 1, WAITING_FOR_DATA
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -140,7 +141,7 @@ class Recorder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
-        self.activity.phase, phase = to, self.activity.phase
+        self.activity.phase, phase = "evaluation" if to == "evaluate" else to, self.activity.phase
         yield
         self.activity.phase = phase
         if to == "evaluate":
@@ -151,7 +152,7 @@ class Recorder:
     def step(self, tokens: int) -> None:
         """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU."""
         self.tokens_seen += tokens
-        self.activity.step, self.activity.micro_step = self.activity.step + 1, 0
+        self.steps_done, self.activity.micro_step = self.steps_done + 1, 0
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
             self.print(report)

@@ -13,7 +13,7 @@ NAMED = 8  # ranks that a message names; it counts the others
 class Activity:
     """What the main thread of this process does. metrics/recorder.py keeps it up to date."""
 
-    step: int = 0  # the step that is being computed
+    step: int = 0  # the step that is computed, logged, evaluated or saved
     phase: str = "before the first step"
     micro_step: int = 0  # 0: outside forward and backward
     micro_steps: int = 1

@@ -45,7 +45,7 @@ def message(outcome: Outcome) -> str:
     """The message about a hang, which is printed once. Its words must be in the page."""
     lines = outcome.output.splitlines()
     (last,) = [number for number, line in enumerate(lines) if line.startswith("stacks of the ranks: ")]
-    text = "\n".join(lines[last - 2 : last + 1])
+    text = "\n".join(lines[last - 2 : last + 1]).removeprefix("(Pdb) ")
     assert_documented(text)
     return text
 
@@ -168,14 +168,16 @@ def test_endless_loop(tiny: list[object], tmp_path: Path) -> None:
     assert re.match(
         r"rank 1 \(\S+, pid \d+\) is in step 5, .*, tests/faults/test_hangs.py:\d+ \(loop\), for \d+ s", text
     )
-    assert "rank 0 waits in all_reduce of step 6" in text
+    assert "rank 0 waits in all_reduce of step 5" in text
 
 
 @pytest.mark.slow
 @pytest.mark.fault("distributed", "a rank that waits in a debugger", "the message says so, and which rank it is")
 def test_debugger(tiny: list[object], tmp_path: Path) -> None:
     text = hang(tiny, tmp_path, nothing, 1, before=partial(on_rank_1, debug))
-    assert re.match(r"rank 1 \(\S+, pid \d+\) is in step 5, .*, in a debugger; rank 0 waits in all_reduce", text)
+    assert re.match(
+        r"rank 1 \(\S+, pid \d+\) is in step 5, .*, in a debugger; rank 0 waits in all_reduce of step 5", text
+    )
 
 
 @pytest.mark.slow
