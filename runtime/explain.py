@@ -92,7 +92,7 @@ def _waits(beat: Beat, silent: float) -> bool:
 
 
 def _condition(beat: Beat, silent: float) -> tuple[str, str]:
-    """What is wrong with a rank that does not wait for others, and what to look at."""
+    """Why a rank does not wait for others, in words for the message, and what to look at."""
     if beat.failure:
         return f"has failed: {beat.failure}", "look at the output of rank {rank}"
     if beat.state:

@@ -91,7 +91,7 @@ def stacks() -> str:
 
 
 def process_state(pid: int, started: int) -> str:
-    """What is wrong with a process of this node, that `started` at so many clock ticks; "" if it runs or is unknown."""
+    """Why a process of this node does not run, if it `started` at so many clock ticks; "" if it runs or is unknown."""
     if not Path("/proc/self/stat").exists():
         return ""
     state, began, _ = _stat(pid)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import metrics
+import metrics.recorder
 import metrics.stragglers
 from metrics.records import read_records
 from runtime import stacks
@@ -319,6 +320,7 @@ def test_straggler(tiny: list[object], tmp_path: Path) -> None:
     line = next(line for line in outcome.output.splitlines() if re.search(r"rank 1 \(\S+\) has been slow for", line))
     assert_documented(re.sub(r"\(\S+\)", "(node-b)", line))
     records = [record for record in read_records(tmp_path / "metrics.jsonl") if "slowest_rank" in record]
+    assert all(f"    {name}" in str(metrics.recorder.__doc__) for name in records[0])
     assert [record["slowest_rank"] for record in records].count(1) >= 3
     assert all(0 <= record["slowest_rank_lag"] <= 1 for record in records)
 
