@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     rank, world_size, local_rank = runtime.rank_from_environment()
     options = config.parse(argv, world_size)
     config.check(options, world_size)
-    runtime.configure_libraries(options.full_determinism)
+    runtime.configure_libraries(options.full_determinism, options.output_dir if options.flight_recorder else None)
     lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer, model_config)  # one rank prepares, the others wait for its file lock
@@ -63,9 +63,9 @@ def main(argv: list[str]) -> None:
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
     device = runtime.choose_device(local_rank)
     gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
-    timeout = timedelta(seconds=options.ddp_timeout)
-    dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
+    dist.init_process_group("gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(0, options.ddp_timeout))
     runtime.require_own_gpu(device, shared=gloo_alone)
+    runtime.watch_ranks(options.output_dir, options.ddp_timeout, options.flight_recorder)  # explains a hang
     checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
-    recorder.start(progress.step, progress.tokens_seen)
+    recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
     saver = checkpoint.Saver(options)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)

@@ -23,7 +23,10 @@ EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
-LOGS = ("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json")
+LOGS = (
+    *("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json"),
+    *("hang*/rank-*", "hang*/nccl-trace-rank-*"),
+)
 
 CHECKPOINTS_OF_OTHERS = (
     "checkpoint-[0-9]*",  # transformers, TRL, LLaMA-Factory
@@ -101,9 +104,9 @@ def clean_output_dir(options: Options, step: int, best_step: int = 0) -> None:
     if step == 0 and options.overwrite_output_dir:
         for path in _run_files(output_dir)[0]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in ("ledger", "tensorboard", "trace"):
-            with contextlib.suppress(OSError):  # it is not there, or holds files of the user
-                (output_dir / name).rmdir()
+        for path in _glob(output_dir, "ledger", "tensorboard", "trace", "hang*"):
+            with contextlib.suppress(OSError):  # it holds files of the user
+                path.rmdir()
     for path in list_checkpoints(output_dir):
         if step_of(path) > step:
             path.rename(output_dir / f"{path.name}-put-aside-{uuid.uuid4().hex[:8]}")

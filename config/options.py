@@ -199,6 +199,7 @@ class Options:
         STRATEGY, None, "Default: nccl on GPUs, else gloo. gloo lets ranks share a GPU."
     )
     ddp_timeout: int = option(STRATEGY, 1800, "Seconds after which a collective fails.")
+    flight_recorder: bool = option(STRATEGY, False, "Write the last collectives of each rank when one hangs.")
     deepspeed: str | None = option(
         STRATEGY, None, "DeepSpeed file; its keys become options (config/peers/deepspeed.py)."
     )

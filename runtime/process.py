@@ -15,15 +15,23 @@ import transformers
 
 from config.errors import OptionError, first_line
 from runtime.signals import SAVE_SIGNALS
+from runtime.watch import explain_failure
 
 
-def configure_libraries(full_determinism: bool) -> None:
-    """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used."""
+def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
+    """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used.
+
+    With a directory for `recordings`, NCCL writes its last collectives there when one times out (runtime/watch.py).
+    """
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
     transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors
     if full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
         torch.use_deterministic_algorithms(True)
+    if recordings:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of each rank
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{recordings}/hang/nccl-trace-rank-")
 
 
 def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
@@ -37,6 +45,8 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
     try:
         main(sys.argv[1:])
     except Exception as error:
+        if explain_failure(error):  # another rank is the cause, and a message names it
+            exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         if os.environ.get("RANK", "0") != "0":
