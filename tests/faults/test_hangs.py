@@ -275,6 +275,7 @@ def test_skipped_collective(tiny: list[object], tmp_path: Path) -> None:
     assert re.match(r"ranks? .* waits? in \w+ of step \d+, .*; ranks? .* waits? in \w+ of step \d+", text)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("distributed", "a rank that is stopped for a moment", "no message, and the run goes on to its end")
 def test_short_stop_is_no_hang(tiny: list[object], tmp_path: Path) -> None:
     def pause(ranks: Ranks) -> None:
