@@ -73,12 +73,12 @@ def explain(beats: list[Beat], peers: list[Peer], silent: float) -> str:
     if missing:
         # An error comes first, then a process that is known to stand still: it explains the others.
         first = min(missing, key=lambda beat: (not beat.failure, not beat.state, beat.silent <= silent, beat.rank))
-        others = [beat for beat in missing if _condition(beat, silent)[0] == _condition(first, silent)[0]]
+        others = [beat.rank for beat in missing if _condition(beat, silent)[1] == _condition(first, silent)[1]]
         condition, remedy = _condition(first, silent)
         peer = peers[first.rank]
         cause = f"rank {first.rank} ({peer.node}, pid {peer.pid}) {condition}"
-        if len(others) > 1:
-            cause += f"; so are {_ranks([beat.rank for beat in others if beat is not first])}"
+        if len(others) > 1 and first.silent < math.inf:
+            cause += f"; also {_ranks(others[1:])}"
         remedy = remedy.format(node=peer.node, pid=peer.pid, rank=first.rank)
     elsewhere = sorted(groups.items(), key=lambda group: len(group[1]))  # the fewest first: they skipped a collective
     waits = [f"{_ranks(ranks)} wait{'s' if len(ranks) == 1 else ''} {where}" for where, ranks in elsewhere[:NAMED]]

@@ -209,9 +209,10 @@ class Watch:
             if not any(beat.state or beat.failure for beat in beats):
                 self.pause.wait(2.5 * self.interval)  # every rank that can sends another beat
                 beats = self._read()
-        elif claims is None:  # then a rank of each node prints
+        elif claims is None:  # the store does not answer: the first rank of each node that runs prints
             beats = self._read()
-            claims = self.rank - min(rank for rank, peer in enumerate(self.peers) if self._sees(peer)) + 1
+            running = [beat.rank for beat in beats if self._sees(self.peers[beat.rank]) and not beat.state]
+            claims = 1 + running.index(self.rank)
         if claims == 1:
             silent = max(2.5 * self.interval, min(self.patience, (time.monotonic() - self.since) / 2))
             message = explain(beats, self.peers, silent)

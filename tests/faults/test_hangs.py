@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -133,6 +135,43 @@ def test_stopped_worker(tiny: list[object], tmp_path: Path, world_size: int) -> 
     assert re.match(rf"rank {hung} .* waiting for data, .* its process \d+ \(pt_data_worker\) is stopped", text)
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    "distributed",
+    "SIGSTOP of rank 0 when it keeps the store of the ranks, as without torchrun",
+    "the others end within `--ddp_timeout` and name it",
+)
+def test_stopped_rank_with_the_store(tiny: list[object], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    command = [sys.executable, "train.py", *tiny, "--output_dir", tmp_path, "--max_steps", 100_000]
+    command += ["--ddp_timeout", TIMEOUT]
+    place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while len(read_records(tmp_path / "metrics.jsonl")) < 3:
+            assert all(process.poll() is None for process in ranks)
+            time.sleep(0.01)
+        ranks[0].send_signal(signal.SIGSTOP)
+        _, output = ranks[1].communicate(timeout=DEADLINE)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[1].returncode == 1
+    text = message(Outcome([], output))
+    assert re.match(r"rank 0 \(\S+, pid \d+\) is stopped \(SIGSTOP\); rank 1 waits in", text)
+
+
 def on_rank_1(fault: Callable[[], None]) -> None:
     """Call `fault` on rank 1 within step 5."""
     step, calls = metrics.Recorder.step, list[int]()
@@ -236,6 +275,7 @@ def test_skipped_collective(tiny: list[object], tmp_path: Path) -> None:
     assert re.match(r"ranks? .* waits? in \w+ of step \d+, .*; ranks? .* waits? in \w+ of step \d+", text)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("distributed", "a rank that is stopped for a moment", "no message, and the run goes on to its end")
 def test_short_stop_is_no_hang(tiny: list[object], tmp_path: Path) -> None:
     def pause(ranks: Ranks) -> None:
@@ -280,6 +320,10 @@ WORDS: dict[str, tuple[list[dict[str, object]], str]] = {
     "different collectives": (
         [{"step": 42, "where": "loss/router.py:90 (metrics)"}],
         "rank 2 waits in all_reduce of step 42, loss/router.py:90 (metrics); ranks 0, 1 wait in all_reduce of step 41",
+    ),
+    "a node": (
+        [{"silent": 601.0}, {"silent": 600.0}],
+        "rank 1 (node-a, pid 101) has not been heard of for 600 s; also rank 2; rank 0 waits in",
     ),
     "the cause comes first": (
         [{"silent": 600.0}, {"state": stacks.STATES["Z"]}],
