@@ -5,13 +5,18 @@ import fcntl
 import json
 import re
 import shutil
+import socket
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.files import UNFINISHED, is_ours, list_checkpoints, prune, step_of
+from checkpoint.ranks import broadcast_object, gather_objects
 from config.errors import OptionError
 from config.options import Options
 from model.export import METADATA
@@ -24,6 +29,9 @@ EXPORTED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
 LOGS = ("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json")
+
+NOT_SHARED = "not shared"
+APPEARS = 5.0  # the seconds that a new file may take to appear on another node, whose file system caches directories
 
 CHECKPOINTS_OF_OTHERS = (
     "checkpoint-[0-9]*",  # transformers, TRL, LLaMA-Factory
@@ -88,6 +96,62 @@ def _lock(output_dir: Path) -> IO[str]:
             f"output_dir {output_dir}: it cannot be locked: {error.strerror}; pass another directory"
         ) from error
     return lock
+
+
+def require_shared(output_dir: Path) -> None:
+    """Refuse an output_dir that is not one directory for all ranks, or that a rank cannot write. Every rank must call.
+
+    Rank 0 creates a directory with a random name, and each rank a file in it. The other ranks must see the directory,
+    and rank 0 the files: fixed names could come from an older run on that node. Raises OptionError on all ranks.
+    """
+    rank, here = dist.get_rank(), f"{socket.gethostname()}:{output_dir.absolute()}"
+    meeting = output_dir / broadcast_object(f".meeting-{uuid.uuid4().hex}")
+    problem = _failure_of(meeting.mkdir) if rank == 0 else ""
+    if not broadcast_object(problem):
+        seen = _appears(meeting, time.monotonic() + APPEARS)
+        problem = _failure_of((meeting / str(rank)).touch) if seen else NOT_SHARED
+    problems, places = map(list, zip(*gather_objects((problem, here)), strict=True))
+    if rank == 0:
+        deadline = time.monotonic() + APPEARS
+        for number in range(len(problems) if not problem else 0):
+            if not problems[number] and not _appears(meeting / str(number), deadline):
+                problems[number] = NOT_SHARED
+        shutil.rmtree(meeting, ignore_errors=True)
+    problems = broadcast_object(problems)
+    found = next(filter(None, problems), "")
+    ranks = [number for number, problem in enumerate(problems) if problem == found]
+    where = ", ".join(sorted({places[number] for number in ranks})[:3])
+    if found == NOT_SHARED:
+        raise OptionError(
+            f"output_dir {output_dir}: ranks {ranks} and rank 0 do not see what the other writes there\n"
+            f"rank 0 writes to {places[0]}; they write to {where}\n"
+            "pass a directory that all nodes share"
+        )
+    if found:
+        raise OptionError(
+            f"output_dir {output_dir}: ranks {ranks} cannot write to {where}: {found}\n"
+            "make room, let all nodes write to it, or pass another --output_dir"
+        )
+
+
+def _failure_of(work: Callable[[], None]) -> str:
+    """The error of the operating system in `work`, in words; "" if there is none."""
+    try:
+        work()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _appears(path: Path, deadline: float) -> bool:
+    """Whether a new path is visible, or becomes so until `deadline` (time.monotonic)."""
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())  # a network file system reads the directory again
+    return True
 
 
 def clean_output_dir(options: Options, step: int, best_step: int = 0) -> None:

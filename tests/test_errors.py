@@ -202,17 +202,6 @@ def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_p
     assert "ranks [1]: not the same as on rank 0: weights\n" in outcome.output
 
 
-def another_directory_on_rank_1() -> None:
-    if os.environ["RANK"] == "1":
-        sys.argv[sys.argv.index("--output_dir") + 1] += "-unseen"
-
-
-def test_output_dir_that_is_not_shared(tiny: list[object], tmp_path: Path) -> None:
-    outcome = train(2, [*tiny, "--output_dir", tmp_path / "output"], before=another_directory_on_rank_1)
-    assert outcome.exit_codes == [2, 2]
-    assert "ranks [1] do not see what rank 0 writes there" in outcome.output
-
-
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path

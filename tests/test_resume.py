@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import checkpoint
 from checkpoint.identity import Progress, RunIdentity, require_same_run
 from checkpoint.load import load_checkpoint, problems
+from checkpoint.rng import rng_state
 from checkpoint.save import Saver
 from config.errors import OptionError
 from config.options import Options
@@ -257,10 +258,11 @@ IDENTITY = RunIdentity("model", "data", seed=1, global_batch_size=16, optim="ada
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(RunIdentity), ids=lambda field: field.name)
-def test_each_field_of_the_identity_is_refused_at_resume(field: Any, tmp_path: Path) -> None:
+def test_each_field_of_the_identity_is_refused_at_resume(field: Any, alone: None, tmp_path: Path) -> None:
     """A checkpoint of another model, data, seed, batch size or optimizer: the message has both values and a remedy."""
     saved = dataclasses.asdict(Progress()) | dataclasses.asdict(IDENTITY) | {field.name: "other"}
-    (tmp_path / "state.json").write_text(json.dumps({"progress": saved}))
+    rest = {"optimizer_steps": {}, "options": {}, "versions": {}, "rng": [rng_state()]}
+    (tmp_path / "state.json").write_text(json.dumps({"progress": saved, **rest}))
     remedy = field.metadata["remedy"].format("other")
     now = getattr(IDENTITY, field.name)
     with pytest.raises(OptionError, match=f"{field.name} was other and is {now} now\n{re.escape(remedy)}"):
@@ -272,13 +274,7 @@ def test_each_field_of_the_identity_is_refused_between_ranks(
     field: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 was given another one: all ranks are told which field differs."""
-    (tmp_path / ".lock").touch()
-
-    def two_ranks(value: Any) -> list[Any]:
-        run, sees = value
-        return [value, (run | {field.name: "other"}, sees)]
-
-    monkeypatch.setattr("checkpoint.identity.gather_objects", two_ranks)
+    monkeypatch.setattr("checkpoint.identity.gather_objects", lambda run: [run, run | {field.name: "other"}])
     with pytest.raises(OptionError, match=rf"ranks \[1\]: not the same as on rank 0: {field.name}"):
         require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {})
 
@@ -288,8 +284,7 @@ def test_compiled_on_one_rank_only(
     tensor_parallel: int, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One node without a compiler is fine, unless ranks split layers: recomputed layers then differ in collectives."""
-    (tmp_path / ".lock").touch()
-
+    monkeypatch.setattr("checkpoint.identity.require_shared", lambda output_dir: None)
     ranks: list[Any] = []
 
     def all_ranks_so_far(value: Any) -> list[Any]:
