@@ -96,14 +96,13 @@ def main(argv: list[str]) -> None:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
     # === 4. Batches, logging, saving. ===============================================================================
-    if rank == 0:
-        checkpoint.clean_output_dir(options, progress.step, progress.best.step)
+    checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
     recorder.start(progress.step, progress.tokens_seen)
-    saver = checkpoint.Saver(options)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
+    saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.Signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if data.validation and (progress.step == 0 or options.evaluates_only):
@@ -126,7 +125,7 @@ def main(argv: list[str]) -> None:
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, save, failed = counts.tolist()
         if failed:
-            saver.wait()  # raises on every rank
+            saver.wait()  # raises on every rank, also if only one could not write its checkpoint, ledger or metrics
         ledger.write(step, step_batches)
         begin_step(objective, wrapped, step_batches, tokens, targets, device)  # for mixtures of experts
 
@@ -196,7 +195,7 @@ def main(argv: list[str]) -> None:
     elif plan.total_steps:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
-    dist.barrier()  # without it, a rank that is still busy may find that its peers have exited
+    saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
     if lock:
         lock.close()
 

@@ -3,9 +3,11 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -16,13 +18,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.files import UNFINISHED, is_ours, list_checkpoints, prune, step_of
-from checkpoint.ranks import broadcast_object, gather_objects
-from config.errors import OptionError
+from checkpoint.ranks import broadcast_object, gather_objects, run_together
+from config.errors import OptionError, writing
 from config.options import Options
 from model.export import METADATA
+from runtime.files import regular_file
 
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
+WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|\.(saving|exporting|meeting)-.*"  # what a run creates or opens
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -52,6 +56,7 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
     overwritten, or holds files of another program.
     """
     output_dir = Path(options.output_dir)
+    _refuse_links(output_dir)
     lock = _lock(output_dir) if rank == 0 else None
     checkpoints = _checkpoints_of_others(output_dir)
     if options.resume_from_checkpoint == "auto" and checkpoints and not list_checkpoints(output_dir):
@@ -80,10 +85,25 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
     return lock
 
 
+def _refuse_links(output_dir: Path) -> None:
+    """Refuse a link, a pipe or a device where a run writes: a link would lead elsewhere. output_dir may be a link."""
+    for directory in (output_dir, *(output_dir / name for name in ("ledger", "tensorboard", "trace"))):
+        for path in directory.iterdir() if directory.is_dir() else []:
+            if directory == output_dir and not (re.fullmatch(WRITTEN, path.name) or path.name in EXPORTED):
+                continue
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "no file"
+                raise OptionError(
+                    f"output_dir {output_dir}: {path.relative_to(output_dir)} is {kind}, and a run would write there\n"
+                    "remove it, or pass another --output_dir"
+                )
+
+
 def _lock(output_dir: Path) -> IO[str]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("a")
+        lock = os.fdopen(regular_file(str(output_dir / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
     try:
@@ -155,12 +175,17 @@ def _appears(path: Path, deadline: float) -> bool:
 
 
 def clean_output_dir(options: Options, step: int, best_step: int = 0) -> None:
-    """Prepare output_dir for a run that starts after `step`. For rank 0, after all checks have passed.
+    """Prepare output_dir for a run that starts after `step`. Every rank must call, after all checks have passed.
 
     A new run with --overwrite_output_dir removes the files of the old run, and no others. A resumed run renames the
     checkpoints beyond its step, because they are damaged or belong to a future that it will replace. It also finishes
-    an interrupted pruning.
+    an interrupted pruning. Only rank 0 does this. Raises OptionError on all ranks if it fails.
     """
+    with writing(Path(options.output_dir)):
+        run_together(lambda: _clean(options, step, best_step) if dist.get_rank() == 0 else None)
+
+
+def _clean(options: Options, step: int, best_step: int) -> None:
     output_dir = Path(options.output_dir)
     if step == 0 and options.overwrite_output_dir:
         for path in _run_files(output_dir)[0]:

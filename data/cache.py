@@ -93,7 +93,9 @@ def prepare_source(
                     raise
                 partial.rename(cache / key)
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory with more room") from error
+        raise OptionError(
+            f"data_cache_dir {cache}: {error.strerror or error}; pass a directory with more room"
+        ) from error
     about = json.loads((cache / key / "about.json").read_text())
     counts = {name: Split(**values) for name, values in about.pop("counts").items()}
     return Prepared(cache / key, counts=counts, **about)

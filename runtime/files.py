@@ -28,6 +28,19 @@ def regular_file(path: str, flags: int) -> int:
     return descriptor
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one rename: readers see the old content or the new one, and a link is replaced."""
+    beside = path.with_suffix(".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        with open(beside, "x") as file:  # x never opens what stands there already
+            file.write(text)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def read_json(path: Path, most: int) -> Any:
     """The JSON value of a file of at most `most` bytes. Raises OSError, or ValueError for anything else.
 

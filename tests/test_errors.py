@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from checkpoint.output_dir import claim_output_dir, clean_output_dir
+from checkpoint.output_dir import _clean, claim_output_dir
 from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
@@ -411,7 +411,7 @@ def test_other_files_do_not_matter(tmp_path: Path) -> None:
     for overwrite in (False, True):
         options = Options(output_dir=str(tmp_path), overwrite_output_dir=overwrite)
         lock = claim_output_dir(options, 0)
-        clean_output_dir(options, 0)
+        _clean(options, 0, 0)
         assert lock
         lock.close()
         assert content(tmp_path) == before | {str(tmp_path / ".lock"): b""}
@@ -434,7 +434,7 @@ def test_overwrite_deletes_what_this_trainer_wrote(finished: Path, tmp_path: Pat
         write(run / name, "{}")
     options = Options(output_dir=str(run), overwrite_output_dir=True)
     lock = claim_output_dir(options, 0)
-    clean_output_dir(options, 0)
+    _clean(options, 0, 0)
     assert lock
     lock.close()
     assert set(content(run)) == {str(run / name) for name in (*mine, ".lock")}
