@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, save, failed = counts.tolist()
         if failed:
-            saver.wait()  # raises on every rank, also if only one could not write its checkpoint, ledger or metrics
+            saver.wait()  # raises on every rank
         ledger.write(step, step_batches)
         begin_step(objective, wrapped, step_batches, tokens, targets, device)  # for mixtures of experts
 

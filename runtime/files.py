@@ -4,11 +4,18 @@ Others may write to the directory, too. A link would lead a write elsewhere, and
 """
 
 import errno
+import functools
+import grp
 import json
 import os
+import pwd
 import stat
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from config.errors import OptionError
 
 
 def regular_file(path: str, flags: int) -> int:
@@ -61,3 +68,48 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("a name comes twice in an object")
     return values
+
+
+@functools.cache  # a warning comes once
+def require_trusted(path: Path, cache: Path) -> None:
+    """Refuse `path`, the directory `cache` or one in it, if any user can change it; warn if some other users can.
+
+    In a directory with the sticky bit, such as /tmp, all users may create names, but each changes only its own. So
+    nothing in it is used that belongs to another user. Root and this user are trusted.
+    """
+    if path != cache and not cache.stat().st_mode & 0o077:
+        return  # only its owner comes there
+    status, place, open_to_all = path.stat(), f"data_cache_dir {cache}", cache.stat().st_mode & stat.S_IWOTH
+    files = [file.lstat() for file in path.rglob("*")] if path != cache and path.is_dir() else []
+    for mode in (each.st_mode for each in (status, *files) if not stat.S_ISLNK(each.st_mode)):
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise OptionError(
+                f"{place}: any user can change {path}, and so what is trained on\n"
+                f"run chmod -R o-w {path}, or pass another --data_cache_dir"
+            )
+    owners = {each.st_uid for each in (status, path.lstat(), *files)} - {0, os.geteuid()}
+    names = ", ".join(sorted(_name(pwd.getpwuid, owner) for owner in owners))
+    if owners and path != cache and open_to_all:
+        raise OptionError(
+            f"{place}: all users can write there, and {path} belongs to {names}\npass a --data_cache_dir that is yours"
+        )
+    if owners:
+        _warn(f"{place}: {path} belongs to {names}, who can change what is trained on")
+    elif path == cache and status.st_mode & stat.S_IWGRP:
+        owner, group = _name(pwd.getpwuid, status.st_uid), _name(grp.getgrgid, status.st_gid)
+        if owner != group:  # many systems give each user a group of the same name
+            _warn(f"{place}: belongs to {owner}, and all of group {group} can change what is trained on")
+
+
+def _warn(text: str) -> None:
+    """Print a warning, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def _name(look_up: Callable[[int], Sequence[Any]], number: int) -> str:
+    """The name of a user or group, or its number if it has none here."""
+    try:
+        return str(look_up(number)[0])
+    except KeyError:
+        return str(number)

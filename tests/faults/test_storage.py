@@ -6,16 +6,23 @@ A directory that one node sees alone is a bind mount in a mount namespace of one
 import ctypes
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import checkpoint.output_dir
+from checkpoint.output_dir import claim_output_dir
+from config.errors import OptionError
+from config.options import Options
+from data.sources import cache_directory
+from runtime.files import require_trusted
 from tests.launch import train, train_ok
 from tests.test_resume import trajectory
 
@@ -145,3 +152,181 @@ def test_training_file_of_one_node(tiny: list[object], train_file: Path, tmp_pat
     outcome = train(2, argv, before=partial(on_rank_1, "--train_file", other))
     assert outcome.exit_codes == [2, 2], outcome.output
     assert "ranks [1]: not the same as on rank 0: data_fingerprint\n" in outcome.output
+
+
+NAMES = [
+    *(".lock", "metrics.jsonl", "checkpoint-20", "model.safetensors", "model-00001-of-00002.safetensors"),
+    *("config.json", "tokenizer.json", "ledger", "ledger/rank-0.jsonl", "ledger/about.json", "trace/steps-3-4.json"),
+    *("tensorboard", ".saving-1", ".exporting-1", ".meeting-1"),
+]
+
+
+@pytest.mark.fault(
+    "storage",
+    "a link, a pipe or a device in `output_dir` under a name that a run writes",
+    "refused with a line that names it; what a link points to is unchanged",
+)
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "device"])
+def test_links_in_output_dir(kind: str, tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for number, name in enumerate(NAMES):
+        outside.write_text("mine")
+        (folder / "file").parent.mkdir(exist_ok=True)
+        run = tmp_path / str(number)
+        path = run / name
+        path.parent.mkdir(parents=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            try:
+                os.mknod(path, 0o20666, os.makedev(1, 5))  # /dev/zero
+            except PermissionError:
+                pytest.skip("needs root to create a device")
+        else:
+            path.symlink_to({"link": outside, "dangling": tmp_path / "none", "folder": folder}[kind])
+        for more in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}):
+            with pytest.raises(
+                OptionError, match=f"{name} is (a link|no file), and a run would write there\nremove it"
+            ):
+                claim_output_dir(Options(output_dir=str(run), **more), 0)
+        assert outside.read_text() == "mine"
+        assert not (tmp_path / "none").exists()
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.fault(
+    "storage",
+    "`output_dir` itself is a link",
+    "the run writes to the directory that it points to",
+)
+def test_output_dir_may_be_a_link(tiny: list[object], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    (tmp_path / "disk" / "notes").symlink_to(tmp_path)  # no name of a run
+    train_ok(1, *tiny, "--output_dir", tmp_path / "run", "--max_steps", 1, "--ledger")
+    for name in ("checkpoint-1", "ledger", "metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "disk" / name).exists()
+
+
+@pytest.mark.fault(
+    "storage",
+    "a link takes the place of metrics.jsonl while a run writes it",
+    "not followed; all ranks end with a message",
+)
+def test_link_during_a_run(tiny: list[object], tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.write_text("mine")
+
+    def plant(ranks: object) -> None:
+        metrics = run / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        (tmp_path / "link").symlink_to(outside)
+        (tmp_path / "link").rename(metrics)
+
+    outcome = train(2, [*tiny, "--output_dir", run, "--max_steps", 4000, "--logging_steps", 1], meanwhile=plant)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "Traceback" not in outcome.output
+    assert f"error: {run}/metrics.jsonl: it cannot be written: it is a link, which is not followed\n" in outcome.output
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.fault(
+    "storage",
+    "`output_dir` is removed while a run writes to it",
+    "all ranks end with a message that names a path",
+)
+@pytest.mark.parametrize("save", [pytest.param(["--save_steps", 1, "--logging_steps", 0], marks=pytest.mark.slow), []])
+def test_output_dir_removed_during_a_run(tiny: list[object], tmp_path: Path, save: list[object]) -> None:
+    run = tmp_path / "run"
+
+    def remove(ranks: object) -> None:
+        wait_for(lambda: (run / "metrics.jsonl").exists())
+        run.rename(tmp_path / "elsewhere")
+
+    outcome = train(2, [*tiny, "--output_dir", run, "--max_steps", 4000, "--logging_steps", 1, *save], meanwhile=remove)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "Traceback" not in outcome.output
+    assert "No such file or directory" in outcome.output
+    assert f" {run}" in outcome.output
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Wait until something has happened outside of this process."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, "it hung"
+        time.sleep(0.01)
+
+
+@pytest.mark.fault(
+    "security",
+    "a data cache that all users may write",
+    "refused with the command that closes it; a new cache belongs to its user alone",
+)
+def test_cache_that_all_users_write(tmp_path: Path) -> None:
+    new = cache_directory(str(tmp_path / "parent" / "new"))
+    assert new.stat().st_mode & 0o777 == 0o700
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(OptionError, match=rf"any user can change {shared}, .*\nrun chmod -R o-w {shared}, or pass"):
+        cache_directory(str(shared))
+    shared.chmod(0o1777)  # as /tmp: all may create names there
+    (shared / "data-1").mkdir()
+    require_trusted(cache_directory(str(shared)) / "data-1", shared)
+    (shared / "data-2").mkdir()
+    (shared / "data-2" / "tokens.bin").touch()
+    (shared / "data-2" / "tokens.bin").chmod(0o666)
+    with pytest.raises(OptionError, match=r"any user can change .*data-2"):
+        require_trusted(shared / "data-2", shared)
+
+
+@pytest.mark.fault(
+    "security",
+    "a data cache, or prepared data in it, that belongs to another user or to a group",
+    "a warning that names the owner, once; refused where all users may create files",
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file to another user")
+def test_cache_of_another_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = pwd.getpwnam("nobody")
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    os.chown(cache, nobody.pw_uid, nobody.pw_gid)
+    for _ in range(2):
+        cache_directory(str(cache))
+    assert capsys.readouterr().err == (
+        f"warning: data_cache_dir {cache}: {cache} belongs to nobody, who can change what is trained on\n"
+    )
+    group = tmp_path / "group"
+    group.mkdir()
+    group.chmod(0o2775)
+    os.chown(group, 0, 54321)  # a group without a name
+    cache_directory(str(group))
+    assert capsys.readouterr().err == (
+        f"warning: data_cache_dir {group}: belongs to root, and all of group 54321 can change what is trained on\n"
+    )
+    (group / "data-1").mkdir()
+    os.chown(group / "data-1", 12345, 54321)
+    require_trusted(group / "data-1", group)
+    assert "data-1 belongs to 12345, who can change" in capsys.readouterr().err
+    everyone = tmp_path / "everyone"
+    everyone.mkdir()
+    everyone.chmod(0o1777)
+    (everyone / "data-1").mkdir()
+    os.chown(everyone / "data-1", 12345, 54321)
+    with pytest.raises(OptionError, match=r"all users can write there, and .*data-1 belongs to 12345\npass a --data_c"):
+        require_trusted(everyone / "data-1", everyone)
+
+
+def test_a_run_with_a_planted_cache(tiny: list[object], tmp_path: Path) -> None:
+    """The check is part of a run: prepared data that another user may have written is refused."""
+    cache = tmp_path / "cache"
+    argv = [*tiny, "--data_cache_dir", cache, "--save_steps", 0, "--output_dir"]
+    cache.mkdir()
+    cache.chmod(0o755)
+    train_ok(1, *argv, tmp_path / "first", "--max_steps", 1)
+    (tokens,) = cache.glob("data-*/tokens.bin")
+    tokens.chmod(0o666)
+    outcome = train(1, [*argv, tmp_path / "second", "--max_steps", 1])
+    assert outcome.exit_codes == [2], outcome.output
+    assert f"error: data_cache_dir {cache}: any user can change {tokens.parent}, and so what is tra" in outcome.output
