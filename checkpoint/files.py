@@ -84,7 +84,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step of a checkpoint of this trainer; -1 for any other path."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() and is_ours(path) else -1
+    return int(match[1]) if match and path.is_dir() and not path.is_symlink() and is_ours(path) else -1
 
 
 def is_ours(path: Path) -> bool:

@@ -3,8 +3,13 @@
 The disk is a real one of two MB, in memory. Only root may mount it, so elsewhere these tests are skipped.
 """
 
+import dataclasses
 import errno
+import itertools
+import os
 import pkgutil
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -13,10 +18,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoint.export import export_model
+from checkpoint.identity import Progress, RunIdentity, identify_run
 from checkpoint.load import problems
+from checkpoint.output_dir import claim_output_dir
+from checkpoint.ranks import compute_once
+from checkpoint.save import Saver
+from checkpoint.state import optimizer_state
+from config.command_line import parse
+from config.errors import OptionError
+from config.options import Options
+from config.plan import plan_run
+from data.batches import collate
+from data.ledger import Ledger
+from data.prepare import prepare_data
 from metrics.recorder import Recorder
+from metrics.records import read_records
+from optim import build_optimizer
+from tests.faults.test_storage import mount_on_rank_1
 from tests.launch import train, train_ok
 
 WRITERS = {
@@ -31,7 +54,8 @@ WRITERS = {
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True)
+    options = "size=2m,nr_inodes=200"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"a disk cannot be mounted here: {mount.stderr}")
     yield disk
@@ -57,6 +81,142 @@ def fill_before(disk: Path, function: str, pages: int) -> None:
     setattr(owner, name, patched)
 
 
+def leave(disk: Path, kind: str, number: int) -> None:
+    """Fill the disk, and leave a `number` of pages of 4,096 bytes, or of inodes: files and directories."""
+    filler = disk / ".filler"
+    shutil.rmtree(filler, ignore_errors=True)
+    if number < 0:
+        return
+    filler.mkdir()
+    if kind == "pages":
+        with open(filler / "0", "wb") as file:
+            free = os.statvfs(disk).f_bavail
+            os.posix_fallocate(file.fileno(), 0, 4096 * max(1, free - number))
+    else:
+        for name in range(os.statvfs(disk).f_favail - number):
+            (filler / str(name)).touch()
+
+
+@pytest.mark.fault(
+    "storage",
+    "the disk becomes full, or has no inode left, at any page of a checkpoint, the final model, prepared data, the "
+    "ledger, metrics.jsonl or the lock",
+    "what was there before is intact, nothing half written remains, and a message names the path and the remedy",
+)
+@pytest.mark.parametrize(
+    ("kind", "stride"), [("pages", 6), ("inodes", 1), pytest.param("pages", 1, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("what", ["checkpoint", "export", "cache", "reference", "metrics.jsonl", "ledger", "lock"])
+def test_full_at_every_point(
+    tiny: list[object], model_dir: Path, small_disk: Path, alone: None, what: str, kind: str, stride: int
+) -> None:
+    run = small_disk / "run"
+    options = parse([str(word) for word in [*tiny, "--output_dir", run, "--async_save", "false", "--ledger"]], 1)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    optimizer = build_optimizer(model, options)
+    optimizer_state(optimizer)
+    data = prepare_data(options, tokenizer)
+    plan = plan_run(options, len(data.train), 1)
+    identity = identify_run(options, plan, data.fingerprint, model)
+
+    def save(number: int) -> None:
+        Saver(options).save(model, optimizer, Progress(step=number), identity)
+
+    def prepare(number: int) -> None:
+        prepared = dataclasses.replace(options, data_cache_dir=str(run / "cache"), preprocessing_num_workers=1)
+        assert prepare_data(prepared, tokenizer).fingerprint == data.fingerprint
+
+    def log(number: int) -> None:
+        recorder = Recorder(options, plan, 0, torch.device("cpu"), None)
+        recorder.start(1, 0)
+        recorder.evaluation(2, {"eval_perplexity": 1.0, **{f"eval_{name}": 1.0 for name in range(400)}})
+        Saver(options, recorder.failures).wait()
+
+    def account(number: int) -> None:
+        ledger = Ledger(options, 0, plan, data.train, 1)
+        ledger.write(2, [collate([data.train[index] for index in range(200)], None)])
+        Saver(options, ledger.failures).wait()
+
+    def lock(number: int) -> None:
+        claimed = claim_output_dir(dataclasses.replace(options, output_dir=str(run / "new" / "run")), 0)
+        assert claimed
+        claimed.close()
+
+    def compute(number: int) -> None:
+        compute_once(run / "reference.safetensors", lambda: {"reference": torch.zeros(2, 4096)})
+
+    write = {
+        **{"checkpoint": save, "export": lambda number: export_model(options, model, tokenizer, []), "cache": prepare},
+        **{"reference": compute, "metrics.jsonl": log, "ledger": account, "lock": lock},
+    }[what]
+    run.mkdir()
+    if what in ("checkpoint", "export"):  # an earlier one must stay
+        write(1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    messages = []
+    for number in itertools.count(0, stride):
+        leave(small_disk, kind, number)
+        try:
+            write(number + 2)
+            break
+        except OptionError as error:
+            messages.append(str(error))
+        leave(small_disk, kind, -1)
+        if before:
+            assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+            assert not list(run.glob(".*ing-*"))
+    leave(small_disk, kind, -1)
+    assert messages, "the disk was never full"
+    for message in messages:
+        assert re.match(f"(output_dir |data_cache_dir |){run}", message), message
+        assert "No space left on device" in message, message
+        assert re.search("room|can be written", message), message
+    if what == "checkpoint":
+        assert problems(run / "checkpoint-1") == problems(run / f"checkpoint-{number + 2}") == []
+
+
+@pytest.mark.fault(
+    "storage",
+    "the disk of one rank alone is full: of its ledger",
+    "all ranks end after the step with the path and the remedy",
+)
+def test_full_on_one_rank(tiny: list[object], small_disk: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    leave(small_disk, "pages", 0)
+    (run / "ledger").mkdir(parents=True)
+    argv = [*tiny, "--output_dir", run, "--ledger", "--max_steps", 400]
+    outcome = train(2, argv, before=partial(mount_on_rank_1, ["--bind", small_disk, run / "ledger"]))
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "Traceback" not in outcome.output
+    assert f"error: {run}/ledger/rank-1.jsonl: it cannot be written: No space left on device\n" in outcome.output
+    assert len(read_records(run / "metrics.jsonl")) < 10
+
+
+@pytest.mark.fault(
+    "storage",
+    "the path of `output_dir` is so long that a file of a checkpoint has no name",
+    "a message, and nothing half written remains",
+)
+def test_a_path_that_is_too_long(tiny: list[object], model_dir: Path, tmp_path: Path, alone: None) -> None:
+    run = tmp_path
+    while len(str(run)) < 3800:
+        run = run / ("d" * 200)
+    run = run / ("d" * (4096 - len(str(run)) - 100))
+    run.mkdir(parents=True)
+    options = Options(output_dir=str(run), async_save=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    identity = RunIdentity("", "", 0, 1, "")
+    with pytest.raises(OptionError, match=r"the checkpoint could not be written: .*File name too long"):
+        Saver(options).save(model, build_optimizer(model, options), Progress(step=1), identity)
+    assert list(run.iterdir()) == []
+
+
+@pytest.mark.fault(
+    "storage",
+    "the disk becomes full during training: at metrics.jsonl, the ledger, a trace or the final model",
+    "the run ends with one message that names the path and the remedy; the checkpoints are intact",
+)
 @pytest.mark.parametrize(
     ("what", "path", "pages", "options"),
     [
