@@ -191,6 +191,11 @@ def other_weights_on_rank_1(other: Path) -> None:
         sys.argv[sys.argv.index("--model_name_or_path") + 1] = str(other)
 
 
+@pytest.mark.fault(
+    "storage",
+    "one node has other weights under the same path",
+    "refused before the first step",
+)
 def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
     """Weights of the same shapes with other values, as if each node had its own files."""
     shutil.copytree(model_dir, tmp_path / "other")
@@ -342,6 +347,11 @@ def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, 
     assert "holds a finished model but no checkpoint" in message
 
 
+@pytest.mark.fault(
+    "storage",
+    "`output_dir` or `data_cache_dir` cannot be created or written",
+    "refused before the first step",
+)
 def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) -> None:
     """A file in place of the directory, and a file system that is read-only, because permissions do not bind root."""
     write(tmp_path / "file", "")
@@ -352,6 +362,11 @@ def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) ->
     assert message.startswith("data_cache_dir /proc/cache: ")
 
 
+@pytest.mark.fault(
+    "storage",
+    "a second run on the same output directory",
+    "refused before the first step",
+)
 def test_second_run_on_the_same_directory(tiny: list[object], tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)

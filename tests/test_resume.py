@@ -166,8 +166,13 @@ def test_other_ranks_and_strategies(
                 assert row[key] == pytest.approx(reference[key], abs=1e-5)
 
 
+@pytest.mark.fault(
+    "storage",
+    "the newest checkpoint is damaged; others have names like `checkpoint-20-backup`",
+    "`auto` names the damaged one and resumes the one before it; other names are never selected",
+)
 def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
-    """Faults 10 and 12: what is damaged, or only named like one, is passed over; the damaged is named and kept."""
+    """A damaged checkpoint is passed over, named and kept; a directory with a similar name is passed over."""
     run = tmp_path / "run"
     shutil.copytree(ddp_on_two, run)
     for name in ("checkpoint-30.tmp", "checkpoint-40-backup", "checkpoint-", "checkpoint-x"):
@@ -185,6 +190,11 @@ def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_
     assert (aside / "optimizer" / shard.name).read_bytes() == bytes(content)
 
 
+@pytest.mark.fault(
+    "storage",
+    "any file of a checkpoint truncated, deleted, or with one bit flipped",
+    "the checkpoint counts as damaged",
+)
 def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
     """Each file of a checkpoint in turn is truncated, deleted, or has one bit flipped; each damage is found."""
     intact = ddp_on_two / "checkpoint-10"

@@ -16,12 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import checkpoint.output_dir
 from checkpoint.output_dir import claim_output_dir
 from config.errors import OptionError
 from config.options import Options
 from data.sources import cache_directory
+from model.weights import Source, Stored, fingerprint_files
 from runtime.files import require_trusted
 from tests.launch import train, train_ok
 from tests.test_resume import trajectory
@@ -152,6 +155,38 @@ def test_training_file_of_one_node(tiny: list[object], train_file: Path, tmp_pat
     outcome = train(2, argv, before=partial(on_rank_1, "--train_file", other))
     assert outcome.exit_codes == [2, 2], outcome.output
     assert "ranks [1]: not the same as on rank 0: data_fingerprint\n" in outcome.output
+
+
+@pytest.mark.fault(
+    "storage",
+    "`output_dir` is on a file system that is mounted read-only",
+    "refused before the first step",
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_read_only_output_dir(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr}")
+    try:
+        for path in (tmp_path, tmp_path / "new" / "run"):
+            with pytest.raises(OptionError, match=f"output_dir {path}: Read-only file system; pass a directory that"):
+                claim_output_dir(Options(output_dir=str(path)), 0)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_weights_that_differ_in_one_layer(tmp_path: Path) -> None:
+    """What identifies a file of weights covers all layers of it, and not only its beginning."""
+    tensors = {f"layers.{number}": torch.zeros(2**18) for number in range(8)}  # 1 MiB each
+    seen = set()
+    for number in (None, *range(8)):
+        changed = tensors if number is None else tensors | {f"layers.{number}": torch.ones(2**18)}
+        path = tmp_path / "model.safetensors"
+        save_file(changed, path)
+        stored = Stored(str(path), "layers.0", (2**18,), torch.float32)
+        seen.add(fingerprint_files({"layers.0": Source(None, {"layers.0": [stored]})}))
+    assert len(seen) == 9
 
 
 NAMES = [
