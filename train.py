@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
     runtime.require_own_gpu(device, shared=gloo_alone)
-    checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)
+    checkpoint.require_same_run(options, identity, weights, model_config)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
     mesh_names = ("replicate", "shard", "tensor")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoint.files import MOST_JSON, STATE
 from checkpoint.output_dir import require_shared
@@ -150,8 +150,8 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     return broadcast_object(digest.hexdigest())
 
 
-def require_same_run(options: Options, identity: RunIdentity, weights: Weights) -> None:
-    """Refuse ranks that were given different runs, weights or output directories. Every rank must call.
+def require_same_run(options: Options, identity: RunIdentity, weights: Weights, config: PretrainedConfig) -> None:
+    """Refuse ranks that were given different runs, models, weights or output directories. Every rank must call.
 
     All options must be equal but those in MAY_DIFFER_BETWEEN_NODES. Otherwise ranks would wait for each other in
     different collectives, train on other sequences than they should, or write a checkpoint that no node has in full.
@@ -162,9 +162,11 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
     # one.
     run["torch_compile"] = options.torch_compile and options.model_parallel_size * options.expert_parallel > 1
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
+    run |= {f"config.json: {name}": value for name, value in config.to_dict().items() if name != "_name_or_path"}
     runs = gather_objects(run)
     if others := [rank for rank, other in enumerate(runs) if other != runs[0]]:
-        different = [name for name in run if any(other[name] != runs[0][name] for other in runs)]
+        names = {name: None for other in runs for name in other}
+        different = [name for name in names if any(other.get(name) != runs[0].get(name) for other in runs)]
         raise OptionError(
             f"ranks {others}: not the same as on rank 0: {', '.join(different)}\n"
             "pass all ranks the same options, files and Python version"

@@ -199,8 +199,9 @@ class Recorder:
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
         if self.writes:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with noting(self.failures, Path("stdout")):  # perhaps a file, on a full disk
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def close(self) -> None:
         """Close the progress bar and TensorBoard."""

@@ -193,6 +193,24 @@ def test_full_on_one_rank(tiny: list[object], small_disk: Path, tmp_path: Path) 
     assert len(read_records(run / "metrics.jsonl")) < 10
 
 
+def full_stdout() -> None:
+    """Patch a rank: what it prints goes to a full disk, and its errors do not."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.fault(
+    "storage",
+    "the log that a run prints to is on a full disk",
+    "all ranks end after the step with a message",
+)
+def test_full_log(tiny: list[object], tmp_path: Path) -> None:
+    outcome = train(2, [*tiny, "--output_dir", tmp_path, "--max_steps", 400], before=full_stdout)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "Traceback" not in outcome.output
+    assert "error: stdout: it cannot be written: No space left on device\nmake room" in outcome.output
+    assert len(read_records(tmp_path / "metrics.jsonl")) < 10
+
+
 @pytest.mark.fault(
     "storage",
     "the path of `output_dir` is so long that a file of a checkpoint has no name",

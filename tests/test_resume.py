@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 import checkpoint
 from checkpoint.identity import Progress, RunIdentity, require_same_run
@@ -286,7 +287,7 @@ def test_each_field_of_the_identity_is_refused_between_ranks(
     """Rank 1 was given another one: all ranks are told which field differs."""
     monkeypatch.setattr("checkpoint.identity.gather_objects", lambda run: [run, run | {field.name: "other"}])
     with pytest.raises(OptionError, match=rf"ranks \[1\]: not the same as on rank 0: {field.name}"):
-        require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {})
+        require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {}, PretrainedConfig())
 
 
 @pytest.mark.parametrize(("tensor_parallel", "allowed"), [(1, True), (2, False)])
@@ -303,6 +304,6 @@ def test_compiled_on_one_rank_only(
 
     monkeypatch.setattr("checkpoint.identity.gather_objects", all_ranks_so_far)
     options = Options(output_dir=str(tmp_path), tensor_parallel=tensor_parallel, torch_compile=True)
-    require_same_run(options, IDENTITY, {})
+    require_same_run(options, IDENTITY, {}, PretrainedConfig())
     with nullcontext() if allowed else pytest.raises(OptionError, match="rank 0: torch_compile"):
-        require_same_run(dataclasses.replace(options, torch_compile=False), IDENTITY, {})
+        require_same_run(dataclasses.replace(options, torch_compile=False), IDENTITY, {}, PretrainedConfig())

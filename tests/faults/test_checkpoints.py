@@ -100,9 +100,8 @@ ELSEWHERE = [
 @pytest.mark.timeout(120)  # a read of /dev/zero would never end
 def test_paths_of_a_manifest(copy: Path) -> None:
     os.mkfifo(copy / "model" / "pipe")
+    manifest = json.loads((copy / "manifest.json").read_text())
     for name in ELSEWHERE:
-        sign(copy)
-        manifest = json.loads((copy / "manifest.json").read_text())
         entry = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
         (copy / "manifest.json").write_text(json.dumps(manifest | {name: entry}))
         (found,) = problems(copy)

@@ -189,6 +189,18 @@ def test_weights_that_differ_in_one_layer(tmp_path: Path) -> None:
     assert len(seen) == 9
 
 
+@pytest.mark.fault(
+    "storage",
+    "one node has another config.json under the same path, with equal shapes",
+    "refused before the first step; the message names the entry",
+)
+def test_config_of_one_node(tiny: list[object], model_dir: Path, model_with_dropout: Path, tmp_path: Path) -> None:
+    argv = [*tiny, "--output_dir", tmp_path / "run"]
+    outcome = train(2, argv, before=partial(on_rank_1, "--model_name_or_path", model_with_dropout))
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "ranks [1]: not the same as on rank 0: config.json: attention_dropout\n" in outcome.output
+
+
 NAMES = [
     *(".lock", "metrics.jsonl", "checkpoint-20", "model.safetensors", "model-00001-of-00002.safetensors"),
     *("config.json", "tokenizer.json", "ledger", "ledger/rank-0.jsonl", "ledger/about.json", "trace/steps-3-4.json"),
