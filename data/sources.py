@@ -301,14 +301,16 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
         known: dict[str, Any] = {}
         if path.exists():
             require_trusted(path, cache_dir)
-        with suppress(FileNotFoundError, ValueError):
-            known = json.loads(path.read_text())
+        with suppress(FileNotFoundError, ValueError, RecursionError):
+            found = json.loads(path.read_text())
+            known = found if isinstance(found, dict) else {}
         hashes = []
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            before, content = known.get(str(file.resolve()), (None, ""))
-            if before != facts:
+            entry = known.get(str(file.resolve()))
+            before, content = entry if isinstance(entry, list) and len(entry) == 2 else (None, "")
+            if before != facts or not isinstance(content, str):
                 content = _hash([file])
                 if now - status.st_ctime > SETTLED:
                     known[str(file.resolve())] = facts, content

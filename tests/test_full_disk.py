@@ -82,7 +82,13 @@ def fill_before(disk: Path, function: str, pages: int) -> None:
 
 
 def leave(disk: Path, kind: str, number: int) -> None:
-    """Fill the disk, and leave a `number` of pages of 4,096 bytes, or of inodes: files and directories."""
+    """Fill the disk, and leave a `number` of pages of 4,096 bytes, or of inodes: files and directories.
+
+    Of the kind "read-only", a disk with the number 0 cannot be written.
+    """
+    if kind == "read-only":
+        subprocess.run(["mount", "-o", f"remount,{'rw' if number else 'ro'}", disk], check=True)
+        return
     filler = disk / ".filler"
     shutil.rmtree(filler, ignore_errors=True)
     if number < 0:
@@ -99,12 +105,14 @@ def leave(disk: Path, kind: str, number: int) -> None:
 
 @pytest.mark.fault(
     "storage",
-    "the disk becomes full, or has no inode left, at any page of a checkpoint, the final model, prepared data, the "
-    "ledger, metrics.jsonl or the lock",
+    "the disk becomes full at any page, has no inode left, or becomes read-only: for a checkpoint, the final model, "
+    "prepared data, the ledger, metrics.jsonl and the lock",
     "what was there before is intact, nothing half written remains, and a message names the path and the remedy",
 )
 @pytest.mark.parametrize(
-    ("kind", "stride"), [("pages", 6), ("inodes", 1), pytest.param("pages", 1, marks=pytest.mark.slow)], ids=str
+    ("kind", "stride"),
+    [("pages", 6), ("inodes", 1), ("read-only", 1), pytest.param("pages", 1, marks=pytest.mark.slow)],
+    ids=str,
 )
 @pytest.mark.parametrize("what", ["checkpoint", "export", "cache", "reference", "metrics.jsonl", "ledger", "lock"])
 def test_full_at_every_point(
@@ -170,8 +178,8 @@ def test_full_at_every_point(
     assert messages, "the disk was never full"
     for message in messages:
         assert re.match(f"(output_dir |data_cache_dir |){run}", message), message
-        assert "No space left on device" in message, message
-        assert re.search("room|can be written", message), message
+        assert ("Read-only file system" if kind == "read-only" else "No space left on device") in message, message
+        assert re.search("room|can be written|let the run write|writable", message), message
     if what == "checkpoint":
         assert problems(run / "checkpoint-1") == problems(run / f"checkpoint-{number + 2}") == []
 
@@ -191,6 +199,23 @@ def test_full_on_one_rank(tiny: list[object], small_disk: Path, tmp_path: Path) 
     assert "Traceback" not in outcome.output
     assert f"error: {run}/ledger/rank-1.jsonl: it cannot be written: No space left on device\n" in outcome.output
     assert len(read_records(run / "metrics.jsonl")) < 10
+
+
+@pytest.mark.fault(
+    "storage",
+    "another program creates the directory of the next checkpoint",
+    "a message; nothing of it is replaced, and nothing half written remains",
+)
+def test_a_checkpoint_that_exists(tiny: list[object], model_dir: Path, tmp_path: Path, alone: None) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint-1").mkdir(parents=True)
+    (run / "checkpoint-1" / "notes.txt").write_text("mine")
+    options = Options(output_dir=str(run), async_save=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    identity = RunIdentity("", "", 0, 1, "")
+    with pytest.raises(OptionError, match=r"the checkpoint could not be written: .*Directory not empty"):
+        Saver(options).save(model, build_optimizer(model, options), Progress(step=1), identity)
+    assert [path.name for path in run.rglob("*")] == ["checkpoint-1", "notes.txt"]
 
 
 def full_stdout() -> None:
