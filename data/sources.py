@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,26 +297,41 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     back. A file that changed a moment ago is not remembered, because its next change might get the same time.
     """
     path = cache_dir / "hashes.json"
-    with FileLock(cache_dir / "hashes.lock"):
+    lock = FileLock(cache_dir / "hashes.lock")
+    with _writing(cache_dir):
+        lock.acquire()
+    try:
         known: dict[str, Any] = {}
         if path.exists():
             require_trusted(path, cache_dir)
-        with suppress(FileNotFoundError, ValueError, RecursionError):
-            found = json.loads(path.read_text())
-            known = found if isinstance(found, dict) else {}
+        with suppress(FileNotFoundError, ValueError):
+            known = json.loads(path.read_text())
         hashes = []
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            entry = known.get(str(file.resolve()))
-            before, content = entry if isinstance(entry, list) and len(entry) == 2 else (None, "")
-            if before != facts or not isinstance(content, str):
+            before, content = known.get(str(file.resolve()), (None, ""))
+            if before != facts:
                 content = _hash([file])
                 if now - status.st_ctime > SETTLED:
                     known[str(file.resolve())] = facts, content
             hashes.append(content)
-        replace_text(path, json.dumps(known))
+        with _writing(cache_dir):
+            replace_text(path, json.dumps(known))
+    finally:
+        lock.release()
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    """Raise OptionError for an OSError of the block, which writes to the cache: it is no error of a training file."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"data_cache_dir {cache_dir}: {error.strerror or error}; pass a directory with more room"
+        ) from error
 
 
 def _statuses(files: list[Path]) -> str:

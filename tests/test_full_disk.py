@@ -175,7 +175,7 @@ def test_full_at_every_point(
             assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
             assert not list(run.glob(".*ing-*"))
     leave(small_disk, kind, -1)
-    assert messages, "the disk was never full"
+    assert messages or (what, kind) == ("lock", "pages"), "the disk was never full"  # a lock has no content
     for message in messages:
         assert re.match(f"(output_dir |data_cache_dir |){run}", message), message
         assert ("Read-only file system" if kind == "read-only" else "No space left on device") in message, message
@@ -245,7 +245,7 @@ def test_a_path_that_is_too_long(tiny: list[object], model_dir: Path, tmp_path: 
     run = tmp_path
     while len(str(run)) < 3800:
         run = run / ("d" * 200)
-    run = run / ("d" * (4096 - len(str(run)) - 100))
+    run = run / ("d" * (4096 - len(str(run)) - 80))
     run.mkdir(parents=True)
     options = Options(output_dir=str(run), async_save=False)
     model = AutoModelForCausalLM.from_pretrained(model_dir)

@@ -125,7 +125,7 @@ def endless(path: Path) -> None:
 
 @pytest.mark.fault(
     "storage",
-    "a link, a pipe, a device or a directory in the place of a checkpoint's file",
+    "a link, a pipe or a device instead of a file of a checkpoint",
     "never opened for its content; the checkpoint counts as damaged",
 )
 @pytest.mark.timeout(120)
