@@ -297,13 +297,12 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     back. A file that changed a moment ago is not remembered, because its next change might get the same time.
     """
     path = cache_dir / "hashes.json"
-    lock = FileLock(cache_dir / "hashes.lock")
+    if path.exists():
+        require_trusted(path, cache_dir)
     with _writing(cache_dir):
-        lock.acquire()
-    try:
+        lock = FileLock(cache_dir / "hashes.lock").acquire()
+    with lock:
         known: dict[str, Any] = {}
-        if path.exists():
-            require_trusted(path, cache_dir)
         with suppress(FileNotFoundError, ValueError):
             known = json.loads(path.read_text())
         hashes = []
@@ -318,8 +317,6 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
             hashes.append(content)
         with _writing(cache_dir):
             replace_text(path, json.dumps(known))
-    finally:
-        lock.release()
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
