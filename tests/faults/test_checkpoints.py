@@ -207,7 +207,7 @@ for _ in range(400):
     NESTED = [NESTED]
 
 WRONG: Any = ["7", -1, 1.5, 2**63, 10**400, None, True, [], {}, float("nan"), float("inf"), NESTED]
-CURSORS: list[Any] = [1, [1], [[1]], [[1, 2, 3, 4, 5, -6]], [["1"] * 6]]
+CURSORS: list[Any] = [1, [1], [[1]], [[1, 2, 3, 4, 5, -6]], [["1"] * 6], [[2**43] * 6]]
 RATES: list[Any] = ["1", float("nan"), [], 10**400]
 BESTS: list[Any] = [None, [], "x"]
 STEPS: list[Any] = [None, [], {"a": -1}, {"a": "1"}]
