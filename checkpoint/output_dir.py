@@ -226,9 +226,10 @@ def _is_ours(path: Path) -> bool:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return METADATA.items() <= (file.metadata() or {}).items()
-        with open(path) as file:
-            return "tokens_seen" in json.loads(file.readline() or '"tokens_seen"')  # an empty file has no records yet
-    except (OSError, ValueError, TypeError, SafetensorError):
+        with open(path, opener=regular_file) as file:
+            first = file.readline(2**16)
+            return "tokens_seen" in json.loads(first or '"tokens_seen"')  # an empty file has no records yet
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError):
         return False
 
 

@@ -24,6 +24,7 @@ from checkpoint.output_dir import claim_output_dir
 from config.errors import OptionError
 from config.options import Options
 from data.sources import cache_directory
+from metrics.records import drop_records_beyond
 from model.weights import Source, Stored, fingerprint_files
 from runtime.files import require_trusted
 from tests.launch import train, train_ok
@@ -379,3 +380,26 @@ def test_a_run_with_a_planted_cache(tiny: list[object], tmp_path: Path) -> None:
     outcome = train(1, [*argv, tmp_path / "second", "--max_steps", 1])
     assert outcome.exit_codes == [2], outcome.output
     assert f"error: data_cache_dir {cache}: any user can change {tokens.parent}, and so what is tra" in outcome.output
+
+
+@pytest.mark.fault(
+    "storage",
+    "metrics.jsonl of another program: no text, nested too deep, or one endless line",
+    "refused as a file that this trainer did not write",
+)
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"1" * 10_000, b"5", b"null", b'{"step": 1}'], ids=len)
+def test_metrics_of_another_program(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    for more in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}):
+        with pytest.raises(OptionError, match=r"this trainer did not write metrics\.jsonl, and a run would replace"):
+            claim_output_dir(Options(output_dir=str(tmp_path), **more), 0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+def test_records_of_a_resumed_run_that_are_none(tmp_path: Path) -> None:
+    """Lines that are no records are left out, whatever they hold."""
+    lines = [b'{"step": 1}', b"\xff", b"[" * 100_000, b"5", b"null", b"{}", b'{"step": "2"}', b'{"step": 3}', b'{"st']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    drop_records_beyond(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
