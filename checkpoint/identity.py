@@ -97,7 +97,7 @@ def read_state(path: Path) -> dict[str, Any]:
     for name, value in best.items():
         require(_fits(value, types[name]), f"progress.best.{name}")
     for name, value in state["optimizer_steps"].items():
-        require(_fits(value, float) and value >= 0, f"optimizer_steps of {name[:100]}")
+        require(_fits(value, float) and 0 <= value < 2**63, f"optimizer_steps of {name[:100]}")
     rng = state["rng"]
     require(isinstance(rng, list) and len(rng) > 0 and all(map(is_rng_state, rng)), "rng")
     return state

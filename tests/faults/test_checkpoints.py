@@ -210,7 +210,7 @@ WRONG: Any = ["7", -1, 1.5, 2**63, 10**400, None, True, [], {}, float("nan"), fl
 CURSORS: list[Any] = [1, [1], [[1]], [[1, 2, 3, 4, 5, -6]], [["1"] * 6], [[2**43] * 6]]
 RATES: list[Any] = ["1", float("nan"), [], 10**400]
 BESTS: list[Any] = [None, [], "x"]
-STEPS: list[Any] = [None, [], {"a": -1}, {"a": "1"}]
+STEPS: list[Any] = [None, [], {"a": -1}, {"a": "1"}, {"a": 1e300}]
 RNGS: list[Any] = [None, [], {}, [1], [{}], [{"cpu": 1}], [{"cpu": "?"}], [{"cpu": ""}], [{"cpu": "é"}]]
 STATES = {
     "empty": lambda state: " ",
