@@ -191,6 +191,7 @@ def test_full_at_every_point(
     "the disk of one rank alone is full: of its ledger",
     "all ranks end after the step with the path and the remedy",
 )
+@pytest.mark.slow
 def test_full_on_one_rank(tiny: list[object], small_disk: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     leave(small_disk, "pages", 0)
@@ -230,6 +231,7 @@ def full_stdout() -> None:
     "the log that a run prints to is on a full disk",
     "all ranks end after the step with a message",
 )
+@pytest.mark.slow
 def test_full_log(tiny: list[object], tmp_path: Path) -> None:
     outcome = train(2, [*tiny, "--output_dir", tmp_path, "--max_steps", 400], before=full_stdout)
     assert outcome.exit_codes == [2, 2], outcome.output

@@ -83,6 +83,7 @@ def test_output_dir_that_one_node_sees_alone(tiny: list[object], tmp_path: Path,
     "`output_dir` is another path on one rank",
     "refused before the first step",
 )
+@pytest.mark.slow
 def test_output_dir_of_another_name(tiny: list[object], tmp_path: Path) -> None:
     (tmp_path / "unseen").mkdir()
     (tmp_path / "unseen" / ".lock").touch()
@@ -131,6 +132,7 @@ def test_a_checkpoint_that_one_node_sees_alone(tiny: list[object], tmp_path: Pat
     "`data_cache_dir` is not shared between nodes",
     "each node prepares its data; the run is that of a shared cache",
 )
+@pytest.mark.slow
 def test_data_cache_of_each_node(tiny: list[object], tmp_path: Path, namespaces: None) -> None:
     cache, local = tmp_path / "cache", tmp_path / "local"
     for directory in (cache, local):
@@ -149,6 +151,7 @@ def test_data_cache_of_each_node(tiny: list[object], tmp_path: Path, namespaces:
     "one node has another training file under the same path",
     "refused before the first step",
 )
+@pytest.mark.slow
 def test_training_file_of_one_node(tiny: list[object], train_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "another text"}) + "\n" + train_file.read_text())
@@ -195,6 +198,7 @@ def test_weights_that_differ_in_one_layer(tmp_path: Path) -> None:
     "one node has another config.json under the same path, with equal shapes",
     "refused before the first step; the message names the entry",
 )
+@pytest.mark.slow
 def test_config_of_one_node(tiny: list[object], model_dir: Path, model_with_dropout: Path, tmp_path: Path) -> None:
     argv = [*tiny, "--output_dir", tmp_path / "run"]
     outcome = train(2, argv, before=partial(on_rank_1, "--model_name_or_path", model_with_dropout))
@@ -261,6 +265,7 @@ def test_output_dir_may_be_a_link(tiny: list[object], tmp_path: Path) -> None:
     "a link takes the place of metrics.jsonl while a run writes it",
     "not followed; all ranks end with a message",
 )
+@pytest.mark.slow
 def test_link_during_a_run(tiny: list[object], tmp_path: Path) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     outside.write_text("mine")
@@ -368,6 +373,7 @@ def test_cache_of_another_user(tmp_path: Path, capsys: pytest.CaptureFixture[str
         require_trusted(everyone / "data-1", everyone)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_planted_cache(tiny: list[object], tmp_path: Path) -> None:
     """The check is part of a run: prepared data that another user may have written is refused."""
     cache = tmp_path / "cache"
