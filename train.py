@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     dist.init_process_group("gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(0, options.ddp_timeout))
     runtime.require_own_gpu(device, shared=gloo_alone)
     runtime.watch_ranks(options.output_dir, options.ddp_timeout, options.flight_recorder)  # explains a hang
-    checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)
+    checkpoint.require_same_run(options, identity, weights, model_config)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
     mesh_names = ("replicate", "shard", "tensor")
@@ -96,14 +97,13 @@ def main(argv: list[str]) -> None:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
     # === 4. Batches, logging, saving. ===============================================================================
-    if rank == 0:
-        checkpoint.clean_output_dir(options, progress.step, progress.best.step)
+    checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
     recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
-    saver = checkpoint.Saver(options)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
+    saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.Signals()
     batches = recorder.timed(training_batches(data.train, plan, options, progress))
     if data.validation and (progress.step == 0 or options.evaluates_only):
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
     elif plan.total_steps:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
-    dist.barrier()  # without it, a rank that is still busy may find that its peers have exited
+    saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
     if lock:
         lock.close()
 

@@ -1,8 +1,11 @@
 """The exception for a mistake of the user, or for a disk that cannot be written."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, and a limit on the size of files
 
 
 class OptionError(ValueError):
@@ -15,10 +18,24 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "make room" if error.errno in FULL or error.errno is None else "let the run write there"
         raise OptionError(
             f"{path}: it cannot be written: {error.strerror or error}\n"
-            "make room, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
+            f"{remedy}, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
         ) from error
+
+
+@contextlib.contextmanager
+def noting(failures: list[OptionError], path: Path) -> Iterator[None]:
+    """Add the OptionError of `writing` to `failures`, for a file that one rank writes alone.
+
+    If this rank raised, the others would wait for it in a collective. The loop agrees on all failures once a step.
+    """
+    try:
+        with writing(path):
+            yield
+    except OptionError as error:
+        failures.append(error)
 
 
 def first_line(error: Exception) -> str:

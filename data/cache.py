@@ -33,6 +33,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
+from runtime.files import require_trusted
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -83,6 +84,9 @@ def prepare_source(
     partial = cache / f"{key}.partial"
     try:
         with FileLock(cache / f"{key}.lock"):
+            for path in (cache / key, partial):
+                if path.exists():
+                    require_trusted(path, cache)
             if not (cache / key).exists():
                 _remove_abandoned(cache)
                 partial.mkdir(exist_ok=True)
@@ -93,7 +97,9 @@ def prepare_source(
                     raise
                 partial.rename(cache / key)
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory with more room") from error
+        raise OptionError(
+            f"data_cache_dir {cache}: {error.strerror or error}; pass a directory with more room"
+        ) from error
     about = json.loads((cache / key / "about.json").read_text())
     counts = {name: Split(**values) for name, values in about.pop("counts").items()}
     return Prepared(cache / key, counts=counts, **about)

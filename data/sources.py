@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from config.plan import mixture_weights
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
+from runtime.files import replace_text, require_trusted
 
 DATA_SUFFIXES = tuple(
     suffix + compression
@@ -79,14 +80,18 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
 
 
 def cache_directory(data_cache_dir: str) -> Path:
-    """The directory `data_cache_dir`, created if it does not exist. Raises OptionError."""
+    """The directory `data_cache_dir`, created for this user alone if it does not exist. Raises OptionError.
+
+    Data that others can change decides what is trained on: who they are is said once, or refused if they are all users.
+    """
     cache = Path(data_cache_dir).expanduser()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a writable directory") from error
+    require_trusted(cache, cache)
     return cache
 
 
@@ -292,7 +297,11 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     back. A file that changed a moment ago is not remembered, because its next change might get the same time.
     """
     path = cache_dir / "hashes.json"
-    with FileLock(cache_dir / "hashes.lock"):
+    if path.exists():
+        require_trusted(path, cache_dir)
+    with _writing(cache_dir):
+        lock = FileLock(cache_dir / "hashes.lock").acquire()
+    with lock:
         known: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError):
             known = json.loads(path.read_text())
@@ -306,10 +315,20 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
                 if now - status.st_ctime > SETTLED:
                     known[str(file.resolve())] = facts, content
             hashes.append(content)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, path)
+        with _writing(cache_dir):
+            replace_text(path, json.dumps(known))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    """Raise OptionError for an OSError of the block, which writes to the cache: it is no error of a training file."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"data_cache_dir {cache_dir}: {error.strerror or error}; pass a directory with more room"
+        ) from error
 
 
 def _statuses(files: list[Path]) -> str:

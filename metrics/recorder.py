@@ -60,7 +60,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config.errors import writing
+from config.errors import OptionError, noting
 from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
@@ -68,6 +68,7 @@ from metrics.records import drop_records_beyond
 from metrics.stragglers import Stragglers
 from metrics.trace import Trace
 from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA
+from runtime.files import regular_file
 
 
 class Recorder:
@@ -82,6 +83,7 @@ class Recorder:
         flops_per_token: float | None,
     ) -> None:
         self.writes = rank == 0
+        self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.path = Path(options.output_dir) / "metrics.jsonl"
         self.device = device
         self.plan = plan
@@ -96,8 +98,12 @@ class Recorder:
         # In a log file, every redraw of a bar would be a new line.
         no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
-        self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
-        self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
+        self.board: Any = None
+        if options.report_to == "tensorboard" and self.writes:
+            with noting(self.failures, self.path.parent / "tensorboard"):
+                self.board = _tensorboard(self.path.parent)
+        traces = options.trace_steps and self.writes
+        self.trace = Trace(options.trace_steps, self.path.parent, self.failures) if traces else None
 
     def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
         """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
@@ -117,7 +123,8 @@ class Recorder:
             self.print(f"step {step} of {self.plan.total_steps}: the run is complete; raise --max_steps to train on")
         self.started = time.perf_counter()
         if self.writes:
-            drop_records_beyond(self.path, step)
+            with noting(self.failures, self.path):
+                drop_records_beyond(self.path, step)
         if self.trace:
             self.trace.start(step)
 
@@ -215,8 +222,9 @@ class Recorder:
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
         if self.writes:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with noting(self.failures, Path("stdout")):  # perhaps a file, on a full disk
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def close(self) -> None:
         """Close the progress bar and TensorBoard."""
@@ -224,7 +232,7 @@ class Recorder:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
         if self.board is not None:
-            with writing(self.path.parent / "tensorboard"):
+            with noting(self.failures, self.path.parent / "tensorboard"):
                 self.board.close()
 
     def _micro_step(self, *_: object) -> None:
@@ -237,10 +245,10 @@ class Recorder:
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
         record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
-        with writing(self.path), open(self.path, "a") as file:
+        with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
-            with writing(self.path.parent / "tensorboard"):
+            with noting(self.failures, self.path.parent / "tensorboard"):
                 for name, value in values.items():
                     if value is not None:
                         self.board.add_scalar(name, value, step)

@@ -1,5 +1,6 @@
 """Process start and exit: the libraries, the errors of a run, and the exit code."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -87,6 +88,7 @@ def exit_process(exit_code: int) -> NoReturn:
     need that lock at the same moment, to release a tensor. About one run in a hundred hung or aborted this way. The
     operating system frees everything: files are closed, and all ranks have passed the last barrier.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log file, on a full disk
+            stream.flush()
     os._exit(exit_code)

@@ -34,6 +34,11 @@ def write_late(output_dir: Path, step: int) -> None:
     checkpoint.save._write = late
 
 
+@pytest.mark.fault(
+    "storage",
+    "training continues while a checkpoint is written",
+    "its bytes are those of the saved step",
+)
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
     """A checkpoint that is written while training continues for four steps equals one that is written at once."""
@@ -78,6 +83,11 @@ def small_files_only(rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, 20 * 1024))
 
 
+@pytest.mark.fault(
+    "storage",
+    "the disk of one rank is full at a checkpoint",
+    "all ranks end with one message; the checkpoint before it is intact, and resumes to the bit",
+)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchronous: str) -> None:
     """The disk of one rank is full: all ranks end, and one message names the directory."""
@@ -153,6 +163,11 @@ def watch_directories(output_dir: Path, report: Path) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
+@pytest.mark.fault(
+    "storage",
+    "100 saves with `--save_total_limit 2`",
+    "never more than three checkpoints, and at every moment a complete one",
+)
 @pytest.mark.parametrize("saves", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_many_saves_that_keep_two(tiny: list[object], tmp_path: Path, saves: int) -> None:
     """There are never more than three checkpoints, and after the first save always a complete one."""
