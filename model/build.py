@@ -59,6 +59,7 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     if options.chat_template:
         try:
             tokenizer.chat_template = Path(options.chat_template).read_text()
+            tokenizer.chat_template_file = options.chat_template  # for messages
         except (OSError, ValueError) as error:
             raise OptionError(
                 f"chat_template {options.chat_template}: {error}; pass a file that can be read"
