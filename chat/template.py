@@ -10,7 +10,6 @@ rendered again with other words in one message, and the two texts are equal up t
 
 import difflib
 import inspect
-import json
 import re
 import traceback
 from bisect import bisect_right
@@ -30,7 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from chat.limits import TemplateLimitError, limited
 from chat.messages import brief
 from chat.shapes import Conversation, Messages
-from config.errors import OptionError, first_line
+from config.errors import OptionError, first_line, load_json
 
 # The date that `strftime_now` writes. A fixed one, because a run that resumes tomorrow must have the same tokens. This
 # is the date that Llama's templates write where they are not told another.
@@ -106,7 +105,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> None:
 
 def check_variables(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
     """The variables of the option chat_template_kwargs, a JSON mapping. Raises OptionError if no template reads one."""
-    variables: dict[str, Any] = json.loads(text)
+    variables: dict[str, Any] = load_json(text)
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
     known = names_in(tokenizer) - reserved
     if unknown := [name for name in variables if name not in known]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from config.errors import OptionError
+from config.errors import OptionError, load_json
 from config.options import EPOCH, INTERVALS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 from config.schedule import check_schedule
@@ -138,7 +137,7 @@ def check_data(options: Options) -> None:
         mixture_weights(options.train_mixture)
     if options.chat_template_kwargs is not None:
         try:
-            variables = json.loads(options.chat_template_kwargs)
+            variables = load_json(options.chat_template_kwargs)
         except ValueError:
             variables = None
         if not isinstance(variables, dict):

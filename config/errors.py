@@ -1,12 +1,26 @@
 """The exception for a mistake of the user, or for a disk that cannot be written."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+LINES, LENGTH = 3, 2000  # of a message: its lines, and the characters of each
 
 
 class OptionError(ValueError):
-    """A mistake of the user. Its text names the option, the value and the remedy in at most three lines."""
+    """A mistake of the user. Its text names the option, the value and the remedy in at most three lines.
+
+    The text may quote a file or a value, so control characters, which could write over a terminal, are escaped. If a
+    quoted value has lines of its own, they are joined.
+    """
+
+    def __init__(self, text: str) -> None:
+        *lines, last = (text.strip() or "an empty message").split("\n")
+        if len(lines) >= LINES:
+            lines = [lines[0], " ".join(lines[1:])]
+        super().__init__("\n".join(_printable(line)[:LENGTH] for line in [*lines, last]))
 
 
 @contextlib.contextmanager
@@ -19,6 +33,18 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: it cannot be written: {error.strerror or error}\n"
             "make room, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
         ) from error
+
+
+def load_json(text: str | bytes, **hooks: Any) -> Any:
+    """The value of a JSON text, as json.loads reads it. Raises ValueError, also for too many brackets in each other."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError("it has too many brackets in each other") from error
+
+
+def _printable(line: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from config.errors import OptionError
+from config.errors import OptionError, load_json
 from config.options import DEEPSPEED_SCHEDULES, TRANSFORMERS_SCHEDULES, Options
 
 # The parameters that are words or numbers of steps. All others are numbers from 0.
@@ -32,7 +32,7 @@ def schedule_parameters(options: Options) -> dict[str, Any]:
     """
     kind, text = options.lr_scheduler_type, options.lr_scheduler_kwargs or "{}"
     try:
-        parameters = {name: value for name, value in json.loads(text).items() if value is not None}
+        parameters = {name: value for name, value in load_json(text).items() if value is not None}
     except (ValueError, AttributeError) as error:
         raise OptionError(f"lr_scheduler_kwargs {text}: {_takes(kind)}") from error
     if options.min_lr is None:

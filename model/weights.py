@@ -7,7 +7,6 @@ joined to one parameter, such as the experts of a layer.
 
 import copy
 import hashlib
-import json
 import os
 import re
 import sys
@@ -35,7 +34,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from config.errors import OptionError, first_line
+from config.errors import OptionError, first_line, load_json
 from config.options import Options
 
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
@@ -137,7 +136,7 @@ def _find_files(name: str) -> dict[Path, set[str] | None]:
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME} and no index; pickled weights (.bin) are never read")
     try:
         listed: dict[str, set[str]] = {}
-        for tensor, file in json.loads(Path(index).read_text())["weight_map"].items():
+        for tensor, file in load_json(Path(index).read_text())["weight_map"].items():
             listed.setdefault(file, set()).add(tensor)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is not an index: {first_line(error)}") from error

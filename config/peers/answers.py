@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from config.errors import OptionError, first_line
+from config.errors import OptionError, first_line, load_json
 from config.options import Options
 
 Given = Mapping[str, str]  # every option that the user gave, by name, with its value as text
@@ -242,7 +242,7 @@ def fsdp_config(value: str, given: Given) -> Words:
     if given.get("fsdp", "").lower() in ("", *FALSE):
         return {}
     try:
-        keys = json.loads(value if value.lstrip().startswith("{") else Path(value).expanduser().read_text())
+        keys = load_json(value if value.lstrip().startswith("{") else Path(value).expanduser().read_text())
     except (OSError, ValueError) as error:
         raise OptionError(f"fsdp_config {value}: {first_line(error)}; pass a JSON file") from error
     if not isinstance(keys, dict):
@@ -262,7 +262,7 @@ def fsdp_config(value: str, given: Given) -> Words:
 def gradient_checkpointing_kwargs(value: str, given: Given) -> Words:
     """Nothing for use_reentrant, with which the gradients are the same. Raises OptionError for other keys."""
     try:
-        known = json.loads(value).keys() <= {"use_reentrant"}
+        known = load_json(value).keys() <= {"use_reentrant"}
     except (ValueError, AttributeError):
         known = False
     if not known:
