@@ -26,10 +26,10 @@ import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chat.limits import TemplateLimitError, limited
 from chat.messages import brief
 from chat.shapes import Conversation, Messages
 from config.errors import OptionError, first_line, load_json
+from runtime.limits import LimitError, limited
 
 # The date that `strftime_now` writes. A fixed one, because a run that resumes tomorrow must have the same tokens. This
 # is the date that Llama's templates write where they are not told another.
@@ -39,13 +39,15 @@ WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # keys of a m
 
 QUESTION: Messages = [{"role": "user", "content": "a"}]
 
+SECONDS, GIBIBYTES = 10.0, 1  # for one rendering; that of the longest conversations takes less than a second
+
 Span = tuple[int, int]
 
 
 class TemplateMismatchError(OptionError):
     """A chat template does not render a conversation, or not so that its answers can be found.
 
-    Another conversation may fit. A template that reaches a limit (chat/limits.py) raises a plain OptionError instead.
+    Another conversation may fit. If a template reaches a limit (runtime/limits.py), that is a plain OptionError instead.
     """
 
 
@@ -57,7 +59,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[A
     today's date.
     """
     try:
-        with limited():
+        with limited(SECONDS, GIBIBYTES):
             return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **_with_date(variables))
     except Exception as error:  # a template is a program: it may raise anything
         raise _refusal(tokenizer, messages, error) from error
@@ -73,7 +75,7 @@ def render_marked(
     known = {**tokenizer.special_tokens_map, **_with_date(variables)}
     template = tokenizer.get_chat_template(tools=tools)
     try:
-        with limited():
+        with limited(SECONDS, GIBIBYTES):
             (text,), (spans,) = render_jinja_template(
                 [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **known
             )
@@ -129,7 +131,7 @@ def names_in(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     for text in texts:
         plain = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", "", text)
         try:
-            with limited():
+            with limited(SECONDS, GIBIBYTES):
                 names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
         except Exception as error:
             raise OptionError(f"chat_template: {_cause(tokenizer, error)}\npass another --chat_template") from error
@@ -355,7 +357,7 @@ def _with_date(variables: dict[str, Any]) -> dict[str, Any]:
 def _refusal(tokenizer: PreTrainedTokenizerBase, messages: Messages, error: Exception) -> OptionError:
     """The error for messages that a chat template does not render."""
     roles = brief(", ".join(str(message["role"]) for message in messages))
-    if isinstance(error, TemplateLimitError):
+    if isinstance(error, LimitError):
         text = f"chat_template: a conversation of {roles}: {_cause(tokenizer, error)}"
         return OptionError(f"{text}\ncorrect the template, or pass another --chat_template")
     return TemplateMismatchError(f"chat_template: it refuses a conversation of {roles}: {_cause(tokenizer, error)}")

@@ -32,6 +32,7 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
+    "seed",
     "router_bias_update_rate",
     "learning_rate",
     "warmup_steps",

@@ -49,4 +49,5 @@ def _printable(line: str) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, at most 200 characters, for the text of an OptionError."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = f"unknown key {error}" if isinstance(error, KeyError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,7 +18,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from config.demo import demo_files
-from config.errors import OptionError
+from config.errors import OptionError, load_json
 from config.options import Options
 from config.plan import mixture_weights
 from config.validation import validation_files
@@ -293,14 +293,14 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     """
     path = cache_dir / "hashes.json"
     with FileLock(cache_dir / "hashes.lock"):
-        known: dict[str, Any] = {}
-        with suppress(FileNotFoundError, ValueError):
-            known = json.loads(path.read_text())
+        known: dict[str, tuple[list[int], str]] = {}
+        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
+            known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_text()).items()}
         hashes = []
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            before, content = known.get(str(file.resolve()), (None, ""))
+            before, content = known.get(str(file.resolve()), ([], ""))
             if before != facts:
                 content = _hash([file])
                 if now - status.st_ctime > SETTLED:

@@ -159,7 +159,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     else:
         return
     for path in paths:
-        written = Path(os.path.realpath(path)) if isinstance(path, str | bytes) else None
+        written = Path(os.path.realpath(os.fsdecode(path))) if isinstance(path, str | bytes) else None
         if written and (_allowed not in (written, *written.parents) or OUTSIDE in written.parts):
             _seen.append(f"{event} {path!r}")
 
@@ -324,7 +324,7 @@ def _read_records(world: World, content: tuple[bytes, str]) -> None:
     objective = "dpo" if b"reject" in raw else "sft"
     options = world.options(train_file=str(path), objective=objective, max_targetless_fraction=1.0, block_size=8)
     data = prepare_data(options, world.tokenizer)
-    assert len(data.train[0].tokens) <= 16  # type: ignore[index]
+    assert len(data.train[0].tokens) <= 16
 
 
 DATASET_INFO = {
@@ -417,7 +417,7 @@ def _prepared_file(name: str) -> Target:
         try:
             data = _prepared(world)
             for index in range(min(len(data.train), 5)):
-                data.train[index]  # type: ignore[index]
+                data.train[index]
         finally:
             shutil.rmtree(world.place / "cache", ignore_errors=True) if not path.exists() else path.write_bytes(before)
 

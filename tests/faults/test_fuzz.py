@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ INPUTS = 10_000  # of the slow test, over all targets
 
 
 @pytest.fixture(scope="module")
-def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A directory with a model, data, a finished checkpoint, and files outside that nothing may touch."""
     place = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(model_dir, place / "model")
@@ -43,6 +44,13 @@ def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     yield World(place, tokenizer)
     dist.destroy_process_group()
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates and configurations without end are found sooner."""
+    for module in ("chat.template", "model.build"):
+        monkeypatch.setattr(f"{module}.SECONDS", 5.0)
 
 
 def check_inputs(world: World, name: str, number: int, derandomize: bool) -> None:

@@ -87,7 +87,7 @@ def test_an_endless_template(
     tokenizer: PreTrainedTokenizerBase, place: Path, monkeypatch: pytest.MonkeyPatch, beginning: str, workers: int
 ) -> None:
     """It ends in the process that prepares and in workers, which get small chunks here."""
-    monkeypatch.setattr("chat.limits.SECONDS", 0.2)
+    monkeypatch.setattr("chat.template.SECONDS", 0.2)
     monkeypatch.setattr("data.cache.CHUNK", 1)
     message = refused(tokenizer, beginning, workers)
     assert (
@@ -112,7 +112,7 @@ def test_a_large_text(tokenizer: PreTrainedTokenizerBase, place: Path, beginning
 
 def test_constants_of_a_template(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """jinja computes constant expressions when it compiles a template or searches it for names. It gives up in time."""
-    monkeypatch.setattr("chat.limits.SECONDS", 0.2)
+    monkeypatch.setattr("chat.template.SECONDS", 0.2)
     tokenizer.chat_template = "{{ 10 ** (10 ** 9) }}"
     assert names_in(tokenizer) == set()
     with pytest.raises(OptionError, match=r"of user: it takes more than 0\.2 s of processor time"):
