@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.errors import OptionError, load_json
+from config.errors import OptionError
+from config.text import load_json
 
 Messages = list[dict[str, Any]]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chat.messages import Messages, Turns, brief, read_messages
-from config.errors import OptionError, load_json
+from config.errors import OptionError
+from config.text import load_json
 
 QUESTIONS = ("instruction", "prompt", "query", "question", "input")
 ANSWERS = ("output", "response", "answer")

@@ -28,7 +28,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from chat.messages import brief
 from chat.shapes import Conversation, Messages
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
+from config.text import load_json
 from runtime.limits import LimitError, limited
 
 # The date that `strftime_now` writes. A fixed one, because a run that resumes tomorrow must have the same tokens. This
@@ -47,7 +48,7 @@ Span = tuple[int, int]
 class TemplateMismatchError(OptionError):
     """A chat template does not render a conversation, or not so that its answers can be found.
 
-    Another conversation may fit. If a template reaches a limit (runtime/limits.py), that is a plain OptionError instead.
+    Another conversation may fit. If a template reaches a limit (runtime/limits.py), a plain OptionError is raised.
     """
 
 

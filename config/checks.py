@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from config.errors import OptionError, load_json
+from config.errors import OptionError
 from config.options import EPOCH, INTERVALS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 from config.schedule import check_schedule
+from config.text import load_json
 from config.validation import check_metric
 
 POSITIVE = (

@@ -1,10 +1,8 @@
 """The exception for a mistake of the user, or for a disk that cannot be written."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 LINES, LENGTH = 3, 2000  # of a message: its lines, and the characters of each
 
@@ -33,14 +31,6 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: it cannot be written: {error.strerror or error}\n"
             "make room, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
         ) from error
-
-
-def load_json(text: str | bytes, **hooks: Any) -> Any:
-    """The value of a JSON text, as json.loads reads it. Raises ValueError, also for too many brackets in each other."""
-    try:
-        return json.loads(text, **hooks)
-    except RecursionError as error:
-        raise ValueError("it has too many brackets in each other") from error
 
 
 def _printable(line: str) -> str:

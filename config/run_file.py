@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
 from config.options import LISTS, Options
+from config.text import load_json, read_text
 
 RUN_FILES = (".json", ".yaml", ".yml")
 
@@ -33,7 +34,7 @@ def read_run_file(name: str) -> dict[str, str]:
     if path.suffix not in RUN_FILES:
         raise OptionError(f"{name}: not an option and not a .json or .yaml file of options")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         values = read_json(text) if path.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         where = getattr(error, "problem_mark", None)

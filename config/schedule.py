@@ -4,8 +4,9 @@ import json
 import math
 from typing import Any
 
-from config.errors import OptionError, load_json
+from config.errors import OptionError
 from config.options import DEEPSPEED_SCHEDULES, TRANSFORMERS_SCHEDULES, Options
+from config.text import load_json
 
 # The parameters that are words or numbers of steps. All others are numbers from 0.
 WORDS = dict.fromkeys(DEEPSPEED_SCHEDULES, ("log", "linear")) | {"warmup_stable_decay": ("linear", "cosine", "1-sqrt")}

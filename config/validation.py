@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from config.errors import OptionError, load_json
+from config.errors import OptionError
 from config.options import Options
+from config.text import load_json
 
 NAME = re.compile(r"[\w-]+")  # of a validation set
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
+from config.text import load_json, read_text
 
 FILE_NAME = "dataset_info.json"
 
@@ -142,7 +143,7 @@ def read_entries(dataset_info: str, names: str) -> list[Entry]:
     if files := [name for name in names.split(",") if Path(name).expanduser().is_file()]:
         raise OptionError(f"dataset {files[0]}: is a file, and no name in {path}; pass --train_file {files[0]}")
     try:
-        entries = load_json(path.read_text(encoding="utf-8-sig"))
+        entries = load_json(read_text(path))
     except (OSError, ValueError) as error:
         raise OptionError(f"dataset_info {path}: cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(entries, dict):

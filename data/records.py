@@ -18,7 +18,8 @@ import pyarrow
 from pyarrow import parquet
 
 from chat.shapes import without_padding
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
+from config.text import load_json
 from data.dataset_info import Entry
 
 FRAGMENT = 16_384  # characters; a .txt file is read in fragments, so that memory does not grow with its size

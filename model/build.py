@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import read_text
 from model.documents.attention import attention_obstacle
 from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
@@ -64,7 +65,7 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     text_config = config.get_text_config()
     if options.chat_template:
         try:
-            tokenizer.chat_template = Path(options.chat_template).read_text()
+            tokenizer.chat_template = read_text(Path(options.chat_template))
             tokenizer.chat_template_file = options.chat_template  # for messages
         except (OSError, ValueError) as error:
             raise OptionError(

@@ -34,8 +34,9 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import load_json
 
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
 # Stored buffers that follow from the configuration: rotary frequencies, positions, causal masks.

@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from config.errors import OptionError, first_line, load_json
+from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import load_json, read_text
 
 Given = Mapping[str, str]  # every option that the user gave, by name, with its value as text
 
@@ -242,7 +243,7 @@ def fsdp_config(value: str, given: Given) -> Words:
     if given.get("fsdp", "").lower() in ("", *FALSE):
         return {}
     try:
-        keys = load_json(value if value.lstrip().startswith("{") else Path(value).expanduser().read_text())
+        keys = load_json(value if value.lstrip().startswith("{") else read_text(Path(value).expanduser()))
     except (OSError, ValueError) as error:
         raise OptionError(f"fsdp_config {value}: {first_line(error)}; pass a JSON file") from error
     if not isinstance(keys, dict):

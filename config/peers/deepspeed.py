@@ -38,6 +38,7 @@ from config.peers.deepspeed_keys import (
 )
 from config.plan import data_parallel_groups
 from config.run_file import read_json
+from config.text import read_text
 
 LARGEST = 2.0**62  # of a number, so that products of some fit into a float
 
@@ -142,7 +143,7 @@ def read_deepspeed_file(options: Options, given: set[str], world_size: int | Non
 def _load(name: str) -> dict[str, Any]:
     """The JSON object in a file. Raises OptionError if there is none, or if a key appears twice."""
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        text = read_text(Path(name))
         try:
             values = read_json(text)
         except json.JSONDecodeError:
