@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-LINES, LENGTH = 3, 2000  # of a message: its lines, and the characters of each
-
 
 class OptionError(ValueError):
     """A mistake of the user. Its text names the option, the value and the remedy in at most three lines.
@@ -15,10 +13,10 @@ class OptionError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        *lines, last = (text.strip() or "an empty message").split("\n")
-        if len(lines) >= LINES:
+        *lines, last = text.strip().split("\n")
+        if len(lines) > 2:
             lines = [lines[0], " ".join(lines[1:])]
-        super().__init__("\n".join(_printable(line)[:LENGTH] for line in [*lines, last]))
+        super().__init__("\n".join(_printable(line)[:2000] for line in [*lines, last]))
 
 
 @contextlib.contextmanager
@@ -33,11 +31,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _printable(line: str) -> str:
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
-
-
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, at most 200 characters, for the text of an OptionError."""
     text = f"unknown key {error}" if isinstance(error, KeyError) else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _printable(line: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)

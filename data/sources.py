@@ -296,7 +296,7 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     """
     path = cache_dir / "hashes.json"
     with FileLock(cache_dir / "hashes.lock"):
-        known: dict[str, tuple[list[int], str]] = {}
+        known: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
             known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_bytes()).items()}
         hashes = []
