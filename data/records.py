@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import json
 import re
 import sys
 from collections.abc import Generator, Iterator
@@ -19,7 +20,6 @@ from pyarrow import parquet
 
 from chat.shapes import without_padding
 from config.errors import OptionError, first_line
-from config.text import load_json
 from data.dataset_info import Entry
 
 FRAGMENT = 16_384  # characters; a .txt file is read in fragments, so that memory does not grow with its size
@@ -90,7 +90,7 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     if isinstance(raw.content, dict):
         return raw.content
     try:
-        record = load_json(raw.content, object_pairs_hook=_unique)
+        record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         encoding = isinstance(error, UnicodeDecodeError)
         remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW" if encoding else ""
