@@ -141,7 +141,10 @@ _seen: list[str] = []
 
 OUTSIDE = "outside"  # a directory that nothing may touch
 
-FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "socket.getaddrinfo")
+FORBIDDEN = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "socket.getaddrinfo"),
+    "pickle.find_class",
+)
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.link", "os.symlink", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -149,7 +152,9 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _allowed is None:
         return
-    if event in (*FORBIDDEN, "pickle.find_class"):
+    # torch.distributed.checkpoint pickles the plans that its ranks send each other: no file holds them.
+    of_torch = event == "pickle.find_class" and str(arguments[0]).split(".")[0] == "torch"
+    if event in FORBIDDEN and not of_torch:
         _seen.append(f"{event} {arguments}")
         return
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
