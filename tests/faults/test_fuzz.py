@@ -38,12 +38,12 @@ def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (place / "outside").mkdir()
     (place / "outside" / "file").write_text('{"outside": 1}')
     os.mkfifo(place / "pipe")
-    before = Path.cwd()
-    os.chdir(place)
-    dist.init_process_group("gloo", store=dist.FileStore(str(place / "store"), 1), rank=0, world_size=1)
-    yield World(place, tokenizer)
-    dist.destroy_process_group()
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place / "cache" / "compiled"))
+        dist.init_process_group("gloo", store=dist.FileStore(str(place / "store"), 1), rank=0, world_size=1)
+        yield World(place, tokenizer)
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PretrainedConfig
 
-from config import parse
+from config import check, parse
 from config.errors import OptionError
 from config.options import Options
 from data.dataset_info import read_entries
@@ -206,6 +206,34 @@ def test_links_of_the_hub_cache(place: Path) -> None:
         path.rename(place / "blobs" / path.name)
         path.symlink_to(Path("..") / "blobs" / path.name)
     assert load().model_type == "qwen3"
+
+
+@pytest.mark.fault(
+    "security",
+    "torch's directory of compiled code in /tmp, if another user has made it or may write there",
+    "refused, because torch unpickles and executes its files; the trainer makes its own 0700",
+)
+def test_compiled_code_of_another_user(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+
+    def claim() -> Path:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        check(Options(torch_compile=True, output_dir="output"), 1)
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    made = claim()
+    assert made.parent == place
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert claim() == made
+    made.chmod(0o777)
+    with pytest.raises(OptionError, match=f"torch_compile true: other users can write to {made}"):
+        claim()
+    made.chmod(0o700)
+    if os.geteuid() == 0:  # another user
+        os.chown(made, 1234, 1234)
+        with pytest.raises(OptionError, match=f"torch_compile true: other users can write to {made}"):
+            claim()
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
