@@ -66,6 +66,9 @@ def check_inputs(world: World, name: str, number: int, derandomize: bool) -> Non
         except OptionError as error:
             lines = str(error).splitlines()
             assert 1 <= len(lines) <= 3, lines
+        finally:
+            for prepared in (place / "cache").glob("data-*"):  # thousands of them would take time
+                shutil.rmtree(prepared) if prepared.is_dir() else prepared.unlink()
         assert not (place / "trace").exists()
 
     def every(content: object) -> None:
