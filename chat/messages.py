@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config.errors import OptionError
-from config.text import load_json
 
 Messages = list[dict[str, Any]]
 
@@ -191,7 +190,7 @@ def _calls_of_text(value: Any, where: str) -> tuple[str | None, list[dict[str, A
         before = match[1] or None
         texts = re.findall(r"<tool_call>(.*?)</tool_call>", match[2], re.DOTALL) if tagged else [match[2]]
         try:
-            values = [load_json(text) for text in texts]
+            values = [json.loads(text) for text in texts]
         except ValueError as error:
             raise OptionError(f"{where} must call a tool with JSON, and is {brief(match[2])}: {error}") from error
         value = values if tagged else values[0]
@@ -212,7 +211,7 @@ def _calls_of_text(value: Any, where: str) -> tuple[str | None, list[dict[str, A
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with arguments that are encoded once. OpenAI has them as JSON in a text."""
     try:
-        calls = load_json(calls) if isinstance(calls, str) else calls
+        calls = json.loads(calls) if isinstance(calls, str) else calls
     except ValueError as error:
         raise OptionError(f"{where}: tool_calls is not JSON: {error}") from error
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -232,7 +231,7 @@ def _function(function: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return function
     try:
-        decoded = load_json(arguments or "{}")
+        decoded = json.loads(arguments or "{}")
     except ValueError as error:
         raise OptionError(f"{where}: the arguments of a tool call are not JSON: {brief(arguments)}") from error
     if not isinstance(decoded, dict):

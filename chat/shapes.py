@@ -4,12 +4,12 @@ docs/data.md has a table of every shape. A column that holds earlier turns, imag
 the conversation is refused if nothing here reads it. Any other column that nothing reads is reported.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from chat.messages import Messages, Turns, brief, read_messages
 from config.errors import OptionError
-from config.text import load_json
 
 QUESTIONS = ("instruction", "prompt", "query", "question", "input")
 ANSWERS = ("output", "response", "answer")
@@ -163,7 +163,7 @@ class _Columns:
         if not isinstance(value, str):
             return value
         try:
-            return load_json(value) if value.strip() else None
+            return json.loads(value) if value.strip() else None
         except ValueError as error:
             raise OptionError(f"{self.place}: {name} is not JSON: {error}") from error
 
