@@ -95,12 +95,18 @@ def check_inputs(world: World, name: str, number: int, derandomize: bool) -> Non
     assert (snapshot(place / "outside"), snapshot(place / "model"), snapshot(place / "sharded")) == before
 
 
+@pytest.mark.fault(
+    "security",
+    "any file that a run reads, changed in hundreds of ways",
+    "used, or exit 2 with at most three lines; no hang, nothing executed, nothing written elsewhere",
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_files_that_lie(world: World, name: str) -> None:
     check_inputs(world, name, 4 * TARGETS[name].weight, derandomize=True)
 
 
 @pytest.mark.slow
+@pytest.mark.fault("security", "any file that a run reads, changed in 10,000 ways", "as above")
 @pytest.mark.parametrize("name", TARGETS)
 def test_ten_thousand_files_that_lie(world: World, name: str) -> None:
     total = sum(target.weight for target in TARGETS.values())
