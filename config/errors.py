@@ -9,7 +9,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, a
 
 
 class OptionError(ValueError):
-    """A mistake of the user. Its text names the option, the value and the remedy in at most three lines."""
+    """A mistake of the user. Its text names the option, the value and the remedy in at most three lines.
+
+    The text may quote a file or a value, so control characters, which could write over a terminal, are escaped. If a
+    quoted value has lines of its own, they are joined.
+    """
+
+    def __init__(self, text: str) -> None:
+        *lines, last = text.strip().split("\n")
+        if len(lines) > 2:
+            lines = [lines[0], " ".join(lines[1:])]
+        super().__init__("\n".join(_printable(line)[:2000] for line in [*lines, last]))
 
 
 @contextlib.contextmanager
@@ -40,4 +50,9 @@ def noting(failures: list[OptionError], path: Path) -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, at most 200 characters, for the text of an OptionError."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = f"unknown key {error}" if isinstance(error, KeyError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _printable(line: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)

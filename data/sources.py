@@ -21,6 +21,7 @@ from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
 from config.plan import mixture_weights
+from config.text import load_json
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
@@ -125,6 +126,8 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
             _say(f"{option} {name}: trains on {_listed('', others)}, too; move files that are not for training")
         files += found
     for file in files:
+        if file.exists() and not file.is_file():
+            raise OptionError(f"{option} {file}: it is no regular file; pass a file that can be read again")
         if not file.name.lower().endswith(SUFFIXES):
             raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
     try:
@@ -303,13 +306,13 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
         lock = FileLock(cache_dir / "hashes.lock").acquire()
     with lock:
         known: dict[str, Any] = {}
-        with suppress(FileNotFoundError, ValueError):
-            known = json.loads(path.read_text())
+        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
+            known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_bytes()).items()}
         hashes = []
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            before, content = known.get(str(file.resolve()), (None, ""))
+            before, content = known.get(str(file.resolve()), ([], ""))
             if before != facts:
                 content = _hash([file])
                 if now - status.st_ctime > SETTLED:

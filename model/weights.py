@@ -7,7 +7,6 @@ joined to one parameter, such as the experts of a layer.
 
 import copy
 import hashlib
-import json
 import os
 import re
 import sys
@@ -37,6 +36,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import load_json
 
 SAMPLES = 256  # pages of a file that identify it
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
@@ -138,7 +138,7 @@ def _find_files(name: str) -> dict[Path, set[str] | None]:
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME} and no index; pickled weights (.bin) are never read")
     try:
         listed: dict[str, set[str]] = {}
-        for tensor, file in json.loads(Path(index).read_text())["weight_map"].items():
+        for tensor, file in load_json(Path(index).read_text())["weight_map"].items():
             listed.setdefault(file, set()).add(tensor)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is not an index: {first_line(error)}") from error
