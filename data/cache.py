@@ -226,9 +226,10 @@ def _resume(folder: Path) -> tuple[Done, CheckedWriter, CheckedWriter]:
                 if file.sha256() != progress["sha256"][file.path.name]:
                     raise DamagedError(f"{file.path}: its bytes are not those that were written")
             return done, *files
-        except (DamagedError, FileNotFoundError) as error:
+        except (DamagedError, OSError) as error:
             print(f"{error}\nthe interrupted preparation was damaged; it starts again", file=sys.stderr)
-            (folder / "progress.json").unlink()
+            shutil.rmtree(folder)
+            folder.mkdir()
     return Done(0, 0, 0, START, {}), CheckedWriter(tokens), CheckedWriter(records)
 
 
