@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
         # not a mean of means. A signal, a full disk or damaged data may affect one rank. The sum tells all ranks, so
-        # all stop at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
+        # all stop at the same step. CPU tensors are reduced over gloo: the CPU does not synchronize with the GPU.
         events = torch.tensor([signals.stop, signals.save, saver.failed() or bool(batches.error)])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
         dist.all_reduce(counts)  # over gloo: a sum over all ranks

@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from config.errors import OptionError
+from data.files.bounded import COMPRESSIONS
 from data.files.checked import VERIFIED_AT_START, CheckedWriter, Content, DamagedError, read_checked, write_checked
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
+from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
 

@@ -23,7 +23,8 @@ from config.options import Options
 from config.plan import mixture_weights
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
-from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
+from data.files.bounded import COMPRESSIONS
+from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
 
 DATA_SUFFIXES = tuple(
     suffix + compression
