@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ class Source:
     weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
     entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
     max_record_bytes: int = MAX_RECORD_BYTES  # of a record or a line; a larger one is refused
+    statuses: dict[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were found
 
 
 class RawRecord(NamedTuple):
@@ -121,10 +122,24 @@ def _read(source: Source, start: Position) -> Iterator[RawRecord]:
     for number in range(start[0], len(source.files)):
         path = source.files[number]
         try:
+            _check_unchanged(source, path)
             begin = start if number == start[0] else (number, 0, 0)
             yield from READERS[file_format(path)](path, begin, source.max_record_bytes)
+            _check_unchanged(source, path)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
             raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}") from error
+
+
+def status_of(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change of the content. They differ if the file was changed."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(source: Source, path: Path) -> None:
+    """Refuse a file that was changed after it was found: its records would be some of each version."""
+    if source.statuses.get(path, status := status_of(path)) != status:
+        raise OptionError(f"{path}: was changed while it was read\nstart again when no program writes to it")
 
 
 def file_format(path: Path) -> str:
