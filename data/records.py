@@ -94,8 +94,11 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     try:
         record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        encoding = isinstance(error, UnicodeDecodeError)
-        remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW" if encoding else ""
+        remedy = ""
+        if isinstance(error, UnicodeDecodeError):
+            remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW"
+        elif b"\r" in raw.content.rstrip():
+            remedy = "\nend each line with a line feed, not with a carriage return alone: tr '\\r' '\\n' < OLD > NEW"
         raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}{remedy}") from error
     if not isinstance(record, dict):
         raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
@@ -127,7 +130,10 @@ def _read(source: Source, start: Position) -> Iterator[RawRecord]:
             yield from READERS[file_format(path)](path, begin, source.max_record_bytes)
             _check_unchanged(source, path)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
-            raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}") from error
+            raise OptionError(
+                f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n"
+                "check that it is complete and has the format of its name; copy or download it again"
+            ) from error
 
 
 def status_of(path: Path) -> tuple[int, ...]:
@@ -365,6 +371,9 @@ def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     number, _, first = start
     with parquet.ParquetFile(path) as file:
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise OptionError(f"{path}: two columns have one name: {', '.join(columns)}; rename one of them")
         ends = np.cumsum([0, *(group.num_rows for group in groups)])
         begin = int(np.searchsorted(ends, first, side="right")) - 1
         row = int(ends[begin])
@@ -377,7 +386,12 @@ def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
                 large = batch.nbytes > limit
                 for position in range(len(batch)) if large else ():
                     check_size(f"{path}: row {row + position}", batch.slice(position, 1).nbytes, limit)
-                for record in batch.to_pylist():
+                try:
+                    records = batch.to_pylist()
+                except UnicodeDecodeError as error:
+                    place = f"{path}: a text of rows {row} to {row + len(batch) - 1}"
+                    raise OptionError(f"{place} is not in UTF-8; write the file again: {first_line(error)}") from error
+                for record in records:
                     row += 1
                     if row > first:
                         yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
