@@ -366,7 +366,7 @@ def _read_cells(
 def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     """Rows of a .parquet file, from the row group that holds the first one.
 
-    Reads 100 rows at a time, or fewer if rows are large. A row is measured before it becomes Python objects.
+    Reads 100 rows at a time, or fewer if rows are large. Large rows become Python objects one by one.
     """
     number, _, first = start
     with parquet.ParquetFile(path) as file:
@@ -383,18 +383,17 @@ def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
             check_size(f"{path}: a row of rows {row} to {row + group.num_rows - 1}", mean, limit)
             rows = max(1, min(ROWS, limit // max(1, mean)))
             for batch in file.iter_batches(batch_size=rows, row_groups=[index]):
-                large = batch.nbytes > limit
-                for position in range(len(batch)) if large else ():
-                    check_size(f"{path}: row {row + position}", batch.slice(position, 1).nbytes, limit)
-                try:
-                    records = batch.to_pylist()
-                except UnicodeDecodeError as error:
-                    place = f"{path}: a text of rows {row} to {row + len(batch) - 1}"
-                    raise OptionError(f"{place} is not in UTF-8; write the file again: {first_line(error)}") from error
-                for record in records:
-                    row += 1
-                    if row > first:
-                        yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
+                for part in [batch] if batch.nbytes <= limit else (batch.slice(at, 1) for at in range(len(batch))):
+                    check_size(f"{path}: row {row}", part.nbytes // len(part), limit)
+                    try:
+                        records = part.to_pylist()
+                    except UnicodeDecodeError as error:
+                        place = f"{path}: a text of rows {row} to {row + len(part) - 1}"
+                        raise OptionError(f"{place} is not in UTF-8; write it again: {first_line(error)}") from error
+                    for record in records:
+                        row += 1
+                        if row > first:
+                            yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
 
 
 # The suffixes of source code and of texts with markup. Each file is one document, as a .txt file is.
