@@ -346,7 +346,8 @@ def _read_cells(
 
     def decoded() -> Iterator[str]:
         for line, offsets[0] in lines_of(path, offset, lines, limit):
-            check_size(f"{path}: the row that begins in line {row_line}", offsets[0] - begin, limit)
+            if offsets[0] - begin > limit:
+                check_size(f"{path}: the row that begins in line {row_line}", offsets[0] - begin, limit)
             yield text(path, line, offsets[0] - len(line))
 
     csv.field_size_limit(sys.maxsize)

@@ -26,7 +26,8 @@ def lines_of(path: Path, offset: int, lines: int | None, limit: int) -> Generato
     with file:
         while line := file.readline(limit + 1):
             lines = None if lines is None else lines + 1
-            check_size(f"{path}: line {lines or f'at byte {offset:,}'}", len(line), limit)
+            if len(line) > limit:
+                check_size(f"{path}: line {lines or f'at byte {offset:,}'}", len(line), limit)
             offset += len(line)
             yield line, offset
 
