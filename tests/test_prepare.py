@@ -137,6 +137,11 @@ def test_reading_starts_anywhere(options: Options, documents: list[str], tmp_pat
     assert list(read(source, records[-1].after)) == []
 
 
+@pytest.mark.fault(
+    "data",
+    "a record whose text is null or has another type, in a line, a compressed file, a row of Parquet",
+    "refused with its file and line or row; nothing stays in the cache",
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 @pytest.mark.parametrize("value", [None, 3])
 def test_a_row_without_text(
@@ -171,6 +176,11 @@ def test_damaged_files(options: Options, tokenizer: PreTrainedTokenizerBase, tmp
         prepare_data(options, tokenizer)
 
 
+@pytest.mark.fault(
+    "data",
+    "a document of 100 times the sequence length",
+    "cut into sequences, and none of its tokens is lost",
+)
 @pytest.mark.parametrize("packing", ["concat", "documents", "none"])
 def test_a_long_document(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, packing: str) -> None:
     """A document of 100 times block_size is cut into sequences, and none of its tokens is lost."""

@@ -30,7 +30,7 @@ def repeated(compress: Callable[[bytes], bytes], begin: bytes, content: bytes, t
 
 
 def zstd(content: bytes) -> bytes:
-    return pyarrow.Codec("zstd").compress(content, asbytes=True)  # type: ignore[no-any-return]
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def sparse(path: Path, begin: bytes) -> None:
