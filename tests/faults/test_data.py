@@ -135,7 +135,7 @@ def ended(before: Callable[[], None], *argv: object) -> list[str]:
     "one bit flipped in prepared data too large to verify at the start, in training, in a resume, and in evaluation",
     "all ranks end before they train on it, with the file, its bytes and the remedy; a resume has the same data",
 )
-@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("split", ["train", pytest.param("validation", marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_not_trained_on(split: str, tiny: list[object], train_file: Path, tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     options = [*tiny, "--train_file", train_file, "--data_cache_dir", cache, "--output_dir", run]
@@ -167,7 +167,7 @@ def test_a_flipped_bit_is_not_trained_on(split: str, tiny: list[object], train_f
     "prepared data that one rank alone reads wrong, from its loader process or not",
     "all ranks end with the message of this rank, and no traceback",
 )
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_rank_alone_reads_badly(workers: int, tiny: list[object], train_file: Path, tmp_path: Path) -> None:
     options = [*tiny, "--train_file", train_file, "--data_cache_dir", tmp_path / "cache"]
     options += ["--output_dir", tmp_path / "run", "--dataloader_num_workers", workers]
