@@ -31,7 +31,7 @@ import runtime
 from config import Options, Plan
 from data.batches import Batch, micro_batches, to_device
 from data.ledger import Ledger
-from data.loader import make_loader, stream_batches
+from data.loader import ReadableBatches, make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.Signals()
-    batches = recorder.timed(training_batches(data.train, plan, options, progress))
+    batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
     if data.validation and (progress.step == 0 or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
@@ -119,14 +119,14 @@ def main(argv: list[str]) -> None:
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
-        # not a mean of means. A signal or a full disk may affect only one rank: the sum tells all ranks, so all stop
-        # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
-        events = torch.tensor([signals.stop, signals.save, saver.failed()])
+        # not a mean of means. A signal, a full disk or damaged data may affect one rank. The sum tells all ranks, so
+        # all stop at the same step. CPU tensors are reduced over gloo: the CPU does not synchronize with the GPU.
+        events = torch.tensor([signals.stop, signals.save, saver.failed() or bool(batches.error)])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, save, failed = counts.tolist()
         if failed:
-            saver.wait()  # raises on every rank
+            saver.fail(batches.error)  # raises on every rank
         ledger.write(step, step_batches)
         begin_step(objective, wrapped, step_batches, tokens, targets, device)  # for mixtures of experts
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, fsync, fsync_and_hash, prune
 from checkpoint.identity import Progress, RunIdentity
-from checkpoint.ranks import broadcast_object, gather_objects, run_together
+from checkpoint.ranks import broadcast_object, gather_objects, raise_together, run_together
 from checkpoint.rng import rng_state
 from checkpoint.state import optimizer_state, tensors_to_write
 from config.errors import OptionError
@@ -116,6 +116,11 @@ class Saver:
         failures = gather_objects([str(failure) for failures in self.failures for failure in failures])
         if any(failures):
             raise OptionError(next(filter(None, failures))[0])
+
+    def fail(self, other: OptionError | None) -> None:
+        """Wait as `wait` does, then raise the `other` error of any rank on all ranks. Every rank must call."""
+        self.wait()
+        raise_together(other)
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the tensors in host memory: page-locked for fast GPU copies, and reused by the next save."""

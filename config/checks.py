@@ -107,6 +107,7 @@ def check_data(options: Options) -> None:
     """Refuse what cannot work of the options for data and sequences. Raises OptionError."""
     _at_least(options, "block_size", 2)
     _at_least(options, "preprocessing_num_workers", 1)
+    _at_least(options, "max_record_bytes", 1)
     _at_least(options, "max_targetless_fraction", 0)
     if not 0 <= options.validation_split_percentage < 100:
         raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")

@@ -108,6 +108,7 @@ class Options:
     text_column: str = option(DATA, "text", "Column that holds the text of a document.")
     streaming: bool = option(DATA, False, "Read and tokenize while training, for data larger than the disk.")
     data_cache_dir: str = option(DATA, "~/.cache/raw-trainer", "Directory of tokenized data, kept between runs.")
+    max_record_bytes: int = option(DATA, 1 << 26, "Largest record, or line of text. A larger one is refused.")
     preprocessing_num_workers: int | None = option(DATA, None, "Processes that tokenize. Default: one for each core.")
     dataloader_num_workers: int = option(DATA, 2, "Processes of each rank that load micro-batches.")
     dataloader_prefetch_factor: int = option(DATA, 2, "Micro-batches that each of them loads ahead.")

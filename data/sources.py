@@ -24,7 +24,8 @@ from config.plan import mixture_weights
 from config.text import load_json
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
-from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
+from data.files.bounded import COMPRESSIONS
+from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, status_of
 from runtime.files import replace_text, require_trusted
 
 DATA_SUFFIXES = tuple(
@@ -59,7 +60,7 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
     Files that are new are read once, because the key is a hash of their content.
     """
     if options.dataset_name:
-        return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
+        return _find_dataset(options.dataset_name, options)
     sets = validation_files(options.validation_file) if options.validation_file else {}
     held_out = {name: _find_files("validation_file", files, options) for name, files in sets.items()}
     if options.train_mixture:
@@ -131,13 +132,18 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
         if not file.name.lower().endswith(SUFFIXES):
             raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
     try:
+        for file in files:
+            if file.exists() and not file.is_file():
+                raise OptionError(f"{option} {file}: is a pipe or a device\nwrite its content to a file, and pass that")
+        statuses = {file: status_of(file) for file in files}
         key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
         empty = all(file.stat().st_size == 0 for file in files)
     except OSError as error:
         raise OptionError(f"{option} {error.filename or value}: {error.strerror}; pass a readable file") from error
     if empty:
         raise OptionError(f"{option} {value}: the file is empty; pass one that holds text")
-    return Source(f"{option} {value}", key, tuple(files))
+    name = f"{option} {value}"
+    return Source(name, key, tuple(files), max_record_bytes=options.max_record_bytes, statuses=statuses)
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -219,7 +225,7 @@ def _find_entry(entry: Entry, options: Options) -> Source:
         splits = _load_dataset("dataset", str(entry.hub_id), entry.subset, options.streaming)
         if entry.split not in splits:
             raise OptionError(f"dataset {entry.name}: has no split {entry.split}, only {', '.join(splits)}")
-        source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}")
+        source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}", options)
     first = next(read(source), None)
     columns = parsed(first) if first else {}
     if unused := [name for name in columns if name not in entry.columns.values()]:
@@ -231,9 +237,9 @@ def _find_entry(entry: Entry, options: Options) -> Source:
     return replace(source, key=f"{source.key} {entry.key()}", entry=entry, weight=None)
 
 
-def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], dict[str, Source]]:
+def _find_dataset(name: str, options: Options) -> tuple[list[Source], dict[str, Source]]:
     """The splits train and validation of a data set. The second may not exist."""
-    splits = _load_dataset("dataset_name", name, config_name, streaming)
+    splits = _load_dataset("dataset_name", name, options.dataset_config_name, options.streaming)
     if "train" not in splits:
         raise OptionError(
             f"dataset_name {name}: has no split named train, only {', '.join(splits)}\nrename a split, or pass its "
@@ -243,18 +249,21 @@ def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[
         missing = "" if "validation" in splits else "; no split is named validation"
         _say(f"dataset_name {name}: does not use {_listed('', others)}{missing}")
     train, validation = (
-        _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {config_name}") if split in splits else None
+        _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {options.dataset_config_name}", options)
+        if split in splits
+        else None
         for split in ("train", "validation")
     )
     assert train
     return [train], {"eval": validation} if validation else {}
 
 
-def _of_split(name: str, splits: Any, split: str, key: str) -> Source:
+def _of_split(name: str, splits: Any, split: str, key: str, options: Options) -> Source:
     """The source of one split. A data set that is not on this machine has only its name as key."""
     dataset = splits[split]
     content = isinstance(dataset, datasets.Dataset)
-    return Source(name, str(dataset._fingerprint) if content else key, dataset=dataset)
+    key = str(dataset._fingerprint) if content else key
+    return Source(name, key, dataset=dataset, max_record_bytes=options.max_record_bytes)
 
 
 def _load_dataset(option: str, name: str, config_name: str | None, streaming: bool) -> Any:

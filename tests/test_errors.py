@@ -232,6 +232,11 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     assert "dataset_name" in refused(*tiny, *output, "--train_file", "", "--dataset_name", tmp_path / "none")
 
 
+@pytest.mark.fault(
+    "data",
+    "a data set smaller than one global batch",
+    "refused with the arithmetic",
+)
 def test_small_data(tiny: list[object], tmp_path: Path) -> None:
     """Data smaller than one global batch is an error with the arithmetic."""
     message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
@@ -240,6 +245,11 @@ def test_small_data(tiny: list[object], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a sequence beyond the positions of the model, a missing or misshapen tensor, a truncated file of weights",
+    "refused before the first step, with the tensor or the number",
+)
 def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
     def broken(name: str, **changes: Any) -> Path:
         shutil.copytree(model_dir, tmp_path / name)

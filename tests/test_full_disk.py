@@ -38,6 +38,7 @@ from data.ledger import Ledger
 from data.prepare import prepare_data
 from metrics.recorder import Recorder
 from metrics.records import read_records
+from model.layers import decoder_layers
 from optim import build_optimizer
 from tests.faults.test_storage import mount_on_rank_1
 from tests.launch import train, train_ok
@@ -137,7 +138,7 @@ def test_full_at_every_point(
 
     def log(number: int) -> None:
         recorder = Recorder(options, plan, 0, torch.device("cpu"), None)
-        recorder.start(1, 0)
+        recorder.start(1, 0, model, decoder_layers(model))
         recorder.evaluation(2, {"eval_perplexity": 1.0, **{f"eval_{name}": 1.0 for name in range(400)}})
         Saver(options, recorder.failures).wait()
 

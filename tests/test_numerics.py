@@ -51,6 +51,11 @@ def all_masked(steps: set[int]) -> None:
     data.loader.collate = collate
 
 
+@pytest.mark.fault(
+    "data",
+    "all targets of a global batch masked, or a NaN on one rank",
+    "every rank skips the step: parameters, moments and step counts do not change, and the skip is counted",
+)
 @pytest.mark.parametrize(
     "strategy", ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)]
 )

@@ -238,6 +238,11 @@ def test_resume_beyond_max_steps(tiny: list[object], ddp_on_two: Path, tmp_path:
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a resume with another seed, global batch size or sequence length",
+    "refused with the option to pass; no file of the run changes",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -255,6 +260,11 @@ def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: li
     assert sorted(ddp_on_two.rglob("*")) == before
 
 
+@pytest.mark.fault(
+    "data",
+    "one character of the training data changed under a resume",
+    "refused before the first step",
+)
 def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_two: Path, tmp_path: Path) -> None:
     """One changed character in one document is enough to refuse the resume."""
     changed = tmp_path / train_file.name
@@ -268,6 +278,11 @@ def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_tw
 IDENTITY = RunIdentity("model", "data", seed=1, global_batch_size=16, optim="adamw_torch_fused")
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a resume with another model, data set or optimizer",
+    "refused with both values and a remedy",
+)
 @pytest.mark.parametrize("field", dataclasses.fields(RunIdentity), ids=lambda field: field.name)
 def test_each_field_of_the_identity_is_refused_at_resume(field: Any, alone: None, tmp_path: Path) -> None:
     """A checkpoint of another model, data, seed, batch size or optimizer: the message has both values and a remedy."""
