@@ -62,10 +62,10 @@ def main(argv: list[str]) -> None:
     # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
     device = runtime.choose_device(local_rank)
-    gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
+    backend = "gloo" if device.type == "cpu" or options.ddp_backend == "gloo" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=options.ddp_timeout)
-    dist.init_process_group(backend="gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timeout)
-    runtime.require_own_gpu(device, shared=gloo_alone)
+    dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
+    runtime.require_own_gpu(device, shared=backend == "gloo")
     checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
+from runtime import follow_parent
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -231,14 +231,7 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 _encode: Callable[[list[RawRecord]], Encoded]

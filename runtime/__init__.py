@@ -5,6 +5,8 @@ Nothing here knows what a run trains, or reads its options.
 
 from runtime.gpus import choose_device, require_own_gpu
 from runtime.launcher import rank_from_environment
+from runtime.parent import follow_parent
+from runtime.peers import meet
 from runtime.process import configure_libraries, run
 from runtime.signals import Signals, ignore_signals
 
@@ -12,7 +14,9 @@ __all__ = [
     "Signals",
     "choose_device",
     "configure_libraries",
+    "follow_parent",
     "ignore_signals",
+    "meet",
     "rank_from_environment",
     "require_own_gpu",
     "run",
