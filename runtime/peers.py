@@ -130,6 +130,8 @@ class Peers:
         while not self.failing:
             time.sleep(INTERVAL)
             if failure := self._failure():
+                with suppress(dist.DistError):
+                    self.watched.add(f"{self._key()}/told", 1)
                 time.sleep(GRACE)
                 if self._failure() == failure:  # else the rank has been restarted
                     self._end(**failure)
