@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 INTERVAL = 1.0  # seconds between two looks at the store
-GRACE = 8.0  # seconds from hearing of a failure to the end of a rank, in which its launcher or its own error may end it
+GRACE = 6.0  # seconds from hearing of a failure to the end of a rank, in which its launcher or its own error may end it
 LINGER = 10.0  # seconds in which a rank that fails waits until all others have heard of it
 RECONNECT = timedelta(seconds=5)
 
@@ -129,12 +129,15 @@ class Peers:
             self.connected.set()
         while not self.failing:
             time.sleep(INTERVAL)
-            if failure := self._failure():
+            failure = self._failure()
+            if failure:
                 with suppress(dist.DistError):
                     self.watched.add(f"{self._key()}/told", 1)
                 time.sleep(GRACE)
-                if self._failure() == failure:  # else the rank has been restarted
-                    self._end(**failure)
+                with suppress(dist.DistError):  # of a store that has ended since
+                    if not self.watched.check([self._key()]):
+                        continue  # the rank has been restarted
+                self._end(**failure)
 
     def _connect(self, is_master: bool, timeout: timedelta = timedelta(days=1)) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,17 +1,13 @@
-"""Proves runtime/parent.py: a torchrun that is killed leaves no process, and other parents may end before their child."""
+"""Proves runtime/parent.py: a torchrun that is killed leaves no process; a rank that a shell has started goes on."""
 
 import multiprocessing
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from metrics.records import read_records
 from tests.faults.test_restarts import rendezvous
 from tests.faults.torchrun import alive, children, family, kill, last_step, torchrun
 from tests.launch import DEADLINE, PROCESSES, ROOT, _go_to_tree, train_ok
@@ -28,8 +24,7 @@ def start_rank(environment: dict[str, str], argv: list[str], log: str) -> None:
     rank.join()
 
 
-def until(condition: object, seconds: float = DEADLINE) -> None:
-    assert callable(condition)
+def until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -66,3 +61,34 @@ def test_parent_is_killed(tiny: list[object], tmp_path: Path, launcher: str) -> 
     else:
         assert last_step(run) == 40
         assert "saved" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["start", "tokenization", "step", "save"])
+def test_torchrun_is_killed(tiny: list[object], train_file: Path, tmp_path: Path, moment: str) -> None:
+    """The same with the real torchrun, two ranks and all their workers, at any moment; then torchrun starts again."""
+    run, cache, text = tmp_path / "run", tmp_path / "cache", tmp_path / "text.jsonl"
+    text.write_text(train_file.read_text() * (200 if moment == "tokenization" else 1))
+    argv = [*tiny, "--train_file", text, "--data_cache_dir", cache, "--dataloader_num_workers", 1, "--save_steps", 2]
+    argv += ["--preprocessing_num_workers", 2, "--validation_split_percentage", 0, "--output_dir", run, "--resume_from_checkpoint", "auto"]
+    flags = ["--nproc_per_node", 2, *rendezvous("static")]
+    with torchrun(flags, [*argv, "--max_steps", 1000], tmp_path / "log") as launcher:
+        launcher.until(lambda: len(launcher.ranks()) == 2)
+        conditions: dict[str, Callable[[], object]] = {
+            "start": lambda: True,
+            "tokenization": lambda: any(map(children, launcher.ranks())) and list(cache.glob("*partial*")),
+            "step": lambda: last_step(run) >= 3,
+            "save": lambda: list(run.glob(".saving-*")),
+        }
+        launcher.until(conditions[moment])
+        assert launcher.process.poll() is None, launcher.output()
+        processes = family(launcher.process.pid)
+        assert moment in ("start", "save") or len(processes) > 2, "the ranks have workers"
+        kill(launcher.process.pid)
+        until(lambda: not any(map(alive, processes)), GONE)
+    last = max(0, last_step(run))
+    assert last < 1000
+    with torchrun(flags, [*argv, "--max_steps", last + 3], tmp_path / "again") as launcher:
+        assert launcher.end() == 0, launcher.output()
+    assert last_step(run) == last + 3
+    assert "damaged" not in launcher.output()

@@ -1,6 +1,7 @@
 """Proves runtime/peers.py: what fails on one node alone ends the ranks of the other nodes, and they say what it was."""
 
 import os
+import re
 import socket
 import sys
 from functools import partial
@@ -36,7 +37,7 @@ def fail(rank: int, error: Exception) -> None:
         def cannot(*arguments: object, **options: object) -> None:
             raise error
 
-        data.prepare.find_sources = cannot
+        data.prepare.find_sources = cannot  # type: ignore[assignment]
 
 
 @pytest.mark.fault(
@@ -63,3 +64,23 @@ def test_rank_that_fails_before_it_meets_the_others(
     if rank == 1:  # in launch.py, ranks share a node: LOCAL_RANK 0 of each node says it
         assert f"train.py: error: rank 1 on {HOST}: {message}" in outcome.output
     assert message in outcome.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "c10d"])
+@pytest.mark.parametrize("node", [0, 1])
+def test_node_with_a_wrong_option(tiny: list[object], tmp_path: Path, kind: str, node: int) -> None:
+    """Two torchruns of one rank each, as on two nodes."""
+    flags = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_id", "nodes", *rendezvous(kind)]
+    argv = [*tiny, "--output_dir", tmp_path / "run"]
+    wrong = [[*argv, "--learning_rate", "fast"] if node == each else argv for each in (0, 1)]
+    logs = [tmp_path / str(each) for each in (0, 1)]
+    with (
+        torchrun([*flags, "--node_rank", 0], wrong[0], logs[0]) as first,
+        torchrun([*flags, "--node_rank", 1], wrong[1], logs[1]) as second,
+    ):
+        assert [first.end(), second.end()] == [1, 1]
+    outputs = [log.read_text() for log in logs]
+    assert "train.py: error: argument --learning_rate: invalid float value: 'fast'" in outputs[node]
+    # With c10d, torchrun numbers the nodes as they come.
+    assert re.search(rf"train.py: error: rank [01] on {HOST}: argument --learning_rate: invalid", outputs[1 - node])

@@ -27,11 +27,12 @@ def free_port() -> int:
 
 def rendezvous(kind: str) -> list[object]:
     """The options of torchrun for one node."""
-    return {
+    kinds: dict[str, list[object]] = {
         "static": ["--master_addr", "localhost", "--master_port", free_port()],
         "standalone": ["--standalone"],
         "c10d": ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"],
-    }[kind]
+    }
+    return kinds[kind]
 
 
 def come_late() -> None:
@@ -43,7 +44,7 @@ def come_late() -> None:
             threading.Event().wait(1)
             enter(*arguments, **options)
 
-        dist.init_process_group = wait_and_enter  # type: ignore[assignment]
+        dist.init_process_group = wait_and_enter
 
 
 @pytest.mark.fault(
