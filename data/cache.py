@@ -208,7 +208,8 @@ def _tokenized(
         for chunk in chunks:
             yield _count(encode(chunk)), sum(map(size_of, chunk)), chunk[-1].after
         return
-    # Forked processes have the tokenizer and all modules at once. A fork is safe: no threads and no GPU are in use yet.
+    # Forked processes have the tokenizer and all modules at once. A fork is safe: no GPU is in use yet, and the only
+    # threads watch torchrun and the other ranks (runtime/). They hold no lock that a worker takes.
     pool = ProcessPoolExecutor(
         len(first), multiprocessing.get_context("fork"), initializer=_become_worker, initargs=(encode,)
     )

@@ -156,6 +156,7 @@ class Peers:
             self.watched.compare_set(f"stop/{call}", "", json.dumps(failure))
         if failed and json.loads(failed)["rank"] == self.rank:
             self.watched.delete_key("failed")
+            self.watched.delete_key("failed/told")
 
     def _key(self) -> str:
         return f"stop/{self.group}" if self.group else "failed"

@@ -70,7 +70,16 @@ def test_torchrun_is_killed(tiny: list[object], train_file: Path, tmp_path: Path
     run, cache, text = tmp_path / "run", tmp_path / "cache", tmp_path / "text.jsonl"
     text.write_text(train_file.read_text() * (200 if moment == "tokenization" else 1))
     argv = [*tiny, "--train_file", text, "--data_cache_dir", cache, "--dataloader_num_workers", 1, "--save_steps", 2]
-    argv += ["--preprocessing_num_workers", 2, "--validation_split_percentage", 0, "--output_dir", run, "--resume_from_checkpoint", "auto"]
+    argv += [
+        "--preprocessing_num_workers",
+        2,
+        "--validation_split_percentage",
+        0,
+        "--output_dir",
+        run,
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     flags = ["--nproc_per_node", 2, *rendezvous("static")]
     with torchrun(flags, [*argv, "--max_steps", 1000], tmp_path / "log") as launcher:
         launcher.until(lambda: len(launcher.ranks()) == 2)
