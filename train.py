@@ -62,9 +62,10 @@ def main(argv: list[str]) -> None:
     # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
     device = runtime.choose_device(local_rank)
-    gloo_alone = device.type == "cpu" or options.ddp_backend == "gloo"
-    dist.init_process_group("gloo" if gloo_alone else "cpu:gloo,cuda:nccl", timeout=timedelta(0, options.ddp_timeout))
-    runtime.require_own_gpu(device, shared=gloo_alone)
+    backend = "gloo" if device.type == "cpu" or options.ddp_backend == "gloo" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=options.ddp_timeout)
+    dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
+    runtime.require_own_gpu(device, shared=backend == "gloo")
     runtime.watch_ranks(options.output_dir, options.ddp_timeout, options.flight_recorder)  # explains a hang
     identity = checkpoint.identify_run(options, plan, data.fingerprint, model)
     checkpoint.require_same_run(options, identity, weights, model_config)

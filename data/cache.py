@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
+from runtime import follow_parent
 from runtime.files import require_trusted
 
 FORMAT = 7  # raise it when the files of an older version can no longer be read
@@ -115,8 +115,8 @@ def prepare_source(
 def _verified(folder: Path) -> Prepared:
     """The prepared source in `folder`. Raises DamagedError if a file is not the one that was written.
 
-    Larger files than VERIFIED_AT_START are verified only where a sequence is read. A folder of a user who is not trusted
-    is an OptionError.
+    Larger files than VERIFIED_AT_START are verified only where a sequence is read. Raises OptionError if the folder
+    belongs to a user who is not trusted.
     """
     if folder.exists():
         require_trusted(folder, folder.parent)
@@ -258,7 +258,8 @@ def _tokenized(
         for chunk in chunks:
             yield _count(encode(chunk)), sum(map(size_of, chunk)), chunk[-1].after
         return
-    # Forked processes have the tokenizer and all modules at once. A fork is safe: no threads and no GPU are in use yet.
+    # Forked processes have the tokenizer and all modules at once. A fork is safe: no GPU is in use yet, and the only
+    # threads watch torchrun and the other ranks (runtime/). They hold no lock that a worker takes.
     pool = ProcessPoolExecutor(
         len(first), multiprocessing.get_context("fork"), initializer=_become_worker, initargs=(encode,)
     )
@@ -281,14 +282,7 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 _encode: Callable[[list[RawRecord]], Encoded]

@@ -15,6 +15,9 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
+from runtime.launcher import rank_from_environment
+from runtime.parent import follow_launcher
+from runtime.peers import Peers, join
 from runtime.signals import SAVE_SIGNALS
 from runtime.watch import explain_failure
 
@@ -41,22 +44,31 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
     Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
+    follow_launcher()
     for number in SAVE_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # nothing to save before the loop; by default, they would end the process
+    peers: Peers | None = None
     try:
+        rank_from_environment()
+        peers = join()
         main(sys.argv[1:])
     except Exception as error:
         if explain_failure(error):  # another rank is the cause, and a message names it
             exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
+        exit_code = 2 if mistake else 1
+        if peers:
+            peers.report(str(mistake or explanation) or f"{type(error).__name__}: {first_line(error)}", exit_code)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         if explanation:
             print(f"train.py: {explanation}", file=sys.stderr)
         else:
             traceback.print_exception(error)
-        exit_process(2 if mistake else 1)
+        if peers:
+            peers.linger()
+        exit_process(exit_code)
     exit_process(0)
 
 

@@ -6,6 +6,8 @@ import sys
 import time
 from types import FrameType
 
+from runtime.parent import follow_parent
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 FORWARDED = 1.0  # seconds: a second SIGINT within them is the first one again, forwarded by torchrun
@@ -43,7 +45,11 @@ class Signals:
 
 
 def ignore_signals(worker: int) -> None:
-    """For a worker of the data loader: a signal reaches its whole process group, but the step still needs its data."""
+    """For a worker of the data loader: a signal reaches its whole process group, but the step still needs its data.
+
+    The worker ends with its rank.
+    """
+    follow_parent()
     for number in (*STOP_SIGNALS, *SAVE_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
 

@@ -85,9 +85,7 @@ class Watch:
         self.peers: list[Peer] = [self.me] * world_size
         dist.all_gather_object(self.peers, self.me)
         self.met = time.time()
-        # A restart by torchrun keeps the store, and in it the keys of the ranks before.
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"watch/{restart}", _get_default_store().clone())  # type: ignore[attr-defined]
+        self.store = dist.PrefixStore("watch", _get_default_store().clone())  # type: ignore[attr-defined]
         self.asking: threading.Thread | None = None  # waits for an answer of the store
         self.place, self.key = stacks.Place("", "", False), (0, 0)
         self.since = self.looked = time.monotonic()

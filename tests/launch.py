@@ -49,12 +49,14 @@ def train(
     argv: Sequence[object],
     before: Callable[[], None] | None = None,
     meanwhile: Callable[[Ranks], None] | None = None,
+    store: dist.TCPStore | None = None,
 ) -> Outcome:
     """Run `train.py argv` on `world_size` ranks and wait for their end.
 
     `before` is called in each process first, and may patch what it likes there; `meanwhile` here, while they run.
+    With the `store` of an earlier run, the ranks are as torchrun restarts them.
     """
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = store or host_store()
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
         environment = {
             "WORLD_SIZE": str(world_size),
@@ -80,6 +82,11 @@ def train(
                 process.kill()  # one that hangs ends here with exit code -9, which no test expects; others have ended
                 process.join()
         return Outcome([process.exitcode for process in ranks], log.read())
+
+
+def host_store() -> dist.TCPStore:
+    """A store through which ranks meet."""
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
 def train_ok(world_size: int, *argv: object) -> str:
