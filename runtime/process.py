@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
-from runtime.signals import SAVE_SIGNALS
+from runtime.signals import answer_signals
 
 
 def configure_libraries(full_determinism: bool) -> None:
@@ -26,18 +25,22 @@ def configure_libraries(full_determinism: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
-    """Call `main` with the command line, print its error, and exit: 0, 1 for a program error, 2 for a user error.
+def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
+    """Call `main` with the command line, print its error, and exit: with its code, 1 (program error) or 2 (user error).
 
     Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
-    for number in SAVE_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # nothing to save before the loop; by default, they would end the process
+    signals = answer_signals()
     try:
-        main(sys.argv[1:])
+        exit_code = main(sys.argv[1:])
     except Exception as error:
         mistake = error if isinstance(error, OptionError) else _mistake(error)
+        if signals.stop and not mistake and isinstance(error, RuntimeError) and dist.is_initialized():
+            # Ranks that had the signal before their loop have ended at once, so a collective of this one failed.
+            text = f"{first_line(error)}; continue with --resume_from_checkpoint auto"
+            print(f"train.py: a signal ended the run before its checkpoint: {text}", file=sys.stderr)
+            exit_process(signals.exit_code())
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
@@ -46,7 +49,7 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
         else:
             traceback.print_exception(error)
         exit_process(2 if mistake else 1)
-    exit_process(0)
+    exit_process(exit_code)
 
 
 def _mistake(error: Exception) -> OptionError | None:
