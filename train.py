@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
         # not a mean of means. A signal or a full disk may affect only one rank: the sum tells all ranks, so all stop
         # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
-        events = torch.tensor([signals.stop > 0, signals.save, saver.failed()])
+        events = torch.tensor([signals.stop, signals.save, saver.failed()])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, save, failed = counts.tolist()

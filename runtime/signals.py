@@ -25,9 +25,9 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop = 0  # the number of the first signal that stops
-        self.stopped_at = 0.0
-        self.save = self.deferred = False  # deferred: the loop runs, and the end of a step is the moment to stop
+        self.stop = self.save = False
+        self.deferred = False  # the loop runs, so signals wait for the end of a step
+        self.stopped_by, self.stopped_at = signal.SIGTERM, 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -40,7 +40,7 @@ class Signals:
 
     def exit_code(self) -> int:
         """128 + the number of the signal, as a shell reports it; of SIGTERM if another rank alone had the signal."""
-        return 128 + (self.stop or signal.SIGTERM)
+        return 128 + self.stopped_by
 
     def _read(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -62,7 +62,7 @@ class Signals:
             _tell(f"{number.name}: ended before the first step, there is nothing to save")
             os._exit(128 + number)
         if not self.stop:
-            self.stop, self.stopped_at = number, now
+            self.stopped_by, self.stopped_at, self.stop = number, now, True
             _tell(f"{number.name}: a checkpoint after this step, then the end; a second Ctrl-C ends the run at once")
         elif number == signal.SIGINT and now > self.stopped_at + FORWARDED:
             os._exit(128 + number)  # not by the signal itself, because the first process of a container ignores it

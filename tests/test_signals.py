@@ -115,7 +115,7 @@ def test_all_ranks_stop_and_save(
 ) -> None:
     argv = [*tiny, "--output_dir", tmp_path, "--max_steps", 300]
     outcome = train(2, argv, before=slow_steps, meanwhile=partial(send, tmp_path, signals))
-    of_rank = dict((rank, 128 + number) for rank, number, _ in signals)
+    of_rank = {rank: 128 + number for rank, number, _ in signals}
     assert outcome.exit_codes == [of_rank.get(rank, 128 + TERM) for rank in (0, 1)], outcome.output
     (saved,) = tmp_path.glob("checkpoint-*")
     assert problems(saved) == []
