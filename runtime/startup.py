@@ -19,25 +19,28 @@ from runtime.signals import answer_signals
 
 ADDRESS_SPACE = 4 * 2**30  # bytes; torch on a CPU takes 2 to 3 GiB, and each of its threads has an arena and a stack
 OPEN_FILES = 64
-THREADS = 32  # and two for each core: those of torch and of the tokenizer
+THREADS = 32  # and those of the tokenizer (one for each core) and of torch (OMP_NUM_THREADS)
 
 
 def start_process() -> None:
     """Open closed streams, answer signals, and raise the limits of this process. Exits with 2 if they are too low."""
     _open_streams()
     answer_signals()
-    for name, least, what, remedy in (
-        ("AS", ADDRESS_SPACE, "bytes of address space (ulimit -v)", "pass ulimit -v unlimited; limit memory otherwise"),
-        ("NOFILE", OPEN_FILES, "open files (ulimit -n)", "run ulimit -n 4096, or raise the limit of the container"),
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for number, least, what, remedy in (
+        (resource.RLIMIT_AS, ADDRESS_SPACE, "bytes of address space", "run ulimit -v unlimited, and limit the memory"),
+        (resource.RLIMIT_NOFILE, OPEN_FILES, "open files", "run ulimit -n 4096, or raise the limit of the container"),
     ):
-        number = getattr(resource, f"RLIMIT_{name}")
-        _, most = resource.getrlimit(number)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(number, (most, most))
         allowed, _ = resource.getrlimit(number)
-        if 0 <= allowed < least:
-            _refuse(f"this process may have {allowed} {what}, but needs {least} and more\n{remedy}")
-    _require_threads(THREADS + 2 * len(os.sched_getaffinity(0)))
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            _refuse(f"this process may have {allowed} {what}, but needs {least} or more\n{remedy}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    _require_threads(THREADS + cores + (int(threads) if threads.isdecimal() else cores))
+    if any("\udc80" <= character <= "\udcff" for word in sys.argv for character in word):
+        _refuse("a word of the command is not valid text in the encoding of the locale\nset LC_ALL to C.UTF-8")
     try:
         Path.cwd()
     except OSError:
