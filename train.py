@@ -31,7 +31,7 @@ import optim
 from config import Options, Plan
 from data.batches import Batch, micro_batches, to_device
 from data.ledger import Ledger
-from data.loader import load, make_loader, stream_batches
+from data.loader import make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
@@ -231,7 +231,7 @@ def training_batches(
 
     # One loader for all epochs. Its workers are forked once, at the first batch. Later there is a thread that saves,
     # and a fork would inherit its locks.
-    yield from load(make_loader(dataset, indices(), options, options.dataloader_num_workers))
+    yield from make_loader(dataset, indices(), options, options.dataloader_num_workers)
 
 
 def gather_cursor(batches: list[Batch], options: Options) -> Cursor:

@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -33,6 +34,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
+from runtime import ignore_signals
 
 FORMAT = 6  # raise it when the files of an older version can no longer be read
 
@@ -221,6 +223,11 @@ def _tokenized(
                 yield future.result(), size, after
         for future, size, after in running:
             yield future.result(), size, after
+    except BrokenProcessPool as error:
+        raise OptionError(
+            f"preprocessing_num_workers {len(first)}: a process that tokenizes was killed, perhaps for lack of memory\n"
+            "pass a smaller --preprocessing_num_workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -230,7 +237,10 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     global _encode
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A signal may reach all processes of a job, and the parent answers it. SIGTERM may also come from the pool, which
+    # ends its workers when one was killed. So a worker ends soon, but later than a parent that had the signal, too.
+    ignore_signals(0)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(2, os._exit, (1,)).start())
     parent = multiprocessing.parent_process()
     assert parent
 

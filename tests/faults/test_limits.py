@@ -1,4 +1,4 @@
-"""Proves runtime/startup.py and data/loader.py: a process that lacks files, memory, threads or /dev/shm says so.
+"""Proves runtime/startup.py and runtime/workers.py: a process that lacks files, memory, threads or /dev/shm says so.
 
 Each limit is set by a shell around train.py. An environment in which the run works is tested by training in it.
 """

@@ -48,10 +48,13 @@ def test_during_imports(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def signal_at(file: str, line: str, number: signal.Signals, waits: bool) -> None:
-    """Patch a rank: at that line, send it the signal. If `waits`, it gets no further before it is answered."""
+    """Patch a rank: at that line, signal its children and it. If `waits`, it gets no further before it is answered."""
 
     def act() -> None:
-        os.kill(os.getpid(), number)
+        pid = os.getpid()
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), number)
+        os.kill(pid, number)
         if waits:
             threading.Event().wait(100)
 
@@ -74,12 +77,44 @@ def signal_at(file: str, line: str, number: signal.Signals, waits: bool) -> None
     "one line, no traceback, exit code 128 + the signal; the same command then trains",
 )
 def test_before_the_loop(tiny: list[object], tmp_path: Path, file: str, line: str, number: signal.Signals) -> None:
+    text = tmp_path / "text.jsonl"  # two chunks, for two processes that tokenize
+    text.write_text(Path(str(tiny[tiny.index("--train_file") + 1])).read_text() * 16)
     argv = [*tiny, "--data_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", "--max_steps", 2]
+    argv += ["--train_file", text, "--preprocessing_num_workers", 2]
     outcome = train(1, argv, before=partial(signal_at, file, line, number, True))
     assert outcome.exit_codes == [128 + number], outcome.output
     assert outcome.output.endswith(f"{number.name}: {NOTHING_TO_SAVE}")
     assert "Traceback" not in outcome.output
     train_ok(1, *argv)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "process",
+    "a process that tokenizes is killed, as for lack of memory",
+    "a message, exit code 2; the same command then trains",
+)
+def test_killed_tokenizer(tiny: list[object], tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(Path(str(tiny[tiny.index("--train_file") + 1])).read_text() * 64)
+    argv = [*tiny, "--data_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", "--max_steps", 2]
+    argv += ["--train_file", text, "--preprocessing_num_workers", 2]
+    outcome = train(1, argv, before=kill_child)
+    assert outcome.exit_codes == [2], outcome.output
+    assert "preprocessing_num_workers 2: a process that tokenizes was killed" in outcome.output
+    assert "Traceback" not in outcome.output
+    train_ok(1, *argv)
+
+
+def kill_child() -> None:
+    """Patch a rank: after its first chunk, it loses one of the processes that tokenize."""
+
+    def act() -> None:
+        pid = os.getpid()
+        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+        os.kill(int(child), signal.SIGKILL)
+
+    at_line("data/cache.py", "tokens_file.write(", 1, 0, act)
 
 
 @pytest.mark.fault(
