@@ -80,7 +80,7 @@ def test_before_the_loop(tiny: list[object], tmp_path: Path, file: str, line: st
     text = tmp_path / "text.jsonl"  # two chunks, for two processes that tokenize
     text.write_text(Path(str(tiny[tiny.index("--train_file") + 1])).read_text() * 16)
     argv = [*tiny, "--data_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", "--max_steps", 2]
-    argv += ["--train_file", text, "--preprocessing_num_workers", 2]
+    argv += ["--train_file", text, "--preprocessing_num_workers", 2, "--resume_from_checkpoint", "auto"]
     outcome = train(1, argv, before=partial(signal_at, file, line, number, True))
     assert outcome.exit_codes == [128 + number], outcome.output
     assert outcome.output.endswith(f"{number.name}: {NOTHING_TO_SAVE}")
@@ -201,10 +201,8 @@ def test_all_processes_of_torchrun(tiny: list[object], tmp_path: Path, launcher:
     run = start([*argv, "--output_dir", output], *command)
     wait_for(lambda: read_records(output / "metrics.jsonl"), run)  # the evaluation before the first step
     everyone = [run.pid, *processes_of(run)]
-    for _ in range(2):
-        for pid in everyone:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, TERM)
+    for pid in everyone:  # torchrun forwards its own, so each rank gets two
+        os.kill(pid, TERM)
     printed, _ = run.communicate(timeout=100)
     assert run.returncode == 1, printed  # torchrun's code after a signal
     assert "SIGTERM: a checkpoint after this step" in printed
@@ -213,7 +211,9 @@ def test_all_processes_of_torchrun(tiny: list[object], tmp_path: Path, launcher:
     assert 0 < last < 60
     assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{last}"]
     assert problems(output / f"checkpoint-{last}") == []
-    assert start([*argv, "--output_dir", output], *command).wait(timeout=300) == 0
+    again = start([*argv, "--output_dir", output], *command)
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed
     train_ok(2, *argv, "--output_dir", tmp_path / "unbroken")
     same_curve(output, tmp_path / "unbroken")
 
