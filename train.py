@@ -10,6 +10,7 @@ all_gather, broadcast, barrier, and the communication inside the forward and bac
 must enter every collective.
 """
 
+import runtime  # isort: skip  # first: signals are answered, and too low limits refused, during the other imports
 from collections.abc import Iterator
 from datetime import timedelta
 from types import ModuleType
@@ -27,7 +28,6 @@ import estimate
 import fsdp
 import metrics
 import optim
-import runtime
 from config import Options, Plan
 from data.batches import Batch, micro_batches, to_device
 from data.ledger import Ledger
@@ -44,8 +44,8 @@ from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
 
 
-def main(argv: list[str]) -> None:
-    """Train with the options in `argv`. Raises OptionError for a mistake of the user."""
+def main(argv: list[str]) -> int:
+    """Train with the options in `argv`, and return the exit code. Raises OptionError for a mistake of the user."""
     # === 1. What to train. A user's mistake ends the run here, before any process group exists. =====================
     rank, world_size, local_rank = runtime.rank_from_environment()
     options = config.parse(argv, world_size)
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
-    signals = runtime.Signals()
+    signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
     if data.validation and (progress.step == 0 or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
@@ -146,13 +146,11 @@ def main(argv: list[str]) -> None:
 
         # The optimizer reads two attributes on the GPU, as GradScaler sets them for torch's fused optimizers, so the
         # CPU does not synchronize: found_inf (1: change nothing) and grad_scale (each gradient is divided by it).
-        # Skip the update if the gradient is not finite, or comes from no target at all. Every rank has the same norm,
-        # so all ranks decide the same.
+        # Skip the update if the gradient is not finite or has no target. All ranks have the same norm: they agree.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip  # in a row: 0 after a good step
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        # Clip as torch.nn.utils.clip_grad_norm_ does, without its pass over all gradients: divide them by
-        # norm / max_grad_norm where that is above 1.
+        # Clip as clip_grad_norm_ does, without its pass over all gradients: divide by norm / max_grad_norm if above 1.
         if options.max_grad_norm:
             optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
         rate = optim.learning_rate(step, plan.total_steps, options)
@@ -188,18 +186,20 @@ def main(argv: list[str]) -> None:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step >= plan.total_steps > 0 or selection.over:
+    finished = progress.step >= plan.total_steps or selection.over
+    if finished and plan.total_steps:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer and metrics.jsonl")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
-    elif plan.total_steps:
+    elif not finished:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
     if lock:
         lock.close()
+    return 0 if finished else signals.exit_code()
 
 
 def training_batches(

@@ -26,7 +26,7 @@ from runtime.files import regular_file
 
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
-WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|\.(saving|exporting|meeting)-.*"  # what a run creates or opens
+WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"  # what a run creates or opens
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -90,7 +90,7 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
 
 def _refuse_links(output_dir: Path) -> None:
     """Refuse a link, a pipe or a device where a run writes: a link would lead elsewhere. output_dir may be a link."""
-    for directory in (output_dir, *(output_dir / name for name in ("ledger", "tensorboard", "trace"))):
+    for directory in (output_dir, *(output_dir / name for name in ("ledger", "tensorboard", "trace", "hang"))):
         for path in directory.iterdir() if directory.is_dir() else []:
             if directory == output_dir and not (re.fullmatch(WRITTEN, path.name) or path.name in EXPORTED):
                 continue

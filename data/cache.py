@@ -13,10 +13,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -35,7 +37,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
-from runtime import follow_parent
+from runtime import ignore_signals
 from runtime.files import require_trusted
 
 FORMAT = 7  # raise it when the files of an older version can no longer be read
@@ -272,6 +274,11 @@ def _tokenized(
                 yield future.result(), size, after
         for future, size, after in running:
             yield future.result(), size, after
+    except BrokenProcessPool as error:
+        raise OptionError(
+            f"preprocessing_num_workers {len(first)}: a process that tokenizes was killed, perhaps for lack of memory\n"
+            "pass a smaller --preprocessing_num_workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -281,8 +288,10 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     global _encode
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow_parent()
+    # A signal may reach all processes of a job, and the parent answers it. SIGTERM may also come from the pool, which
+    # ends its workers when one was killed. So a worker ends soon, but later than a parent that had the signal, too.
+    ignore_signals(0)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(2, os._exit, (1,)).start())
 
 
 _encode: Callable[[list[RawRecord]], Encoded]

@@ -11,7 +11,7 @@ from config.options import Options
 from data.batches import Batch, collate, collate_pairs
 from data.sequences import Mixture, PreparedDataset, Sequence
 from data.stream import StreamingDataset
-from runtime import ignore_signals
+from runtime.workers import begin_worker, yield_batches
 
 Collate = Callable[[list[Sequence]], Batch]
 
@@ -65,14 +65,14 @@ def make_loader(
         batch_sampler=batches,  # torch accepts any iterable of lists
         batch_size=1 if batches else options.per_device_train_batch_size,  # torch demands 1 with a batch_sampler
         collate_fn=collate_function(sequences, options),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
         num_workers=workers,
         prefetch_factor=options.dataloader_prefetch_factor if workers else None,
         pin_memory=torch.cuda.is_available(),  # so that copies to the GPU are asynchronous
         generator=torch.Generator(),  # its own, because the loader must not draw from the RNG of dropout
     )
     try:
-        yield from loader
+        yield from yield_batches(loader)
     except OptionError as error:  # a worker process puts its traceback before the message
         raise OptionError(str(error).rpartition("OptionError: ")[2].strip()) from error
 

@@ -3,23 +3,22 @@
 Nothing here knows what a run trains, or reads its options.
 """
 
+import runtime.startup  # isort: skip  # noqa: F401  # before the others, because they import torch
 from runtime.explain import TRAINING, WAITING_FOR_DATA
 from runtime.gpus import choose_device, require_own_gpu
 from runtime.launcher import rank_from_environment
-from runtime.parent import follow_parent
 from runtime.peers import meet
 from runtime.process import configure_libraries, run
-from runtime.signals import Signals, ignore_signals
+from runtime.signals import defer_signals, ignore_signals
 from runtime.watch import ACTIVITY, node_of_rank, watch_ranks
 
 __all__ = [
     "ACTIVITY",
     "TRAINING",
     "WAITING_FOR_DATA",
-    "Signals",
     "choose_device",
     "configure_libraries",
-    "follow_parent",
+    "defer_signals",
     "ignore_signals",
     "meet",
     "node_of_rank",

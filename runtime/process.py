@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import signal
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ from config.errors import OptionError, first_line
 from runtime.launcher import rank_from_environment
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
-from runtime.signals import SAVE_SIGNALS
+from runtime.signals import answer_signals
 from runtime.watch import explain_failure
 
 
@@ -38,24 +37,28 @@ def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{recordings}/hang/nccl-trace-rank-")
 
 
-def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
-    """Call `main` with the command line, print its error, and exit: 0, 1 for a program error, 2 for a user error.
+def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
+    """Call `main` with the command line, print its error, and exit: with its code, 1 (program error) or 2 (user error).
 
     Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
     follow_launcher()
-    for number in SAVE_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # nothing to save before the loop; by default, they would end the process
+    signals = answer_signals()
     peers: Peers | None = None
     try:
         rank_from_environment()
         peers = join()
-        main(sys.argv[1:])
+        exit_code = main(sys.argv[1:])
     except Exception as error:
         if explain_failure(error):  # another rank is the cause, and a message names it
             exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
+        if signals.stop and not mistake and isinstance(error, RuntimeError) and dist.is_initialized():
+            # Ranks that had the signal before their loop have ended at once, so a collective of this one failed.
+            text = f"{first_line(error)}; continue with --resume_from_checkpoint auto"
+            print(f"train.py: a signal ended the run before its checkpoint: {text}", file=sys.stderr)
+            exit_process(signals.exit_code())
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         exit_code = 2 if mistake else 1
         if peers:
@@ -68,8 +71,7 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
             traceback.print_exception(error)
         if peers:
             peers.linger()
-        exit_process(exit_code)
-    exit_process(0)
+    exit_process(exit_code)
 
 
 def _mistake(error: Exception) -> OptionError | None:
