@@ -14,11 +14,16 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
+from runtime.network import choose_interface, network_failure
 from runtime.signals import SAVE_SIGNALS
 
 
 def configure_libraries(full_determinism: bool) -> None:
-    """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used."""
+    """Choose gloo's network interface, silence transformers, and restrict torch to deterministic algorithms if asked.
+
+    Call before the GPU is used and before the ranks meet.
+    """
+    choose_interface()
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
     transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors
     if full_determinism:
@@ -67,6 +72,8 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{place}: {os.environ['WORLD_SIZE']} ranks did not meet there: {first_line(error)}\n"
             "start all ranks, and set both variables to an address and a free port of the node of rank 0, for all ranks"
         )
+    if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(str(error))):
+        return OptionError(failure)
     return None
 
 

@@ -29,6 +29,7 @@ from tests.launch import ROOT
 
 NETWORK = "10.77.0"
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
+CLONE_NEWNS = 0x00020000  # linux/sched.h
 
 
 @dataclass
@@ -91,12 +92,13 @@ class Node(Namespace):
             return subprocess.Popen(self.command(*words), env=variables, stdout=log, stderr=log)
 
     def processes(self) -> list[str]:
-        """The command lines of Python processes on the node that have not ended."""
+        """The command lines of the Python processes on the node that have not ended."""
         found = []
-        for pid in self.call("ls", "/proc").split():
-            with suppress(AssertionError):  # it has ended meanwhile
-                words = self.call("cat", f"/proc/{pid}/cmdline").split("\0") if pid.isdecimal() else []
-                found += [" ".join(words)] * ("python" in words[0] if words else False)
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                if os.readlink(process / "ns/pid") == os.readlink(f"/proc/{self.pid}/ns/pid"):
+                    words = (process / "cmdline").read_text().split("\0")
+                    found += [" ".join(words)] * ("python" in words[0])
         return found
 
     def set_hosts(self, names: dict[str, str]) -> None:
@@ -187,6 +189,9 @@ def _enter_node(pids: list[int], variables: dict[str, str]) -> None:
         with open(f"/proc/{pids[number]}/ns/{kind}") as file:
             if libc.setns(file.fileno(), 0):
                 raise OSError(ctypes.get_errno(), f"setns {kind}")
+    # This process is not in the PID namespace of the node, so it needs a /proc of its own.
+    if libc.unshare(CLONE_NEWNS) or libc.mount(b"proc", b"/proc", b"proc", 0, None):
+        raise OSError(ctypes.get_errno(), "/proc")
     os.chdir(ROOT)
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE="2", MASTER_PORT="29400")
