@@ -96,7 +96,7 @@ class Node(Namespace):
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended meanwhile
-                if os.readlink(process / "ns/pid") == os.readlink(f"/proc/{self.pid}/ns/pid"):
+                if (process / "ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink():
                     words = (process / "cmdline").read_text().split("\0")
                     found += [" ".join(words)] * ("python" in words[0])
         return found
