@@ -56,16 +56,16 @@ def _addresses() -> dict[str, str]:
     return {address: name for address, name in found.items() if name != "lo"}
 
 
-def network_failure(error: str) -> str:
+def network_failure(error: Exception) -> str:
     """The mistake of the user that gloo's error of connecting the ranks comes from, with its remedy; "" if none."""
     name = os.environ.get("GLOO_SOCKET_IFNAME")
     remedy = (
         "set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME with GPUs, on each node to the network interface that reaches\n"
         "the other nodes; `ip address` lists the interfaces"
     )
-    if name and "Unable to find" in error:
+    if name and "Unable to find" in str(error):
         return f"GLOO_SOCKET_IFNAME {name}: {socket.gethostname()} has no such network interface\n{remedy}"
-    if "connectFullMesh failed" in error:
+    if "connectFullMesh failed" in str(error):
         used = f"GLOO_SOCKET_IFNAME {name}" if name else f"the host name {socket.gethostname()}"
         return f"{used}: gloo cannot reach the other ranks from its address: {first_line(error)}\n{remedy}"
     return ""

@@ -72,7 +72,7 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{place}: {os.environ['WORLD_SIZE']} ranks did not meet there: {first_line(error)}\n"
             "start all ranks, and set both variables to an address and a free port of the node of rank 0, for all ranks"
         )
-    if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(str(error))):
+    if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(error)):
         return OptionError(failure)
     return None
 

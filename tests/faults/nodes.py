@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import heapq
 import os
+import random
 import select
 import struct
 import subprocess
@@ -28,6 +29,8 @@ from pathlib import Path
 from tests.launch import ROOT
 
 NETWORK = "10.77.0"
+DEADLINE = 300  # seconds: what lasts longer hangs
+Launchers = list["subprocess.Popen[bytes]"]
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 
@@ -62,6 +65,8 @@ class Namespace:
 def make_namespace(*kinds: str) -> Namespace:
     """New namespaces of these kinds. Raises OSError where they are not permitted."""
     private = ["--mount-proc"] * ("--pid" in kinds)
+    # Nodes have not booted at the same moment.
+    private += [f"--{clock}={random.randrange(1000000)}" for clock in ("monotonic", "boottime") if "--time" in kinds]
     command = ["unshare", "--fork", "--kill-child", *kinds, *private, "sh", "-c", "echo; exec cat"]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert holder.stdout
@@ -115,8 +120,32 @@ class Node(Namespace):
 class Nodes:
     """Two nodes and the switch between them."""
 
-    nodes: tuple[Node, Node]
+    directory: Path
     switch: Namespace
+    bridges: tuple[str, str]
+    nodes: list[Node]
+
+    def boot(self, number: int) -> None:
+        """Start a node, for the first time or after its end."""
+        space = make_namespace("--net", "--uts", "--mount", "--ipc", "--pid", "--time")
+        path = self.directory / f"node{number}"
+        path.mkdir(parents=True, exist_ok=True)
+        node = Node(space.kinds, space.holder, space.pid, path, path.name, f"{NETWORK}.{number + 1}")
+        self.nodes[number:] = [node, *self.nodes[number + 1 :]]
+        peer = ("peer", "name", "eth0", "netns", node.pid)
+        self.switch.call("ip", "link", "add", f"port{number}", "type", "veth", *peer)
+        self.switch.call("ip", "link", "set", f"port{number}", "master", self.bridges[number], "up")
+        node.call("ip", "link", "set", "lo", "up")
+        node.call("ip", "address", "add", f"{node.address}/24", "dev", "eth0")
+        node.call("ip", "link", "set", "eth0", "up")
+        node.call("hostname", node.name)
+        (node.directory / "hosts").unlink(missing_ok=True)
+        node.set_hosts({f"node{other}": f"{NETWORK}.{other + 1}" for other in range(2)})
+
+    def end(self) -> None:
+        """End both nodes and all their processes."""
+        for node in self.nodes:
+            node.end()
 
     def cut(self) -> None:
         """Cut the cable of node 1: packets vanish, and no interface goes down."""
@@ -124,7 +153,40 @@ class Nodes:
 
     def mend(self) -> None:
         """Plug the cable of node 1 in again."""
-        self.switch.call("ip", "link", "set", "port1", "master", "bridge")
+        self.switch.call("ip", "link", "set", "port1", "master", self.bridges[1])
+
+    def torchrun(
+        self, rendezvous: str, argv: Sequence[object], *words: object, **variables: str | tuple[str, str]
+    ) -> Launchers:
+        """Start train.py with torchrun on both nodes, two ranks each, by `static` or `c10d` rendezvous.
+
+        `words` are more options of torchrun. A variable has one value, or one for each node.
+        """
+        launchers = []
+        for number, node in enumerate(self.nodes):
+            if rendezvous == "static":
+                meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
+            else:
+                meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
+            command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
+            environment = {
+                name: value if isinstance(value, str) else value[number] for name, value in variables.items()
+            }
+            launchers.append(node.start(sys.executable, *command, ROOT / "train.py", *argv, **environment))
+        return launchers
+
+    def log(self) -> str:
+        """All that was printed on both nodes."""
+        return "\n".join(node.log for node in self.nodes)
+
+
+def exit_codes(launchers: Launchers) -> list[int | None]:
+    """Wait for the end of commands and give their exit codes; None for a command that hangs."""
+    deadline = time.monotonic() + DEADLINE
+    for launcher in launchers:
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(max(0.1, deadline - time.monotonic()))
+    return [launcher.poll() for launcher in launchers]
 
 
 @contextmanager
@@ -133,40 +195,27 @@ def two_nodes(directory: Path, delay: float = 0) -> Iterator[Nodes]:
     with ExitStack() as stack:
         switch = make_namespace("--net")
         stack.callback(switch.end)
-        bridges = ["bridge", "bridge1" if delay else "bridge"]
-        for bridge in set(bridges):
+        nodes = Nodes(directory, switch, ("bridge", "bridge1" if delay else "bridge"), [])
+        stack.callback(nodes.end)
+        for bridge in set(nodes.bridges):
             switch.call("ip", "link", "add", bridge, "type", "bridge")
             switch.call("ip", "link", "set", bridge, "up")
-        nodes = []
-        for number in range(2):
-            space = make_namespace("--net", "--uts", "--mount", "--ipc", "--pid")
-            stack.callback(space.end)
-            path = directory / f"node{number}"
-            path.mkdir(parents=True)
-            node = Node(space.kinds, space.holder, space.pid, path, path.name, f"{NETWORK}.{number + 1}")
-            peer = ("peer", "name", "eth0", "netns", node.pid)
-            switch.call("ip", "link", "add", f"port{number}", "type", "veth", *peer)
-            switch.call("ip", "link", "set", f"port{number}", "master", bridges[number], "up")
-            node.call("ip", "link", "set", "lo", "up")
-            node.call("ip", "address", "add", f"{node.address}/24", "dev", "eth0")
-            node.call("ip", "link", "set", "eth0", "up")
-            node.call("hostname", node.name)
-            node.set_hosts({f"node{other}": f"{NETWORK}.{other + 1}" for other in range(2)})
-            nodes.append(node)
+        nodes.boot(0)
+        nodes.boot(1)
         if delay:
-            words = switch.command(sys.executable, "-m", "tests.faults.nodes", delay, *bridges)
+            words = switch.command(sys.executable, "-m", "tests.faults.nodes", delay, *nodes.bridges)
             relaying = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            stack.callback(relaying.kill)
+            stack.callback(relaying.communicate)  # closes its standard input
             assert relaying.stdout
             assert relaying.stdout.readline() == b"ready\n"
-        yield Nodes((nodes[0], nodes[1]), switch)
+        yield nodes
 
 
 @cache
 def not_permitted() -> str:
     """Why this machine cannot make nodes; "" if it can."""
     try:
-        make_namespace("--net", "--uts", "--mount", "--ipc", "--pid").end()
+        make_namespace("--net", "--uts", "--mount", "--ipc", "--pid", "--time").end()
         space = make_namespace("--net")
         space.call("ip", "link", "add", "bridge", "type", "bridge")
         space.end()
