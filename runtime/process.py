@@ -15,6 +15,7 @@ import transformers
 
 from config.errors import OptionError, first_line
 from runtime.launcher import rank_from_environment
+from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
 from runtime.signals import answer_signals
@@ -22,10 +23,12 @@ from runtime.watch import explain_failure
 
 
 def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
-    """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used.
+    """Choose gloo's network interface, silence transformers, and restrict torch to deterministic algorithms if asked.
 
-    With a directory for `recordings`, NCCL writes its last collectives there when one times out (runtime/watch.py).
+    Call before the GPU is used and before the ranks meet. With a directory for `recordings`, NCCL writes its last
+    collectives there when one times out (runtime/watch.py).
     """
+    choose_interface()
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
     transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors
     if full_determinism:
@@ -92,6 +95,8 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{place}: {os.environ['WORLD_SIZE']} ranks did not meet there: {first_line(error)}\n"
             "start all ranks, and set both variables to an address and a free port of the node of rank 0, for all ranks"
         )
+    if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(error)):
+        return OptionError(failure)
     return None
 
 
