@@ -108,8 +108,8 @@ class Recorder:
     def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
         """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
 
-        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/watch.py). The decoder
-        `layers` are timed, to find a slow rank.
+        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/hang/watch.py). The
+        decoder `layers` are timed, to find a slow rank.
         """
         self.stragglers = Stragglers(layers, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)

@@ -14,19 +14,19 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
+from runtime.hang.watch import explain_failure
 from runtime.launcher import rank_from_environment
 from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
 from runtime.signals import answer_signals
-from runtime.watch import explain_failure
 
 
 def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
     """Choose gloo's network interface, silence transformers, and restrict torch to deterministic algorithms if asked.
 
     Call before the GPU is used and before the ranks meet. With a directory for `recordings`, NCCL writes its last
-    collectives there when one times out (runtime/watch.py).
+    collectives there when one times out (runtime/hang/watch.py).
     """
     choose_interface()
     transformers.utils.logging.disable_progress_bar()  # the training loop has one

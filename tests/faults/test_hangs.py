@@ -1,4 +1,4 @@
-"""Proves runtime/watch.py and metrics/stragglers.py: a hang names the missing rank, and what the others wait for.
+"""Proves runtime/hang/watch.py and metrics/stragglers.py: a hang names the missing rank, and what the others wait for.
 
 Each message has an example in docs/troubleshooting.md, with the same words.
 """
@@ -23,9 +23,9 @@ import metrics
 import metrics.recorder
 import metrics.stragglers
 from metrics.records import read_records
-from runtime import stacks
-from runtime.explain import WAITING_FOR_DATA, Beat, Peer, explain
-from runtime.hang import compare, read
+from runtime.hang import stacks
+from runtime.hang.__main__ import compare, read
+from runtime.hang.explain import WAITING_FOR_DATA, Beat, Peer, explain
 from tests.launch import ROOT, Outcome, Ranks, train
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from runtime import stacks
+from runtime.hang import stacks
 
 TRAINING, WAITING_FOR_DATA = "training", "waiting for data"  # phases
 NAMED = 8  # ranks that a message names; it counts the others

@@ -33,8 +33,8 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed.distributed_c10d import _get_default_store
 
 from config.errors import first_line
-from runtime import stacks
-from runtime.explain import WAITING_FOR_DATA, Activity, Beat, Peer, explain
+from runtime.hang import stacks
+from runtime.hang.explain import WAITING_FOR_DATA, Activity, Beat, Peer, explain
 
 BEATS = 20  # of each rank within --ddp_timeout; at least one in LONGEST seconds
 LONGEST = 2.0
