@@ -6,6 +6,7 @@ training loop wait for ever for a batch.
 
 import multiprocessing.queues
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from config.errors import OptionError, first_line
-from runtime.signals import ignore_signals
+from runtime.signals import SAVE_SIGNALS, STOP_SIGNALS, ignore_signals
 
 # What torch or the operating system says when workers lack something, and the remedy.
 LACKS = {
@@ -29,7 +30,13 @@ LACKS = {
 def yield_batches(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
     """The micro-batches of a loader. Raises OptionError if its workers cannot start, or end because of a lack."""
     try:
-        yield from loader
+        # Until begin_worker has run in a worker, SIGTERM would end it. Workers inherit this mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *SAVE_SIGNALS))
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from batches
     except (OSError, RuntimeError) as error:
         remedy = next((remedy for text, remedy in LACKS.items() if text in str(error)), None)
         if not loader.num_workers or not remedy or isinstance(error, OptionError):
