@@ -5,8 +5,10 @@ store needs no collective, so it answers while the ranks are stuck in one. With 
 it answers also when rank 0 is stopped. When it does not answer, the node of the store is what the message names.
 
 A rank reports when it has waited in a collective until shortly before --ddp_timeout, or when a collective has failed,
-or earlier when another rank sends no beats at all. One rank prints. Every rank that can writes its stacks to
-output_dir/hang. The thread takes a millisecond every few seconds, and never synchronizes with the GPU.
+or earlier when another rank sends no beats at all or has ended. One rank prints. Every rank that can writes its stacks
+to output_dir/hang. Then the thread ends a rank that still waits: gloo raises an error, but NCCL ends a process a minute
+after the timeout, and a rank that waits for the GPU cannot end itself. The thread takes a millisecond every few
+seconds, and never synchronizes with the GPU.
 """
 
 import dataclasses
@@ -40,6 +42,8 @@ BEATS = 20  # of each rank within --ddp_timeout; at least one in LONGEST seconds
 LONGEST = 2.0
 AHEAD = 6  # beats before the timeout, a rank that waits in a collective reports the hang
 PATIENCE = 60.0  # seconds; a rank without a beat for so long is reported earlier
+SOON = 5.0  # seconds; a rank that has waited for so long looks whether a process of its node has ended
+GRACE = 3.0  # seconds after a collective should have failed, or after the report of a rank that has ended
 RECORDINGS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}  # torch's last collectives, as JSON
 OF_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|process group", re.IGNORECASE)
 
@@ -90,6 +94,7 @@ class Watch:
         self.place, self.key = stacks.Place("", "", False), (0, 0)
         self.since = self.looked = time.monotonic()
         self.failure = self.trace = ""
+        self.ended = 0.0  # when this rank has heard that another one has ended
         self.over = self.reported = self.printed = self.written = False
         self.lock, self.pause = threading.RLock(), threading.Event()
 
@@ -119,7 +124,13 @@ class Watch:
         now = time.monotonic()
         if loading and self.reported and now - self.since > self.timeout and stacks.stuck_children("Tt"):
             self._end_loader()
-        if now - self.since > self.timeout - AHEAD * self.interval:
+        if not loading and self.written and self._must_end(now):
+            self._end(
+                "another rank has ended" if self.ended else f"a collective has not ended within {self.timeout:g} s"
+            )
+        if now - self.since > self.timeout - AHEAD * self.interval or (
+            now - self.since > SOON and self._has_lost_one()
+        ):
             self._report()
         elif now - self.looked > self.patience:
             self.looked = now
@@ -128,11 +139,25 @@ class Watch:
 
     def _end_loader(self) -> None:
         """End this rank, because a worker of its loader is stuck. torch would wait for it for ever."""
-        print(f"train.py: error: rank {self.rank}: no data for --ddp_timeout {self.timeout:g} s", file=sys.stderr)
-        sys.stderr.flush()
         for pid in stacks.stuck_children("Tt"):
             os.kill(pid, signal.SIGKILL)  # a stopped process would stay
+        self._end(f"no data for --ddp_timeout {self.timeout:g} s")
+
+    def _end(self, reason: str) -> None:
+        if self.printed or self.place.collective == WAITING_FOR_DATA:
+            print(f"train.py: error: rank {self.rank}: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _has_lost_one(self) -> bool:
+        """Whether the process of another rank of this node has ended."""
+        others = (peer for peer in self.peers if peer is not self.me and self._sees(peer))
+        return any(stacks.process_state(peer.pid, peer.started) == stacks.STATES["Z"] for peer in others)
+
+    def _must_end(self, now: float) -> bool:
+        """Whether this rank, which waits after a report, can only end."""
+        if not self.ended and self._ask(lambda: self.store.check(["ended"])):
+            self.ended = now
+        return now > (self.ended or self.since + self.timeout) + GRACE
 
     def _look_at_main(self) -> None:
         place, key = stacks.place_of_main()
@@ -217,6 +242,8 @@ class Watch:
             output = f"stacks of the ranks: {self.directory}/rank-*.txt; a collective fails after --ddp_timeout "
             print(f"{message}\n{output}{self.timeout:g}", file=sys.stderr, flush=True)
             self.printed = True
+            if any(beat.failure or beat.state == stacks.STATES["Z"] for beat in beats):
+                self._ask(lambda: self.store.set("ended", "1"))
             self._ask(lambda: self.store.set("printed", "1"))
         else:  # torchrun ends all ranks when one has ended: wait for the message
             self._ask(lambda: self.store.wait(["printed"], timedelta(seconds=5 * self.interval)))

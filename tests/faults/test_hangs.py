@@ -3,6 +3,7 @@
 Each message has an example in docs/troubleshooting.md, with the same words.
 """
 
+import itertools
 import math
 import os
 import re
@@ -10,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +237,38 @@ def test_error_of_one_rank(tiny: list[object], tmp_path: Path) -> None:
 def test_killed_rank(tiny: list[object], tmp_path: Path) -> None:
     text = hang(tiny, tmp_path, lambda ranks: ranks[1].kill(), 1)
     assert re.match(r"rank 1 \(\S+, pid \d+\) has ended; rank 0 waits in \w+ of step \d", text)
+
+
+def wait_like_nccl() -> None:
+    """On rank 0, an all-reduce that fails waits instead. Rank 1 ends in its tenth."""
+    all_reduce, rank, calls = dist.all_reduce, os.environ["RANK"], itertools.count(1)
+    code = "def all_reduce(*args, **kwargs):\n    return function(*args, **kwargs)"
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if rank == "1" and next(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return all_reduce(*args, **kwargs)
+        except RuntimeError:
+            threading.Event().wait()
+
+    names: dict[str, Any] = {"function": function}
+    exec(compile(code, dist.distributed_c10d.__file__, "exec"), names)  # in a stack, it is torch's own
+    dist.all_reduce = names["all_reduce"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "distributed",
+    "SIGKILL of a rank while another one waits for it in a collective that does not fail, as with NCCL",
+    "the waiting rank names it, and ends",
+)
+def test_waits_for_a_killed_rank(tiny: list[object], tmp_path: Path) -> None:
+    options = [*tiny, "--output_dir", tmp_path, "--max_steps", 100_000, "--ddp_timeout", 600]
+    ended = train(2, options, before=wait_like_nccl)
+    assert ended.exit_codes == [1, -signal.SIGKILL]
+    assert re.search(r"rank 1 \(\S+, pid \d+\) has ended; rank 0 waits in all_reduce of step \d", ended.output)
+    assert "rank 0: another rank has ended" in ended.output
 
 
 @pytest.mark.slow
