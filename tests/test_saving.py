@@ -108,6 +108,11 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
     assert equal_to_the_bit(run / "checkpoint-8", tmp_path / "unbroken" / "checkpoint-8")
 
 
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank in an evaluation or in a save",
+    "all ranks end with a valid checkpoint of this step, and the resumed run is the unbroken one",
+)
 @pytest.mark.parametrize(
     ("file", "line", "count"),
     [

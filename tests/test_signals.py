@@ -19,6 +19,11 @@ from tests.test_resume import trajectory
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
+@pytest.mark.fault(
+    "process",
+    "SIGTERM, Ctrl-C or SIGHUP to a process, to torchrun, or to torchrun and its ranks, which so have it twice",
+    "a checkpoint after the step, all are gone, and the resumed run is the unbroken one",
+)
 @pytest.mark.parametrize(
     ("number", "launcher", "both"),
     [
@@ -158,6 +163,9 @@ def long_step(begun: Path) -> None:
     metrics.Recorder.step = slow_fourth  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(
+    "process", "SIGUSR1 to one rank, or to all", "every rank saves the same step, and training continues"
+)
 def test_sigusr1_saves_and_training_continues(tiny: list[object], tmp_path: Path) -> None:
     """One rank gets the signal, all save after the same step, and the run ends as it should."""
 
