@@ -13,7 +13,7 @@ from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # Calls in which the CPU waits for the GPU, and so perhaps for a collective of NCCL.
 SYNCHRONIZES = re.compile(r"\.(item|tolist|cpu)\(|synchronize\(")

@@ -107,7 +107,9 @@ def test_stopped_rank(tiny: list[object], tmp_path: Path, stopped: int) -> None:
     text = hang(tiny, tmp_path, partial(stop, stopped), stopped, options=("--flight_recorder",))
     other = 1 - stopped
     assert re.match(
-        rf"rank {stopped} \(\S+, pid \d+\) is stopped \(SIGSTOP\); rank {other} waits in \w+ of step \d", text
+        rf"rank {stopped} \(\S+, pid \d+\) is stopped \(SIGSTOP\); rank {other} waits in \w+ of step \d+, "
+        r"(train|\w+/\w+)\.py:\d+ ",
+        text,
     )
     stack = (tmp_path / "hang" / f"rank-{other}.txt").read_text()
     assert f"rank {other} " in stack.splitlines()[0]
