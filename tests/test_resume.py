@@ -29,7 +29,10 @@ from tests.proof import GATES, read_tensors, relative_l2
 
 # With these, a run of 8 steps and a run of 16 do the same in the first 8.
 STEADY = ["--lr_scheduler_type", "constant_with_warmup", "--eval_steps", 5]
-NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds")
+NOT_IN_TRAJECTORY = (
+    *("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds"),
+    *("slowest_rank", "slowest_rank_lag"),
+)
 
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:

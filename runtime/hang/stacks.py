@@ -61,7 +61,9 @@ def place_of(calls: Calls) -> Place:
     """The place that a stack of calls means."""
     if not calls:
         return Place("", "", False)
-    ours = [call for call in calls if call[0].co_filename.startswith(f"{ROOT}{os.sep}")] or calls
+    project = f"{ROOT}{os.sep}"  # without .venv, which may be in it
+    inside = [call for call in calls if call[0].co_filename.startswith(project)]
+    ours = [call for call in inside if not call[0].co_filename.startswith(f"{project}.")] or calls
     code, line = ours[-1]
     path = os.path.relpath(code.co_filename, ROOT) if ours is not calls else Path(code.co_filename).name
     where = f"{path}:{line} ({code.co_name})"
