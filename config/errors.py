@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+LONGEST = 2000  # characters of a line
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, and a limit on the size of files
 
 
@@ -19,7 +20,7 @@ class OptionError(ValueError):
         *lines, last = text.strip().split("\n")
         if len(lines) > 2:
             lines = [lines[0], " ".join(lines[1:])]
-        super().__init__("\n".join(_printable(line)[:2000] for line in [*lines, last]))
+        super().__init__("\n".join(_printable(line) for line in [*lines, last]))
 
 
 @contextlib.contextmanager
@@ -55,4 +56,7 @@ def first_line(error: Exception) -> str:
 
 
 def _printable(line: str) -> str:
+    """A line without control characters, and without the middle of a very long value."""
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)

@@ -140,7 +140,7 @@ class Options:
         OBJECTIVE, None, "Mixtures: weight of the load-balancing loss. Default: the model's configuration."
     )
     router_bias_update_rate: float = option(
-        OBJECTIVE, 0.0, "Mixtures: step of the biases that balance experts without a loss; 0.001 in DeepSeek-V3."
+        OBJECTIVE, 0.0, "Mixtures: step of the biases that balance experts, as 0.001."
     )
 
     num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences. 0: only evaluate.")

@@ -24,7 +24,7 @@ class ReadableBatches:
     """
 
     def __init__(self, batches: Generator[Batch], empty: Batch | None = None) -> None:
-        self.batches, self.empty = batches, empty or collate([])
+        self.batches, self.empty = batches, empty
         self.error: OptionError | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -36,7 +36,7 @@ class ReadableBatches:
                 return next(self.batches)
             except OptionError as error:
                 self.error = error
-        return self.empty
+        return self.empty or collate([])
 
     def close(self) -> None:
         self.batches.close()

@@ -127,8 +127,6 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
             _say(f"{option} {name}: trains on {_listed('', others)}, too; move files that are not for training")
         files += found
     for file in files:
-        if file.exists() and not file.is_file():
-            raise OptionError(f"{option} {file}: it is no regular file; pass a file that can be read again")
         if not file.name.lower().endswith(SUFFIXES):
             raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
     try:

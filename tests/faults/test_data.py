@@ -113,6 +113,8 @@ def read_badly_on_rank_1() -> None:
     read = os.pread
 
     def badly(file: int, size: int, offset: int) -> bytes:
+        if not os.readlink(f"/proc/self/fd/{file}").endswith(".bin"):
+            return read(file, size, offset)
         return bytes([read(file, size, offset)[0] ^ 1]) + read(file, size - 1, offset + 1)
 
     if os.environ["RANK"] == "1":

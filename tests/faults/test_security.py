@@ -276,7 +276,7 @@ def test_pipes_and_devices(place: Path, kind: str) -> None:
         ["--train_file", put("a.jsonl")],
         ["--train_file", "set"],
     ):
-        with pytest.raises(OptionError, match="it is no regular file"):
+        with pytest.raises(OptionError, match=r"it is no regular file|is a pipe or a device"):
             run(*argv)
     put("DIR/chat_template.jinja")
     with pytest.raises(OptionError):
