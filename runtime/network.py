@@ -65,7 +65,7 @@ def network_failure(error: Exception) -> str:
     )
     if name and "Unable to find" in str(error):
         return f"GLOO_SOCKET_IFNAME {name}: {socket.gethostname()} has no such network interface\n{remedy}"
-    if "connectFullMesh failed" in str(error):
+    if "connectFullMesh failed" in str(error) or "gloo/transport" in str(error):
         used = f"GLOO_SOCKET_IFNAME {name}" if name else f"the host name {socket.gethostname()}"
         return f"{used}: gloo cannot reach the other ranks from its address: {first_line(error)}\n{remedy}"
     return ""

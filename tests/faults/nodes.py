@@ -132,6 +132,7 @@ class Nodes:
         path.mkdir(parents=True, exist_ok=True)
         node = Node(space.kinds, space.holder, space.pid, path, path.name, f"{NETWORK}.{number + 1}")
         self.nodes[number:] = [node, *self.nodes[number + 1 :]]
+        self.switch.call("sh", "-c", f"ip link delete port{number} 2>&1 || true")  # of a node that has just ended
         peer = ("peer", "name", "eth0", "netns", node.pid)
         self.switch.call("ip", "link", "add", f"port{number}", "type", "veth", *peer)
         self.switch.call("ip", "link", "set", f"port{number}", "master", self.bridges[number], "up")
