@@ -97,6 +97,7 @@ def test_batches_of_a_resumed_run(tiny: list[object], done: int) -> None:
     assert batches(tiny, done=done) == batches(tiny)[done:]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "data",
     "several resumes in one epoch, on other numbers of ranks",

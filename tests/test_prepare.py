@@ -242,6 +242,7 @@ def runs(process: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(
     options: Options,
     tokenizer: PreTrainedTokenizerBase,

@@ -83,6 +83,7 @@ def small_files_only(rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, 20 * 1024))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "storage",
     "the disk of one rank is full at a checkpoint",
@@ -210,6 +211,7 @@ def no_fork_after_the_first_save() -> None:
     setattr(Saver, "save", save_and_forbid)  # noqa: B010
 
 
+@pytest.mark.slow
 def test_no_worker_is_forked_beside_the_saving_thread(tiny: list[object], tmp_path: Path) -> None:
     """A forked process inherits the locks that other threads hold, and may wait for one for ever: it did."""
     options = [*tiny, "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--max_steps", 40]

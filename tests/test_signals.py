@@ -27,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 @pytest.mark.parametrize(
     ("number", "launcher", "both"),
     [
-        pytest.param(signal.SIGTERM, [], False, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, [], False, id="SIGTERM", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, TORCHRUN, True, id="SIGTERM to torchrun and its ranks"),
         pytest.param(signal.SIGTERM, TORCHRUN, False, id="SIGTERM to torchrun", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [], False, id="SIGINT", marks=pytest.mark.slow),

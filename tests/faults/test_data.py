@@ -113,7 +113,7 @@ def read_badly_on_rank_1() -> None:
     read = os.pread
 
     def badly(file: int, size: int, offset: int) -> bytes:
-        if not os.readlink(f"/proc/self/fd/{file}").endswith(".bin"):
+        if Path(f"/proc/self/fd/{file}").readlink().suffix != ".bin":
             return read(file, size, offset)
         return bytes([read(file, size, offset)[0] ^ 1]) + read(file, size - 1, offset + 1)
 
