@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     options = config.parse(argv, world_size)
     config.check(options, world_size)
     runtime.configure_libraries(options.full_determinism, options.output_dir if options.flight_recorder else None)
-    lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
+    _lock = checkpoint.claim_output_dir(options, rank)  # an open file: rank 0 has it until main returns
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer, model_config)  # one rank prepares, the others wait for its file lock
     plan = config.plan_run(options, len(data.train), world_size)
@@ -197,8 +197,6 @@ def main(argv: list[str]) -> int:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
     saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
-    if lock:
-        lock.close()
     return 0 if finished else signals.exit_code()
 
 
