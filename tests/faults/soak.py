@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from data.ledger import differences, problems
+from data.ledger import differences, problems, read
 from tests import world
 from tests.faults.torchrun import last_step
 from tests.kills import kill_at_random
@@ -202,6 +202,8 @@ def soak_round(seed: int, options: list[object], directory: Path) -> list[str]:
 def compare(run: Path, unbroken: Path, exact: bool) -> list[str]:
     """What differs between a run and the one without faults."""
     found = problems(run) + differences(run, unbroken)
+    if read(run).keys() != read(unbroken).keys():
+        found.append(f"the ledger has {len(read(run))} steps, and not {len(read(unbroken))}")
     losses = [[row.get("loss", row.get("eval_loss")) for row in trajectory(path)] for path in (run, unbroken)]
     models = [load_file(path / "model.safetensors") for path in (run, unbroken)]
     if exact:
