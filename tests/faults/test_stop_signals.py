@@ -170,7 +170,7 @@ def keep_waiting(waiting: Path, ended: Path) -> None:
     "line",
     [
         pytest.param("checkpoint.export_model(", id="export"),
-        pytest.param("dist.barrier()", id="final barrier", marks=pytest.mark.slow),
+        pytest.param("without a last collective", id="final barrier", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.fault(
