@@ -26,6 +26,7 @@ import torch.distributed as dist
 INTERVAL = 1.0  # seconds between two looks at the store
 GRACE = 6.0  # seconds from hearing of a failure to the end of a rank, in which its launcher or its own error may end it
 LINGER = 10.0  # seconds in which a rank that fails waits until all others have heard of it
+PATIENCE = timedelta(seconds=60)  # after which rank 0 names the ranks that it waits for
 RECONNECT = timedelta(seconds=5)
 
 
@@ -94,15 +95,18 @@ class Peers:
         answers = [f"answer/{self.process}/{rank}" for rank in range(self.size)]
         self.store.set(answers[0], self.process)
         self.store.set("call", self.process)
-        try:
-            self.store.wait(answers, timeout)
-        except dist.DistStoreError as error:
-            missing = [rank for rank, answer in enumerate(answers) if not self.store.check([answer])]
-            raise dist.DistStoreError(
-                f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s"
-            ) from error
+        if missing := self._missing(answers, min(PATIENCE, timeout)):
+            print(f"waiting for ranks {missing}: they still prepare data, or were killed", file=sys.stderr, flush=True)
+            if missing := self._missing(answers, timeout):
+                raise dist.DistStoreError(f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s")
         self.store.set(f"group/{self.process}", json.dumps([self.store.get(answer).decode() for answer in answers]))
         return self.process
+
+    def _missing(self, answers: list[str], timeout: timedelta) -> list[int]:
+        """The ranks that have not answered within `timeout`."""
+        with suppress(dist.DistStoreError):
+            self.store.wait(answers, timeout)
+        return [rank for rank, answer in enumerate(answers) if not self.store.check([answer])]
 
     def _answer(self, deadline: float) -> str:
         answered, pause = "", 0.01
