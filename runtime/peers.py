@@ -38,6 +38,7 @@ class Peers:
         self.process = uuid.uuid4().hex
         self.group = ""  # the process group that this process belongs to, once it has formed
         self.failing = False
+        self.heard: dict[str, Any] = {}  # the failure of another rank
         self.connected = threading.Event()
         self.error: Exception | None = None
         self.store: dist.Store  # for the process group, which may wait in it
@@ -65,7 +66,12 @@ class Peers:
         if self.error:
             raise self.error
         self.store.set_timeout(timeout)
-        self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
+        try:
+            self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
+        except dist.DistError:
+            if self.heard:  # the store has ended with the rank that failed
+                self._end(**self.heard)
+            raise
         return dist.PrefixStore(self.group, self.store)
 
     def report(self, message: str, exit_code: int) -> None:
@@ -133,15 +139,15 @@ class Peers:
             self.connected.set()
         while not self.failing:
             time.sleep(INTERVAL)
-            failure = self._failure()
-            if failure:
+            self.heard = self._failure()
+            if self.heard:
                 with suppress(dist.DistError):
                     self.watched.add(f"{self._key()}/told", 1)
                 time.sleep(GRACE)
                 with suppress(dist.DistError):  # of a store that has ended since
                     if not self.watched.check([self._key()]):
                         continue  # the rank has been restarted
-                self._end(**failure)
+                self._end(**self.heard)
 
     def _connect(self, is_master: bool, timeout: timedelta = timedelta(days=1)) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
