@@ -26,6 +26,7 @@ import torch.distributed as dist
 INTERVAL = 1.0  # seconds between two looks at the store
 GRACE = 6.0  # seconds from hearing of a failure to the end of a rank, in which its launcher or its own error may end it
 LINGER = 10.0  # seconds in which a rank that fails waits until all others have heard of it
+PATIENCE = timedelta(seconds=60)  # after which rank 0 names the ranks that it waits for
 RECONNECT = timedelta(seconds=5)
 
 
@@ -37,6 +38,7 @@ class Peers:
         self.process = uuid.uuid4().hex
         self.group = ""  # the process group that this process belongs to, once it has formed
         self.failing = False
+        self.heard: dict[str, Any] = {}  # the failure of another rank
         self.connected = threading.Event()
         self.error: Exception | None = None
         self.store: dist.Store  # for the process group, which may wait in it
@@ -64,7 +66,12 @@ class Peers:
         if self.error:
             raise self.error
         self.store.set_timeout(timeout)
-        self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
+        try:
+            self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
+        except dist.DistError:
+            if self.heard:  # the store has ended with the rank that failed
+                self._end(**self.heard)
+            raise
         return dist.PrefixStore(self.group, self.store)
 
     def report(self, message: str, exit_code: int) -> None:
@@ -94,15 +101,18 @@ class Peers:
         answers = [f"answer/{self.process}/{rank}" for rank in range(self.size)]
         self.store.set(answers[0], self.process)
         self.store.set("call", self.process)
-        try:
-            self.store.wait(answers, timeout)
-        except dist.DistStoreError as error:
-            missing = [rank for rank, answer in enumerate(answers) if not self.store.check([answer])]
-            raise dist.DistStoreError(
-                f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s"
-            ) from error
+        if missing := self._missing(answers, min(PATIENCE, timeout)):
+            print(f"waiting for ranks {missing}: they still prepare data, or were killed", file=sys.stderr, flush=True)
+            if missing := self._missing(answers, timeout):
+                raise dist.DistStoreError(f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s")
         self.store.set(f"group/{self.process}", json.dumps([self.store.get(answer).decode() for answer in answers]))
         return self.process
+
+    def _missing(self, answers: list[str], timeout: timedelta) -> list[int]:
+        """The ranks that have not answered within `timeout`."""
+        with suppress(dist.DistStoreError):
+            self.store.wait(answers, timeout)
+        return [rank for rank, answer in enumerate(answers) if not self.store.check([answer])]
 
     def _answer(self, deadline: float) -> str:
         answered, pause = "", 0.01
@@ -129,15 +139,15 @@ class Peers:
             self.connected.set()
         while not self.failing:
             time.sleep(INTERVAL)
-            failure = self._failure()
-            if failure:
+            self.heard = self._failure()
+            if self.heard:
                 with suppress(dist.DistError):
                     self.watched.add(f"{self._key()}/told", 1)
                 time.sleep(GRACE)
                 with suppress(dist.DistError):  # of a store that has ended since
                     if not self.watched.check([self._key()]):
                         continue  # the rank has been restarted
-                self._end(**failure)
+                self._end(**self.heard)
 
     def _connect(self, is_master: bool, timeout: timedelta = timedelta(days=1)) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
