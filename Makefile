@@ -13,7 +13,8 @@ RUNTIME := .venv/.runtime-$(VERSION)
 DEVELOPMENT := .venv/.development-$(VERSION)
 PYTEST = PYTHONPATH=. $(BIN)/python -m pytest
 # Two test files at a time: a test of one process, or a rank that waits, leaves a core to the other (ARGS="-n 0" for one).
-IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+# If a test ends its process, the run ends: pytest-xdist 3.8 may wait for ever if it replaces the process (its issue 1378).
+IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Hide GPUs, so the result of the tests does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 

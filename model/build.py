@@ -225,6 +225,7 @@ def generate_completion(options: Options, new_tokens: int = 48) -> str:
     """
     tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
+    use_grouped_products(model)  # those of transformers may end the process on a CPU
     prompt_BT = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
     output_BT = model.generate(

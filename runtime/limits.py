@@ -55,6 +55,7 @@ def _processor_time(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)  # drops a signal on its way, which would end the process
         signal.signal(signal.SIGVTALRM, before)
 
 

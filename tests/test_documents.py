@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -230,6 +231,26 @@ def test_packing_is_decided_before_data_are_prepared(
             prepare_data(parse([*words, *more, "--packing", "documents"]), tokenizer, leaky)
     monkeypatch.setattr("data.prepare.document_obstacle", lambda *arguments: pytest.fail("a trial for no packing"))
     assert prepare_data(parse([*words, "--packing", "none"]), tokenizer, leaky).packing == "none"
+
+
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the operators that multiply experts."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "grouped" in str(function):
+            self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_trial_does_not_use_the_grouped_products_of_torch() -> None:
+    """On a CPU, they may end the process."""
+    with GroupedProducts() as mode:
+        assert document_obstacle(FAMILIES["qwen3 moe"][0]) == position_obstacle(FAMILIES["qwen3 moe"][0]) == ""
+    assert mode.names == {"trainer.grouped_product.default", "trainer.grouped_weight_gradient.default"}
 
 
 @pytest.mark.slow

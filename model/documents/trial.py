@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from config.errors import first_line
 from model.documents.masks import mask_documents
 from model.documents.recurrent import restart_at_documents, stateful_kinds
+from model.experts import use_grouped_products
 from model.layers import decoder_layers
 from parallel.context import visible_mask
 
@@ -270,6 +271,7 @@ def _model_with_values(config: PretrainedConfig, trust_remote_code: bool) -> Pre
                 parameter.copy_(values / max(1.0, parameter[0].numel() ** 0.5))
             else:
                 parameter.copy_(0.3 * values + (1 if name.endswith("weight") else 0))
+    use_grouped_products(model)  # the products of transformers may end the process on a CPU
     return model.requires_grad_(False).train()
 
 
