@@ -17,7 +17,10 @@ IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Hide GPUs, so the result of the tests does not depend on the machine.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
-.PHONY: help train test test-all test-gpu proof families curves bench museum lint format clean
+SEED ?=
+MINUTES ?= 30
+
+.PHONY: help train test test-all test-gpu soak proof families curves bench museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -35,6 +38,9 @@ test-all: $(DEVELOPMENT) ## run these tests and the slow ones, which take minute
 
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)
+
+soak: $(DEVELOPMENT) ## break random runs by random faults, and compare them with unbroken ones (MINUTES=30, SEED=n replays a round)
+	$(ON_CPU) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 proof: $(DEVELOPMENT) ## measure every topology against one process and write docs/proof.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.proof

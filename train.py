@@ -10,6 +10,7 @@ all_gather, broadcast, barrier, and the communication inside the forward and bac
 must enter every collective.
 """
 
+import runtime  # isort: skip  # first: signals are answered, and too low limits refused, during the other imports
 from collections.abc import Iterator
 from datetime import timedelta
 from types import ModuleType
@@ -27,11 +28,10 @@ import estimate
 import fsdp
 import metrics
 import optim
-import runtime
 from config import Options, Plan
 from data.batches import Batch, micro_batches, to_device
 from data.ledger import Ledger
-from data.loader import make_loader, stream_batches
+from data.loader import ReadableBatches, make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
@@ -44,14 +44,14 @@ from model.layers import decoder_layers
 from model.weights import find_weights, load_weights
 
 
-def main(argv: list[str]) -> None:
-    """Train with the options in `argv`. Raises OptionError for a mistake of the user."""
+def main(argv: list[str]) -> int:
+    """Train with the options in `argv`, and return the exit code. Raises OptionError for a mistake of the user."""
     # === 1. What to train. A user's mistake ends the run here, before any process group exists. =====================
     rank, world_size, local_rank = runtime.rank_from_environment()
     options = config.parse(argv, world_size)
     config.check(options, world_size)
-    runtime.configure_libraries(options.full_determinism)
-    lock = checkpoint.claim_output_dir(options, rank)  # rank 0 has it until the end
+    runtime.configure_libraries(options.full_determinism, options.output_dir if options.flight_recorder else None)
+    _lock = checkpoint.claim_output_dir(options, rank)  # an open file: rank 0 has it until main returns
     model_config, tokenizer = load_config_and_tokenizer(options)
     data = prepare_data(options, tokenizer, model_config)  # one rank prepares, the others wait for its file lock
     plan = config.plan_run(options, len(data.train), world_size)
@@ -66,7 +66,9 @@ def main(argv: list[str]) -> None:
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
     runtime.require_own_gpu(device, shared=backend == "gloo")
-    checkpoint.require_same_run(options, checkpoint.identify_run(options, plan, data.fingerprint, model), weights)
+    runtime.watch_ranks(options.output_dir, options.ddp_timeout, options.flight_recorder)  # explains a hang
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)
+    checkpoint.require_same_run(options, identity, weights, model_config)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
     mesh_names = ("replicate", "shard", "tensor")
@@ -96,16 +98,15 @@ def main(argv: list[str]) -> None:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
     # === 4. Batches, logging, saving. ===============================================================================
-    if rank == 0:
-        checkpoint.clean_output_dir(options, progress.step, progress.best.step)
+    checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
     recorder.print(description)
-    recorder.start(progress.step, progress.tokens_seen)
-    saver = checkpoint.Saver(options)
+    recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
-    signals = runtime.Signals()
-    batches = recorder.timed(training_batches(data.train, plan, options, progress))
+    saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
+    signals = runtime.defer_signals()
+    batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
     if data.validation and (progress.step == 0 or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
@@ -119,14 +120,14 @@ def main(argv: list[str]) -> None:
         step_batches = [next(batches) for _ in range(plan.accumulation)]
 
         # Count the targets of the whole global batch before the first backward: the loss is one mean over all of them,
-        # not a mean of means. A signal or a full disk may affect only one rank: the sum tells all ranks, so all stop
-        # at the same step. These are CPU tensors, reduced over gloo, so the CPU does not synchronize with the GPU.
-        events = torch.tensor([signals.stop, signals.save, saver.failed()])
+        # not a mean of means. A signal, a full disk or damaged data may affect one rank. The sum tells all ranks, so
+        # all stop at the same step. CPU tensors are reduced over gloo: the CPU does not synchronize with the GPU.
+        events = torch.tensor([signals.stop, signals.save, saver.failed() or bool(batches.error)])
         counts = torch.cat([total(step_batches, "targets"), total(step_batches, "tokens"), events])
         dist.all_reduce(counts)  # over gloo: a sum over all ranks
         targets, tokens, stop, save, failed = counts.tolist()
         if failed:
-            saver.wait()  # raises on every rank
+            saver.fail(batches.error)  # raises on every rank
         ledger.write(step, step_batches)
         begin_step(objective, wrapped, step_batches, tokens, targets, device)  # for mixtures of experts
 
@@ -145,13 +146,11 @@ def main(argv: list[str]) -> None:
 
         # The optimizer reads two attributes on the GPU, as GradScaler sets them for torch's fused optimizers, so the
         # CPU does not synchronize: found_inf (1: change nothing) and grad_scale (each gradient is divided by it).
-        # Skip the update if the gradient is not finite, or comes from no target at all. Every rank has the same norm,
-        # so all ranks decide the same.
+        # Skip the update if the gradient is not finite or has no target. All ranks have the same norm: they agree.
         skip = ~torch.isfinite(grad_norm) | (targets == 0)
         skipped, skipped_in_a_row = skipped + skip, (skipped_in_a_row + skip) * skip  # in a row: 0 after a good step
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        # Clip as torch.nn.utils.clip_grad_norm_ does, without its pass over all gradients: divide them by
-        # norm / max_grad_norm where that is above 1.
+        # Clip as clip_grad_norm_ does, without its pass over all gradients: divide by norm / max_grad_norm if above 1.
         if options.max_grad_norm:
             optimizer.grad_scale = ((grad_norm + 1e-6) / options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
         rate = optim.learning_rate(step, plan.total_steps, options)
@@ -187,18 +186,18 @@ def main(argv: list[str]) -> None:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    if progress.step >= plan.total_steps > 0 or selection.over:
+    finished = progress.step >= plan.total_steps or selection.over
+    if finished and plan.total_steps:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer and metrics.jsonl")
         if options.prompt and rank == 0:
             recorder.print(generate_completion(options))
-    elif plan.total_steps:
+    elif not finished:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
     recorder.close()
-    dist.barrier()  # without it, a rank that is still busy may find that its peers have exited
-    if lock:
-        lock.close()
+    saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
+    return 0 if finished else signals.exit_code()
 
 
 def training_batches(

@@ -191,7 +191,7 @@ def _calls_of_text(value: Any, where: str) -> tuple[str | None, list[dict[str, A
         texts = re.findall(r"<tool_call>(.*?)</tool_call>", match[2], re.DOTALL) if tagged else [match[2]]
         try:
             values = [json.loads(text) for text in texts]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"{where} must call a tool with JSON, and is {brief(match[2])}: {error}") from error
         value = values if tagged else values[0]
     calls = value if isinstance(value, list) else [value]
@@ -212,7 +212,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with arguments that are encoded once. OpenAI has them as JSON in a text."""
     try:
         calls = json.loads(calls) if isinstance(calls, str) else calls
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{where}: tool_calls is not JSON: {error}") from error
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise OptionError(f"{where}: tool_calls must be a list of objects, and is {brief(calls)}")
@@ -232,7 +232,7 @@ def _function(function: dict[str, Any], where: str) -> dict[str, Any]:
         return function
     try:
         decoded = json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{where}: the arguments of a tool call are not JSON: {brief(arguments)}") from error
     if not isinstance(decoded, dict):
         raise OptionError(f"{where}: the arguments of a tool call must be a JSON object, and are {brief(arguments)}")

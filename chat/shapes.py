@@ -164,7 +164,7 @@ class _Columns:
             return value
         try:
             return json.loads(value) if value.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"{self.place}: {name} is not JSON: {error}") from error
 
     def messages(self, *names: str) -> Turns:

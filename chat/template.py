@@ -10,8 +10,8 @@ rendered again with other words in one message, and the two texts are equal up t
 
 import difflib
 import inspect
-import json
 import re
+import traceback
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,11 +22,15 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from chat.messages import brief
 from chat.shapes import Conversation, Messages
 from config.errors import OptionError, first_line
+from config.text import load_json
+from runtime.limits import LimitError, limited
 
 # The date that `strftime_now` writes. A fixed one, because a run that resumes tomorrow must have the same tokens. This
 # is the date that Llama's templates write where they are not told another.
@@ -36,19 +40,30 @@ WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # keys of a m
 
 QUESTION: Messages = [{"role": "user", "content": "a"}]
 
+SECONDS, GIBIBYTES = 10.0, 1  # for one rendering; that of the longest conversations takes less than a second
+
 Span = tuple[int, int]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any] | None, **variables: Any) -> str:
-    """The text of messages by the tokenizer's chat template. Raises OptionError if the template refuses them.
+class TemplateMismatchError(OptionError):
+    """A chat template does not render a conversation, or not so that its answers can be found.
 
+    Another conversation may fit. If a template reaches a limit (runtime/limits.py), a plain OptionError is raised.
+    """
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any] | None, **variables: Any) -> str:
+    """The text of messages by the tokenizer's chat template. Raises TemplateMismatchError if the template refuses them.
+
+    Raises OptionError if the template takes too much time or memory.
     `variables` are add_generation_prompt and what else the template reads. A date in `strftime_now` (ISO) replaces
     today's date.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **_with_date(variables))
+        with limited(SECONDS, GIBIBYTES):
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **_with_date(variables))
     except Exception as error:  # a template is a program: it may raise anything
-        raise _refusal(messages, error) from error
+        raise _refusal(tokenizer, messages, error) from error
 
 
 def render_marked(
@@ -56,16 +71,17 @@ def render_marked(
 ) -> tuple[str, list[Span]]:
     """The text of messages by a template with markers, and where {% generation %} marks it: [start, end) in characters.
 
-    Raises OptionError if the template refuses them.
+    Raises TemplateMismatchError if the template refuses them, and OptionError if it takes too much time or memory.
     """
     known = {**tokenizer.special_tokens_map, **_with_date(variables)}
     template = tokenizer.get_chat_template(tools=tools)
     try:
-        (text,), (spans,) = render_jinja_template(
-            [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **known
-        )
+        with limited(SECONDS, GIBIBYTES):
+            (text,), (spans,) = render_jinja_template(
+                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **known
+            )
     except Exception as error:
-        raise _refusal(messages, error) from error
+        raise _refusal(tokenizer, messages, error) from error
     return text, spans
 
 
@@ -80,7 +96,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> None:
     for messages in (answer, [{"role": "system", "content": "system"}, *answer]):
         try:
             text, spans = render_marked(tokenizer, messages, None, **variables)
-        except OptionError:  # it may refuse this one, and none of the records
+        except TemplateMismatchError:  # it may refuse this one, and none of the records
             continue
         if not "".join(text[start:end] for start, end in spans).partition("answer")[2].strip():
             raise OptionError(
@@ -92,7 +108,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> None:
 
 def check_variables(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
     """The variables of the option chat_template_kwargs, a JSON mapping. Raises OptionError if no template reads one."""
-    variables: dict[str, Any] = json.loads(text)
+    variables: dict[str, Any] = load_json(text)
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
     known = names_in(tokenizer) - reserved
     if unknown := [name for name in variables if name not in known]:
@@ -110,14 +126,16 @@ def names_in(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The names that the tokenizer's chat templates read, and that they do not always set themselves."""
     templates = tokenizer.chat_template
     texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
-    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
+    # The search computes constant expressions of the template, so it needs the sandbox, too.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[jinja2.ext.loopcontrols])
     names: set[str] = set()
     for text in texts:
         plain = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", "", text)
         try:
-            names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
-        except jinja2.TemplateError as error:
-            raise OptionError(f"chat_template: {first_line(error)}\npass another --chat_template") from error
+            with limited(SECONDS, GIBIBYTES):
+                names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
+        except Exception as error:
+            raise OptionError(f"chat_template: {_cause(tokenizer, error)}\npass another --chat_template") from error
     return names
 
 
@@ -128,7 +146,7 @@ def trained_spans(
 
     This is for templates without markers. A turn starts where the prompt for it ends: the rendering of the messages
     before it, with add_generation_prompt. It ends with what the template writes after the turn whatever follows.
-    Costs about three renderings for each turn. Raises OptionError if the template does not allow it.
+    Costs about three renderings for each turn. Raises TemplateMismatchError if the template does not allow it.
     """
     renderings = _Renderings(tokenizer, conversation, text, variables)
     spans: list[Span] = []
@@ -137,7 +155,7 @@ def trained_spans(
         start = _start(renderings, index, words) if words else 0
         end = words[1] + len(_closing(renderings, index, words)) if words else 0
         if not (spans[-1][1] if spans else 0) <= start < end:
-            raise OptionError(
+            raise TemplateMismatchError(
                 f"chat_template: cannot find where turn {index} of a conversation begins and ends\n"
                 "pass a --chat_template that marks the answers with {% generation %} and {% endgeneration %}"
             )
@@ -166,7 +184,7 @@ class _Renderings:
             return render(
                 self.tokenizer, messages, self.conversation.tools, **self.variables, add_generation_prompt=prompt
             )
-        except OptionError:
+        except TemplateMismatchError:
             return None
 
     def first(self, length: int, prompt: bool = False) -> str | None:
@@ -236,8 +254,8 @@ def _closing(renderings: _Renderings, index: int, words: Span) -> str:
 def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     """What ends turn `index`, after its words: what the template writes there whatever follows.
 
-    White space at its end is left out, because the template writes it after the model has stopped. Raises OptionError
-    if the template writes nothing after an answer.
+    White space at its end is left out, because the template writes it after the model has stopped. Raises
+    TemplateMismatchError if the template writes nothing after an answer.
     """
     tokens, after = renderings.tokens, renderings.text[words[1] :]
     last = index == len(renderings.conversation.messages) - 1
@@ -245,7 +263,7 @@ def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     if alone is None:  # the template refuses a conversation that ends here
         return _first(tokens, after)
     if not alone.strip():
-        raise OptionError(
+        raise TemplateMismatchError(
             "chat_template: it writes nothing after an answer, so the model could not learn to stop\n"
             "pass a --chat_template that ends an answer, with EOS or another special token"
         )
@@ -337,6 +355,18 @@ def _with_date(variables: dict[str, Any]) -> dict[str, Any]:
     return variables | {"strftime_now": datetime.fromisoformat(variables.get("strftime_now", DATE)).strftime}
 
 
-def _refusal(messages: Messages, error: Exception) -> OptionError:
-    roles = ", ".join(str(message["role"]) for message in messages)
-    return OptionError(f"chat_template: it refuses a conversation of {roles}: {first_line(error)}")
+def _refusal(tokenizer: PreTrainedTokenizerBase, messages: Messages, error: Exception) -> OptionError:
+    """The error for messages that a chat template does not render."""
+    roles = brief(", ".join(str(message["role"]) for message in messages))
+    if isinstance(error, LimitError):
+        text = f"chat_template: a conversation of {roles}: {_cause(tokenizer, error)}"
+        return OptionError(f"{text}\ncorrect the template, or pass another --chat_template")
+    return TemplateMismatchError(f"chat_template: it refuses a conversation of {roles}: {_cause(tokenizer, error)}")
+
+
+def _cause(tokenizer: PreTrainedTokenizerBase, error: Exception) -> str:
+    """The message of an error of a template, with the last line of the template that was reached, and its file."""
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename in ("<template>", "<unknown>")]
+    file = getattr(tokenizer, "chat_template_file", None) or tokenizer.name_or_path
+    return first_line(error) + (f" (line {lines[-1]} of the template of {file})" if lines else "")

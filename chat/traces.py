@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chat.messages import CALL_ROLES, ROLES
 from chat.shapes import Conversation
-from chat.template import render
+from chat.template import TemplateMismatchError, render
 from config.errors import OptionError
 
 OTHER = "\ue000other\ue000"  # takes the place of a text or a name; no text has these characters
@@ -44,7 +44,7 @@ def check_traces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
         others[index] = {**messages[index], **changed}
         try:
             other = render(tokenizer, others, tools, **variables)
-        except OptionError:  # the template reads what has changed
+        except TemplateMismatchError:  # the template reads what has changed
             return
         if other == text:
             raise OptionError(

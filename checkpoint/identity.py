@@ -3,17 +3,23 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from checkpoint.files import MOST_JSON, STATE
+from checkpoint.output_dir import require_shared
 from checkpoint.ranks import broadcast_object, gather_objects
+from checkpoint.rng import is_rng_state
 from config.errors import OptionError
 from config.options import MAY_DIFFER_BETWEEN_NODES, Options
 from config.plan import Plan
 from model.weights import Weights, fingerprint_files
+from runtime.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,60 @@ class Progress:
     best: Best = dataclasses.field(default_factory=Best)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json. Raises OSError; ValueError unless each value is one that a run saves.
+
+    A checkpoint of an older version may lack fields of Progress that have a default; one of a newer version has fields
+    that are unknown here, and is refused.
+    """
+    state = read_json(path / STATE, MOST_JSON)
+
+    def require(fits: bool, name: str) -> None:
+        if not fits:
+            raise ValueError(f"{path / STATE}: {name} is not what a run saves")
+
+    keys = {"progress", "optimizer_steps", "options", "versions", "rng"}
+    require(isinstance(state, dict) and state.keys() == keys, "the list of its entries")
+    progress, best = state["progress"], {}
+    for name in ("progress", "optimizer_steps", "options", "versions"):
+        require(isinstance(state[name], dict), name)
+    types = {field.name: field.type for field in dataclasses.fields(Progress)}
+    identity = {field.name for field in dataclasses.fields(RunIdentity)}  # compared with the values of this run
+    require(identity | {"step", "tokens_seen"} <= progress.keys() <= identity | types.keys(), "the list of progress")
+    for name, value in progress.items():
+        if name in identity:
+            require(isinstance(value, str | int) and len(str(value)) <= 100, f"progress.{name}")
+        elif name == "best":
+            best = value
+        elif name == "cursor":
+            require(isinstance(value, list) and all(map(_is_place, value)), "progress.cursor")
+        else:
+            require(_fits(value, types[name]), f"progress.{name}")
+    types = {field.name: field.type for field in dataclasses.fields(Best)}
+    require(isinstance(best, dict) and best.keys() <= types.keys(), "progress.best")
+    for name, value in best.items():
+        require(_fits(value, types[name]), f"progress.best.{name}")
+    for name, value in state["optimizer_steps"].items():
+        require(_fits(value, float) and 0 <= value < 2**63, f"optimizer_steps of {name[:100]}")
+    rng = state["rng"]
+    require(isinstance(rng, list) and len(rng) > 0 and all(map(is_rng_state, rng)), "rng")
+    return state
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a JSON value is a place in a stream (data/stream.py), whose chunks are numbered with 43 bits."""
+    return isinstance(value, list) and len(value) == 6 and all(_fits(part, int) and part < 2**43 for part in value)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of the type of a field. Numbers are finite, and integers from 0 to 2^63 - 1."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return 0 <= value < 2**63 and (isinstance(value, kind) or isinstance(0.0, kind))
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
+
+
 def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel) -> RunIdentity:
     """The identity of the run that `options` describe. `model` may be on the meta device, wrapped or sharded."""
     return RunIdentity(
@@ -90,8 +150,8 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     return broadcast_object(digest.hexdigest())
 
 
-def require_same_run(options: Options, identity: RunIdentity, weights: Weights) -> None:
-    """Refuse ranks that were given different runs, weights or output directories. Every rank must call.
+def require_same_run(options: Options, identity: RunIdentity, weights: Weights, config: PretrainedConfig) -> None:
+    """Refuse ranks that were given different runs, models, weights or output directories. Every rank must call.
 
     All options must be equal but those in MAY_DIFFER_BETWEEN_NODES. Otherwise ranks would wait for each other in
     different collectives, train on other sequences than they should, or write a checkpoint that no node has in full.
@@ -102,16 +162,13 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights) 
     # one.
     run["torch_compile"] = options.torch_compile and options.model_parallel_size * options.expert_parallel > 1
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
-    sees_lock = (Path(options.output_dir) / ".lock").exists()
-    runs, sights = zip(*gather_objects((run, sees_lock)), strict=True)
+    run |= {f"config.json: {name}": value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    runs = gather_objects(run)
     if others := [rank for rank, other in enumerate(runs) if other != runs[0]]:
-        different = [name for name in run if any(other[name] != runs[0][name] for other in runs)]
+        names = {name: None for other in runs for name in other}
+        different = [name for name in names if any(other.get(name) != runs[0].get(name) for other in runs)]
         raise OptionError(
             f"ranks {others}: not the same as on rank 0: {', '.join(different)}\n"
             "pass all ranks the same options, files and Python version"
         )
-    if blind := [rank for rank, sees in enumerate(sights) if not sees]:
-        raise OptionError(
-            f"output_dir {options.output_dir}: ranks {blind} do not see what rank 0 writes there\n"
-            "pass a directory that all nodes share"
-        )
+    require_shared(Path(options.output_dir))

@@ -1,25 +1,33 @@
 """Choose a checkpoint, check it against its manifest, and load it under any number of ranks and any strategy."""
 
 import dataclasses
-import json
+import math
+import os
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
-from checkpoint.files import MANIFEST, WEIGHT_FILES, is_ours, list_checkpoints, size_and_hash
-from checkpoint.identity import Best, Progress, RunIdentity
-from checkpoint.ranks import broadcast_object
+from checkpoint.files import MANIFEST, WEIGHT_FILES, is_ours, list_checkpoints, read_manifest, size_and_hash
+from checkpoint.identity import Best, Progress, RunIdentity, read_state
+from checkpoint.ranks import broadcast_object, gather_objects
 from checkpoint.rng import restore_rng, seed_rank
 from checkpoint.state import named_parameters, optimizer_state
-from config.errors import OptionError
+from config.errors import OptionError, first_line
 from config.options import Options
 from model.export import unique_tensors
+from runtime.files import regular_file
+
+OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
 
 
 def choose_checkpoint(options: Options) -> Path | None:
@@ -31,7 +39,15 @@ def choose_checkpoint(options: Options) -> Path | None:
     chosen, error = broadcast_object(_look_for_checkpoint(options) if dist.get_rank() == 0 else None)
     if error:
         raise OptionError(error)
-    return Path(chosen) if chosen else None
+    if not chosen:
+        return None
+    seen = gather_objects(_manifest_seen(Path(chosen)))
+    if blind := [rank for rank, manifest in enumerate(seen) if not manifest or manifest != seen[0]]:
+        raise OptionError(
+            f"resume_from_checkpoint {chosen}: ranks {blind} do not see there what rank 0 sees\n"
+            "pass a checkpoint in a directory that all nodes share"
+        )
+    return Path(chosen)
 
 
 def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
@@ -40,7 +56,7 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         return None, None
     if wanted != "auto":
         found = problems(Path(wanted))
-        remedy = "pass --resume_from_checkpoint auto, or another checkpoint"
+        remedy = OTHER_CHECKPOINT
         if found and Path(wanted).is_dir() and not is_ours(Path(wanted)):
             remedy = "another trainer wrote it; to start from a model of it, pass its weights as --model_name_or_path"
         return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
@@ -67,14 +83,37 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
 def problems(path: Path) -> list[str]:
     """The differences between a checkpoint and its manifest, in words; empty for a valid one. Reads every byte."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
         with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
-            actual = dict(zip(manifest, threads.map(lambda name: size_and_hash(path / name), manifest), strict=True))
+            intact = list(threads.map(lambda name: _is_intact(path / name, manifest[name]), manifest))
+        if not all(intact):
+            return [f"{path / name} is not what was saved" for name, ok in zip(manifest, intact, strict=True) if not ok]
+        read_state(path)
     except FileNotFoundError as error:
         return [f"{error.filename} is missing"]
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST} cannot be read: {error}"]
-    return [f"{path / name} is not what was saved" for name in manifest if manifest[name] != actual[name]]
+    except OSError as error:
+        return [f"{error.filename or path} cannot be read: {error.strerror or error}"]
+    except ValueError as error:
+        return [first_line(error)]
+    return []
+
+
+def _is_intact(path: Path, entry: Any) -> bool:
+    """Whether a file is what its entry in a manifest says. A file of another size is not read. Raises OSError."""
+    with open(path, "rb", opener=regular_file) as file:
+        size = os.fstat(file.fileno()).st_size
+    return isinstance(entry, dict) and entry.get("bytes") == size and entry == size_and_hash(path)
+
+
+def _manifest_seen(path: Path) -> str:
+    """The SHA-256 of a checkpoint's manifest; "" unless this rank sees all its files, with the sizes that it says."""
+    try:
+        manifest = read_manifest(path)
+        if any((path / name).stat().st_size != entry["bytes"] for name, entry in manifest.items()):
+            return ""
+        return size_and_hash(path / MANIFEST)["sha256"]
+    except (OSError, ValueError):
+        return ""
 
 
 def load_checkpoint(
@@ -88,7 +127,9 @@ def load_checkpoint(
     Returns how far the run was. The tensors are resharded to the current topology. With another number of ranks, each
     RNG is seeded from seed, step and rank instead. Raises OptionError if the checkpoint belongs to another identity.
     """
-    state = json.loads((path / "state.json").read_text())
+    state, error = broadcast_object(_read_state_or_error(path) if dist.get_rank() == 0 else None)
+    if error:
+        raise OptionError(f"resume_from_checkpoint {path}: {error}\n{OTHER_CHECKPOINT}")
     saved = state["progress"]
     for field in dataclasses.fields(RunIdentity):
         was, now = saved[field.name], getattr(identity, field.name)
@@ -99,10 +140,12 @@ def load_checkpoint(
     known = [field.name for field in dataclasses.fields(Progress) if field.name in saved]
     progress = Progress(**{name: saved[name] for name in known} | {"best": Best(**saved.get("best", {}))})
 
-    moments, _ = optimizer_state(optimizer)
+    moments, steps = optimizer_state(optimizer)
     for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
         load_tensors(path / name, tensors)
     parameters = named_parameters(optimizer)
+    if state["optimizer_steps"].keys() != steps.keys():
+        raise OptionError(f"resume_from_checkpoint {path}: its optimizer had other parameters\n{OTHER_CHECKPOINT}")
     for name, step in state["optimizer_steps"].items():
         optimizer.state[parameters[name]]["step"].fill_(step)
 
@@ -114,6 +157,42 @@ def load_checkpoint(
     return progress
 
 
+def _read_state_or_error(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return read_state(path), ""
+    except (OSError, ValueError) as error:
+        return {}, first_line(error)
+
+
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Load `model/` or `optimizer/` of a checkpoint into `tensors`, in place. Every rank must call."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    """Load `model/` or `optimizer/` of a checkpoint into `tensors`, in place. Every rank must call.
+
+    Raises OptionError on all ranks if a tensor is missing there, or has another shape or dtype. Other tensors than
+    `tensors` are not read.
+    """
+    try:
+        if misfit := broadcast_object(_misfit(folder, tensors) if dist.get_rank() == 0 else ""):
+            raise OptionError(f"{folder}: {misfit}\n{OTHER_CHECKPOINT}")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except dcp.CheckpointException as failed:  # no Exception; every rank gets the errors of all
+        causes = [first_line(error) for error, _ in failed.failures.values() if isinstance(error, Exception)]
+        raise OptionError(f"{folder}: it cannot be loaded: {min(causes)}\n{OTHER_CHECKPOINT}") from failed
+
+
+def _misfit(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """The first of `tensors` that the headers of the files in `folder` do not hold in full, in words; or ""."""
+    found: dict[str, int] = defaultdict(int)  # numbers of each tensor, in all shards
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys() & tensors.keys():
+                    view = file.get_slice(name)
+                    if str_to_torch_dtype.get(view.get_dtype()) != tensors[name].dtype:
+                        return f"{name} is {view.get_dtype()} in {path.name}, and {tensors[name].dtype} in this run"
+                    found[name] += math.prod(view.get_shape())
+    except (OSError, SafetensorError) as error:
+        return f"{path.name} is damaged: {first_line(error)}"
+    for name, tensor in tensors.items():
+        if found[name] != tensor.numel():
+            return f"it holds {found[name]:,} of the {tensor.numel():,} numbers of {name}"
+    return ""

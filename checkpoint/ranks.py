@@ -1,6 +1,7 @@
 """Python objects and file work over all ranks: every rank must call, and all see the same result or error."""
 
 import contextlib
+import hashlib
 import os
 import uuid
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint.files import fsync_and_hash
@@ -19,14 +20,10 @@ from config.errors import OptionError
 def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The result of `compute`, read from `path` if an earlier run has stored it there. Every rank must call.
 
-    All ranks get the same CPU tensors. Only rank 0 reads and writes. A damaged file is computed again. Raises
-    OptionError on all ranks if rank 0 cannot write.
+    All ranks get the same CPU tensors. Only rank 0 reads and writes. A damaged file, or one that was stored under
+    another name, is computed again. Raises OptionError on all ranks if rank 0 cannot write.
     """
-    found = None
-    if dist.get_rank() == 0:
-        with contextlib.suppress(OSError, SafetensorError):
-            found = load_file(path)
-    found = broadcast_object(found)
+    found = broadcast_object(_stored(path) if dist.get_rank() == 0 else None)
     if found is not None:
         return found
     computed = compute()
@@ -35,7 +32,7 @@ def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
         if dist.get_rank() == 0:
             beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
             try:
-                save_file(computed, beside)
+                save_file(computed, beside, {"sha256": _hash_tensors(path.name, computed)})
                 fsync_and_hash(beside)
                 os.replace(beside, path)
             except SafetensorError as error:  # of the operating system: a full disk
@@ -48,6 +45,24 @@ def compute_once(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
     except OSError as error:
         raise OptionError(f"{path}: it cannot be written: {error}; pass a --data_cache_dir with room") from error
     return computed
+
+
+def _stored(path: Path) -> dict[str, Tensor] | None:
+    """The tensors in a file of `compute_once`, or None if it is missing or damaged."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, because it is no dictionary
+        if (file.metadata() or {}).get("sha256") == _hash_tensors(path.name, tensors):
+            return tensors
+    return None
+
+
+def _hash_tensors(name: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the name of a file and its tensors: their names, shapes and contents."""
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
@@ -78,3 +93,10 @@ def run_together(work: Callable[[], Any], group: dist.ProcessGroup | None = None
     if failures := [error for error in errors if error]:
         raise OSError(failures[0])
     return list(results)
+
+
+def raise_together(error: OptionError | None) -> None:
+    """Raise on every rank the first OptionError that a rank has. Every rank must call, with its error or None."""
+    for number, message in enumerate(gather_objects(error and str(error))):
+        if message:
+            raise OptionError(message if number == dist.get_rank() else f"rank {number}: {message}")

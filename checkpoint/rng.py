@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from typing import Any
 
 import torch
 
@@ -17,6 +18,20 @@ def rng_state() -> dict[str, str]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def is_rng_state(state: Any) -> bool:
+    """Whether a JSON value is a state that `restore_rng` accepts: of a CPU, perhaps with a state of a GPU."""
+    if not isinstance(state, dict) or not {"cpu"} <= state.keys() <= {"cpu", "cuda"}:
+        return False
+    try:
+        states = {device: base64.b64decode(text, validate=True) for device, text in state.items()}
+        torch.Generator().set_state(torch.frombuffer(bytearray(states["cpu"]), dtype=torch.uint8))
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    # A state of a GPU is the seed and the offset of Philox, 8 bytes each. The offset counts in steps of 4.
+    cuda = states.get("cuda", bytes(16))
+    return len(cuda) == 16 and int.from_bytes(cuda[8:], "little") % 4 == 0
 
 
 def restore_rng(state: dict[str, str]) -> None:

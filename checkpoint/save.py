@@ -13,6 +13,7 @@ All ranks must see the same output directory.
 import dataclasses
 import json
 import platform
+import shutil
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 
 from checkpoint.files import MANIFEST, fsync, fsync_and_hash, prune
 from checkpoint.identity import Progress, RunIdentity
-from checkpoint.ranks import broadcast_object, gather_objects, run_together
+from checkpoint.ranks import broadcast_object, gather_objects, raise_together, run_together
 from checkpoint.rng import rng_state
 from checkpoint.state import optimizer_state, tensors_to_write
 from config.errors import OptionError
@@ -52,8 +53,9 @@ class Saver:
     The thread's collectives use their own process group, because they must not mix with the collectives of the loop.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, *failures: list[OptionError]) -> None:
+        """Make a saver, with lists of `failures` to write other files of the run. This rank adds to them."""
+        self.options, self.failures = options, failures
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.ddp_timeout))
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future[None] | None = None
@@ -92,11 +94,12 @@ class Saver:
             self.wait()
 
     def failed(self) -> bool:
-        """Whether this rank's last checkpoint failed. The ranks must agree on it, and then all call `wait`."""
-        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+        """Whether this rank cannot write a file. The ranks must agree on it, and then all call `wait`."""
+        unsaved = self.writing is not None and self.writing.done() and self.writing.exception() is not None
+        return unsaved or any(self.failures)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one cannot write."""
+        """Wait until the last checkpoint is on the disk. Raises OptionError on all ranks if one cannot write a file."""
         try:
             if self.writing:
                 self.writing.result()
@@ -110,6 +113,14 @@ class Saver:
                 "make room or pass another directory; the previous checkpoint is intact: --resume_from_checkpoint auto"
             ) from error
         self.writing = None
+        failures = gather_objects([str(failure) for failures in self.failures for failure in failures])
+        if any(failures):
+            raise OptionError(next(filter(None, failures))[0])
+
+    def fail(self, other: OptionError | None) -> None:
+        """Wait as `wait` does, then raise the `other` error of any rank on all ranks. Every rank must call."""
+        self.wait()
+        raise_together(other)
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the tensors in host memory: page-locked for fast GPU copies, and reused by the next save."""
@@ -151,9 +162,14 @@ def _write(snapshot: Snapshot, options: Options, group: dist.ProcessGroup) -> No
         fsync(output_dir)
         prune(output_dir, options.save_total_limit, snapshot.state["progress"]["best"]["step"])
 
-    run_together(write_state, group)
-    for name, tensors in (("model", snapshot.parameters), ("optimizer", snapshot.moments)):
-        writer = dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-    digests = run_together(sync, group)
-    run_together(complete, group)
+    try:
+        run_together(write_state, group)
+        for name, tensors in (("model", snapshot.parameters), ("optimizer", snapshot.moments)):
+            writer = dcp.HuggingFaceStorageWriter(str(saving / name), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
+        digests = run_together(sync, group)
+        run_together(complete, group)
+    except (OSError, dcp.CheckpointException):  # on all ranks, so no rank still writes
+        if rank == 0:
+            shutil.rmtree(saving, ignore_errors=True)  # a full disk has room again
+        raise

@@ -28,6 +28,7 @@ from config.options import Options
 from config.plan import mesh_shape
 from estimate.flops import flops_per_token
 from loss.objective import build_objective
+from loss.router import begin_step
 from metrics.hardware import peak_memory_gib
 from model.adapt import adapt_model
 from model.build import build_model
@@ -46,16 +47,24 @@ class Rank(NamedTuple):
     strategy: ModuleType
     device: torch.device
     model: PreTrainedModel
+    objective: nn.Module
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
 
     def step(self, tokens_BT: Tensor) -> None:
         """What train.py does in a step, on the same micro-batch each time."""
         accumulation = self.options.gradient_accumulation_steps
+        batch = {
+            "input_ids": tokens_BT,
+            "labels": tokens_BT,
+            "tokens": tokens_BT.new_full(tokens_BT.shape[:1], tokens_BT.shape[1]),
+        }
+        tokens = accumulation * tokens_BT.numel()
+        begin_step(self.objective, self.wrapped, [batch] * accumulation, tokens, tokens, self.device)
         for index in range(accumulation):
             self.strategy.set_gradient_sync(self.wrapped, self.options.sync_each_batch or index == accumulation - 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-                loss = self.wrapped(input_ids=tokens_BT, labels=tokens_BT)
+                loss = self.wrapped(**batch)
             (loss / tokens_BT.numel()).backward()
         norm = self.strategy.grad_norm(self.wrapped)
         self.optimizer.grad_scale = ((norm + 1e-6) / self.options.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
@@ -98,7 +107,7 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     optimizer = build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
-    return Rank(options, strategy, device, model, wrapped, optimizer)
+    return Rank(options, strategy, device, model, objective, wrapped, optimizer)
 
 
 def skip_all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -1,11 +1,13 @@
 """The checks of options: what cannot work is refused before anything is started."""
 
 import dataclasses
+import getpass
 import importlib.util
-import json
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from config.errors import OptionError
 from config.options import EPOCH, INTERVALS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 from config.schedule import check_schedule
+from config.text import load_json
 from config.validation import check_metric
 
 POSITIVE = (
@@ -33,6 +36,7 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
+    "seed",
     "router_bias_update_rate",
     "learning_rate",
     "warmup_steps",
@@ -103,6 +107,7 @@ def check_data(options: Options) -> None:
     """Refuse what cannot work of the options for data and sequences. Raises OptionError."""
     _at_least(options, "block_size", 2)
     _at_least(options, "preprocessing_num_workers", 1)
+    _at_least(options, "max_record_bytes", 1)
     _at_least(options, "max_targetless_fraction", 0)
     if not 0 <= options.validation_split_percentage < 100:
         raise OptionError(f"validation_split_percentage {options.validation_split_percentage}: pass 0 to 99")
@@ -138,7 +143,7 @@ def check_data(options: Options) -> None:
         mixture_weights(options.train_mixture)
     if options.chat_template_kwargs is not None:
         try:
-            variables = json.loads(options.chat_template_kwargs)
+            variables = load_json(options.chat_template_kwargs)
         except ValueError:
             variables = None
         if not isinstance(variables, dict):
@@ -281,6 +286,32 @@ def _check_machine(options: Options) -> None:
             print(f"torch_compile: off, because {missing} is not here; training is slower", file=sys.stderr)
     if options.activation_memory_budget is not None:
         _check_memory_budget(options, options.activation_memory_budget)
+    if options.torch_compile:
+        _claim_compiler_cache()
+
+
+def _claim_compiler_cache() -> None:
+    """Create torch's directory of compiled code, or refuse another user's: torch unpickles and executes its files.
+
+    The default is in /tmp, under a name that any user of the machine can take first.
+    """
+    try:
+        default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    except (KeyError, OSError):  # a user without a name
+        default = Path(tempfile.gettempdir()) / f"torchinductor_uid_{os.getuid()}"
+    path = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default)))
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise OptionError(
+            f"torch_compile true: {path}: {error.strerror}\nset TORCHINDUCTOR_CACHE_DIR to a directory of yours"
+        ) from error
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+        raise OptionError(
+            f"torch_compile true: other users can write to {path}, and so choose what torch executes\n"
+            "set TORCHINDUCTOR_CACHE_DIR to a directory of yours"
+        )
 
 
 def _missing_for_compilation() -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -256,14 +257,12 @@ def _value(kind: Any) -> dict[str, Any]:
 
 
 def _whole_number(text: str) -> int:
-    """An integer, which may be written as 1e3."""
-    try:
-        return int(text)
-    except ValueError:
-        with contextlib.suppress(ValueError, OverflowError):
-            if (number := float(text)) == int(number):
-                return int(number)
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    """An integer of less than 63 bits, which may be written as 1e3."""
+    with contextlib.suppress(ValueError, OverflowError):
+        number = int(text) if re.fullmatch(r"\s*[-+]?\d+\s*", text) else float(text)
+        if number == int(number) and abs(number) < 2**62:
+            return int(number)
+    raise argparse.ArgumentTypeError(f"invalid int value: {text!r}")
 
 
 def _interval(text: str) -> float:

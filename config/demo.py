@@ -35,7 +35,8 @@ END_OF_TEXT = "<|endoftext|>"
 def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 4,096 tokens, trained once on the text of the demo and stored in `cache_dir`.
 
-    Any number of processes may call it at the same time. The first one trains, and the others wait for its lock.
+    Any number of processes may call it at the same time. The first one trains, and the others wait for its lock. A
+    stored tokenizer whose files have changed is trained again.
     """
     files = demo_files()
     digest = hashlib.sha256()
@@ -44,7 +45,8 @@ def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
     cached = cache_dir / f"tokenizer-{digest.hexdigest()[:16]}-{DEMO_VOCABULARY}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
-        if not (cached / "complete").exists():
+        complete = cached / "complete"  # has the hash of the other files, and is written last
+        if not complete.exists() or complete.read_bytes() != _hash_files(cached):
             bpe = Tokenizer(models.BPE())
             bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             bpe.decoder = decoders.ByteLevel()
@@ -57,8 +59,16 @@ def demo_tokenizer(cache_dir: Path) -> PreTrainedTokenizerFast:
             texts = (path.read_bytes().decode(errors="replace") for path in files)
             bpe.train_from_iterator(texts, trainer)
             PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT).save_pretrained(cached)
-            (cached / "complete").touch()
+            complete.write_bytes(_hash_files(cached))
         return PreTrainedTokenizerFast.from_pretrained(cached)
+
+
+def _hash_files(folder: Path) -> bytes:
+    """SHA-256 over the contents of the .json files of `folder`, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest().encode()
 
 
 def demo_files() -> list[Path]:

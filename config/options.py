@@ -108,6 +108,7 @@ class Options:
     text_column: str = option(DATA, "text", "Column that holds the text of a document.")
     streaming: bool = option(DATA, False, "Read and tokenize while training, for data larger than the disk.")
     data_cache_dir: str = option(DATA, "~/.cache/raw-trainer", "Directory of tokenized data, kept between runs.")
+    max_record_bytes: int = option(DATA, 1 << 26, "Largest record, or line of text. A larger one is refused.")
     preprocessing_num_workers: int | None = option(DATA, None, "Processes that tokenize. Default: one for each core.")
     dataloader_num_workers: int = option(DATA, 2, "Processes of each rank that load micro-batches.")
     dataloader_prefetch_factor: int = option(DATA, 2, "Micro-batches that each of them loads ahead.")
@@ -139,7 +140,7 @@ class Options:
         OBJECTIVE, None, "Mixtures: weight of the load-balancing loss. Default: the model's configuration."
     )
     router_bias_update_rate: float = option(
-        OBJECTIVE, 0.0, "Mixtures: step of the biases that balance experts without a loss; 0.001 in DeepSeek-V3."
+        OBJECTIVE, 0.0, "Mixtures: step of the biases that balance experts, as 0.001."
     )
 
     num_train_epochs: float = option(OPTIMIZER, 3.0, "Passes over the training sequences. 0: only evaluate.")
@@ -199,6 +200,7 @@ class Options:
         STRATEGY, None, "Default: nccl on GPUs, else gloo. gloo lets ranks share a GPU."
     )
     ddp_timeout: int = option(STRATEGY, 1800, "Seconds after which a collective fails.")
+    flight_recorder: bool = option(STRATEGY, False, "Write the last collectives of each rank when one hangs.")
     deepspeed: str | None = option(
         STRATEGY, None, "DeepSpeed file; its keys become options (config/peers/deepspeed.py)."
     )

@@ -10,8 +10,11 @@ import yaml
 
 from config.errors import OptionError, first_line
 from config.options import LISTS, Options
+from config.text import load_json, read_text
 
 RUN_FILES = (".json", ".yaml", ".yml")
+
+MOST_VALUES = 100_000  # in a YAML file, where aliases of aliases can stand for any number of values
 
 OURS = {field.name for field in dataclasses.fields(Options)}
 
@@ -31,7 +34,7 @@ def read_run_file(name: str) -> dict[str, str]:
     if path.suffix not in RUN_FILES:
         raise OptionError(f"{name}: not an option and not a .json or .yaml file of options")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         values = read_json(text) if path.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         where = getattr(error, "problem_mark", None)
@@ -59,7 +62,7 @@ def read_json(text: str) -> Any:
             _refuse_repeats(yaml.compose(text.replace("\t", " "), yaml.SafeLoader))
         return mapping
 
-    return json.loads(text, object_pairs_hook=without_repeats)
+    return load_json(text, object_pairs_hook=without_repeats)
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,8 +81,12 @@ def _read_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             return None
+        if _size(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases make it a file of more than {MOST_VALUES:,} values")
         _refuse_repeats(node)
         loader.flatten_mapping(node)  # merges << into it
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError("each key must be the name of an option")
         return {key.value: _value(loader, value) for key, value in node.value}
     finally:
         loader.dispose()
@@ -91,6 +98,16 @@ def _value(loader: _Loader, node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode) and all(isinstance(child, yaml.ScalarNode) for child in node.value):
         return [_value(loader, child) for child in node.value]
     return loader.construct_object(node, deep=True)
+
+
+def _size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """The number of values in a node, if each alias is written out. `sizes` are those of the nodes so far, by id."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        children = [child for pair in node.value for child in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _refuse_repeats(node: yaml.Node | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from config.errors import OptionError
 from config.options import DEEPSPEED_SCHEDULES, TRANSFORMERS_SCHEDULES, Options
+from config.text import load_json
 
 # The parameters that are words or numbers of steps. All others are numbers from 0.
 WORDS = dict.fromkeys(DEEPSPEED_SCHEDULES, ("log", "linear")) | {"warmup_stable_decay": ("linear", "cosine", "1-sqrt")}
@@ -32,7 +33,7 @@ def schedule_parameters(options: Options) -> dict[str, Any]:
     """
     kind, text = options.lr_scheduler_type, options.lr_scheduler_kwargs or "{}"
     try:
-        parameters = {name: value for name, value in json.loads(text).items() if value is not None}
+        parameters = {name: value for name, value in load_json(text).items() if value is not None}
     except (ValueError, AttributeError) as error:
         raise OptionError(f"lr_scheduler_kwargs {text}: {_takes(kind)}") from error
     if options.min_lr is None:

@@ -1,11 +1,11 @@
 """Validation in the options: the sets by name, the metric that chooses the best model, and what that needs."""
 
-import json
 import re
 from pathlib import Path
 
 from config.errors import OptionError
 from config.options import Options
+from config.text import load_json
 
 NAME = re.compile(r"[\w-]+")  # of a validation set
 
@@ -24,7 +24,7 @@ def validation_files(value: str) -> dict[str, str]:
         try:
             parts = [
                 (name, ",".join(files) if isinstance(files, list) else files)
-                for name, files in json.loads(value, object_pairs_hook=list)
+                for name, files in load_json(value, object_pairs_hook=list)
             ]
         except (ValueError, TypeError) as error:
             raise OptionError(f"validation_file {value}: pass a JSON mapping of names to files: {error}") from error

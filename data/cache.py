@@ -2,7 +2,7 @@
 
 One process reads, and others tokenize: one for each core by default. Results are written in the order of the text, so
 they do not depend on the number of processes. Each process holds a few chunks of text, whatever the size of the files.
-An interrupted preparation resumes where it stopped.
+An interrupted preparation resumes where it stopped. A start that finds a damaged file prepares the data again.
 """
 
 import hashlib
@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -28,13 +31,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from config.errors import OptionError
+from data.files.bounded import COMPRESSIONS
+from data.files.checked import VERIFIED_AT_START, CheckedWriter, Content, DamagedError, read_checked, write_checked
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, COMPRESSIONS, START, Position, RawRecord, Source, chunks, parsed, read, size_of
-from data.sequences import Split
+from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
+from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
-from runtime import follow_parent
+from runtime import ignore_signals
+from runtime.files import require_trusted
 
-FORMAT = 6  # raise it when the files of an older version can no longer be read
+FORMAT = 7  # raise it when the files of an older version can no longer be read
 
 RECORD = np.dtype([("tokens", "<i8"), ("trained_on", "<i8"), ("last_trained", "<u4"), ("outcome", "u1"), ("had", "u1")])
 
@@ -80,23 +86,52 @@ def prepare_source(
     others wait.
     """
     key = cache_key(source, rendering, packing, percentage)
-    partial = cache / f"{key}.partial"
+    partial, folder = cache / f"{key}.partial", cache / key
+    with suppress(DamagedError, FileNotFoundError):  # another process may remove what is damaged
+        return _verified(folder)  # the usual case, without the lock, so that the ranks verify at the same time
     try:
         with FileLock(cache / f"{key}.lock"):
-            if not (cache / key).exists():
-                _remove_abandoned(cache)
-                partial.mkdir(exist_ok=True)
-                try:
-                    _write(partial, source, rendering, packing, percentage, workers)
-                except OptionError:
-                    shutil.rmtree(partial)  # a changed file or option will have another key
-                    raise
-                partial.rename(cache / key)
+            try:
+                return _verified(folder)  # another process has prepared it meanwhile
+            except DamagedError as error:
+                if folder.exists():
+                    print(f"{error}\nprepared data was damaged; it is prepared again", file=sys.stderr)
+                    shutil.rmtree(folder)
+            _remove_abandoned(cache)
+            if partial.exists():
+                require_trusted(partial, cache)
+            partial.mkdir(exist_ok=True)
+            try:
+                _write(partial, source, rendering, packing, percentage, workers)
+            except OptionError:
+                shutil.rmtree(partial)  # a changed file or option will have another key
+                raise
+            partial.rename(folder)
+            return _verified(folder)
     except OSError as error:
-        raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a directory with more room") from error
-    about = json.loads((cache / key / "about.json").read_text())
+        raise OptionError(
+            f"data_cache_dir {cache}: {error.strerror or error}; pass a directory with more room"
+        ) from error
+
+
+def _verified(folder: Path) -> Prepared:
+    """The prepared source in `folder`. Raises DamagedError if a file is not the one that was written.
+
+    Larger files than VERIFIED_AT_START are verified only where a sequence is read. Raises OptionError if the folder
+    belongs to a user who is not trusted.
+    """
+    if folder.exists():
+        require_trusted(folder, folder.parent)
+    about = read_checked(folder / "about.json")
+    if about.pop("key") != folder.name:
+        raise DamagedError(f"{folder / 'about.json'}: is of other data")
     counts = {name: Split(**values) for name, values in about.pop("counts").items()}
-    return Prepared(cache / key, counts=counts, **about)
+    for name in counts:
+        for array in open_prepared(folder, name):
+            if array.content.bytes <= VERIFIED_AT_START:
+                array.verify()
+    del about["files"]
+    return Prepared(folder, counts=counts, **about)
 
 
 def cache_key(source: Source, rendering: Rendering, packing: Packing, percentage: int) -> str:
@@ -117,43 +152,42 @@ def _write(
     folder: Path, source: Source, rendering: Rendering, packing: Packing, percentage: int, workers: int | None
 ) -> None:
     """Write tokens, sequences, counts and about.json of a source into `folder`."""
-    unused = _write_tokens(folder, source, encoder(rendering), workers)
+    unused, tokens = _write_tokens(folder, source, encoder(rendering), workers)
     records: Records = np.fromfile(folder / "records.bin", RECORD)
     each = 2 if rendering.shape == "preference" else 1  # entries of records.bin for each record of the source
     outcomes = records["outcome"][::each]  # of a pair, both are left out or none
     _check_targetless(source, outcomes, rendering)
     first = _first_held_out(outcomes, percentage) * each
     splits = {"train": slice(0, first), "validation": slice(first, None)} if percentage else {"train": slice(None)}
-    counts = {
-        name: _write_sequences(folder / name, source, rendering.shape, packing, records, part)
-        for name, part in splits.items()
-    }
-    digest = hashlib.sha256()
-    for path in [
-        folder / "tokens.bin",
-        *(folder / name / file for name in splits for file in ("segments.bin", "sequences.bin")),
-    ]:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    written, counts = {"tokens.bin": tokens}, {}
+    for name, part in splits.items():
+        counts[name], segments, sequences = _write_sequences(
+            folder / name, source, rendering.shape, packing, records, part
+        )
+        written |= {f"{name}/segments.bin": segments, f"{name}/sequences.bin": sequences}
+    digest = hashlib.sha256(b"".join(bytes.fromhex(content.sha256) for content in written.values()))
     stop_tokens = Counter(records["last_trained"][records["outcome"] == Outcome.DOCUMENT].tolist()).most_common(2)
     about = {
+        "key": folder.name.removesuffix(".partial"),
         "fingerprint": digest.hexdigest(),
         "packing": packing.kind,
         "stop_tokens": [token for token, _ in stop_tokens if can_stop(rendering.tokenizer, token)],
         "unused": unused,
         "counts": {name: asdict(split) for name, split in counts.items()},
+        "files": {name: asdict(content) for name, content in written.items()},
     }
-    (folder / "about.json").write_text(json.dumps(about, indent=2))
+    write_checked(folder / "about.json", about)
     (folder / "progress.json").unlink(missing_ok=True)
 
 
 def _write_tokens(
     folder: Path, source: Source, encode: Callable[[list[RawRecord]], Encoded], workers: int | None
-) -> dict[str, int]:
-    """Write tokens.bin and records.bin, and return the columns not used. If progress.json exists, resume there."""
-    done = Done(0, 0, 0, START, {})
-    with suppress(FileNotFoundError):
-        done = Done(*json.loads((folder / "progress.json").read_text()))
+) -> tuple[dict[str, int], Content]:
+    """Write tokens.bin and records.bin. Returns the columns not used, and the content of tokens.bin.
+
+    If progress.json exists, resume there.
+    """
+    done, tokens_file, records_file = _resume(folder)
     plain = not any(path.suffix.lower() in (".parquet", *COMPRESSIONS) for path in source.files)
     size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
     bar = tqdm(
@@ -166,9 +200,8 @@ def _write_tokens(
         disable=None,
     )
     saved = time.monotonic()
-    with open(folder / "tokens.bin", "ab") as tokens_file, open(folder / "records.bin", "ab") as records_file, bar:
-        tokens_file.truncate(done.tokens * 4)
-        records_file.truncate(done.records * RECORD.itemsize)
+    files = {"tokens.bin": tokens_file, "records.bin": records_file}
+    with bar:
         for (tokens, records, unused), size, after in _tokenized(
             chunks(read(source, done.after), CHUNK), encode, workers
         ):
@@ -183,13 +216,32 @@ def _write_tokens(
             )
             bar.update(size)
             if time.monotonic() - saved >= SYNC:
-                for file in (tokens_file, records_file):
-                    file.flush()
-                    os.fsync(file.fileno())
-                (folder / "progress.tmp").write_text(json.dumps(done))
-                os.replace(folder / "progress.tmp", folder / "progress.json")
+                for file in files.values():
+                    file.sync()
+                hashes = {name: file.sha256() for name, file in files.items()}
+                write_checked(folder / "progress.json", {"done": done, "sha256": hashes})
                 saved = time.monotonic()
-    return done.unused
+    records_file.close()
+    return done.unused, tokens_file.close()
+
+
+def _resume(folder: Path) -> tuple[Done, CheckedWriter, CheckedWriter]:
+    """The progress of an interrupted preparation, and its two files. The start if there is none, or it is damaged."""
+    tokens, records = folder / "tokens.bin", folder / "records.bin"
+    if (folder / "progress.json").exists():
+        try:
+            progress = read_checked(folder / "progress.json")
+            done = Done(*progress["done"])
+            files = CheckedWriter(tokens, done.tokens * 4), CheckedWriter(records, done.records * RECORD.itemsize)
+            for file in files:
+                if file.sha256() != progress["sha256"][file.path.name]:
+                    raise DamagedError(f"{file.path}: its bytes are not those that were written")
+            return done, *files
+        except (DamagedError, OSError) as error:
+            print(f"{error}\nthe interrupted preparation was damaged; it starts again", file=sys.stderr)
+            shutil.rmtree(folder)
+            folder.mkdir()
+    return Done(0, 0, 0, START, {}), CheckedWriter(tokens), CheckedWriter(records)
 
 
 def _tokenized(
@@ -222,6 +274,11 @@ def _tokenized(
                 yield future.result(), size, after
         for future, size, after in running:
             yield future.result(), size, after
+    except BrokenProcessPool as error:
+        raise OptionError(
+            f"preprocessing_num_workers {len(first)}: a process that tokenizes was killed, perhaps for lack of memory\n"
+            "pass a smaller --preprocessing_num_workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -231,8 +288,10 @@ def _become_worker(encode: Callable[[list[RawRecord]], Encoded]) -> None:
     global _encode
     _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow_parent()
+    # A signal may reach all processes of a job, and the parent answers it. SIGTERM may also come from the pool, which
+    # ends its workers when one was killed. So a worker ends soon, but later than a parent that had the signal, too.
+    ignore_signals(0)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(2, os._exit, (1,)).start())
 
 
 _encode: Callable[[list[RawRecord]], Encoded]
@@ -278,20 +337,21 @@ def _first_held_out(outcomes: NDArray[np.uint8], percentage: int) -> int:
 
 def _write_sequences(
     folder: Path, source: Source, shape: str, packing: Packing, all_records: Records, part: slice
-) -> Split:
-    """Write segments.bin and sequences.bin of the split that has the records of `part`. Returns its counts."""
+) -> tuple[Split, Content, Content]:
+    """Write segments.bin and sequences.bin of the split that has the records of `part`. Returns its counts and both."""
     records = all_records[part]
     lengths, outcomes = records["tokens"], records["outcome"]
     folder.mkdir(exist_ok=True)
     first_token = all_records["tokens"][: part.start or 0].sum()
     sequences, segments, used = 0, 0, 0
-    with open(folder / "segments.bin", "wb") as segments_file, open(folder / "sequences.bin", "wb") as sequences_file:
-        np.zeros(1, np.int64).tofile(sequences_file)
-        for packed in pack_in_parts(packing, document_lengths(lengths, outcomes)):
-            (packed.segments + first_token).tofile(segments_file)
-            (packed.first_segments[1:] + segments).tofile(sequences_file)
-            sequences, segments = sequences + len(packed.first_segments) - 1, segments + len(packed.segments)
-            used += int((packed.segments[:, 1] - packed.segments[:, 0]).sum())
+    segments_file, sequences_file = CheckedWriter(folder / "segments.bin"), CheckedWriter(folder / "sequences.bin")
+    sequences_file.write(np.zeros(1, np.int64).tobytes())
+    for packed in pack_in_parts(packing, document_lengths(lengths, outcomes)):
+        segments_file.write((packed.segments + first_token).tobytes())
+        sequences_file.write((packed.first_segments[1:] + segments).tobytes())
+        sequences, segments = sequences + len(packed.first_segments) - 1, segments + len(packed.segments)
+        used += int((packed.segments[:, 1] - packed.segments[:, 0]).sum())
+    written = segments_file.close(), sequences_file.close()
     number = np.bincount(outcomes, minlength=len(Outcome)).tolist()
     split = Split(
         shape=shape,
@@ -313,4 +373,4 @@ def _write_sequences(
             f"sequence of block_size {packing.block_size}\npass more text, a smaller --block_size"
             f"{'' if whole else ' or another --validation_split_percentage'}"
         )
-    return split
+    return split, *written

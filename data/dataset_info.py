@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import OptionError, first_line
+from config.text import load_json, read_text
 
 FILE_NAME = "dataset_info.json"
 
@@ -142,7 +143,7 @@ def read_entries(dataset_info: str, names: str) -> list[Entry]:
     if files := [name for name in names.split(",") if Path(name).expanduser().is_file()]:
         raise OptionError(f"dataset {files[0]}: is a file, and no name in {path}; pass --train_file {files[0]}")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = load_json(read_text(path))
     except (OSError, ValueError) as error:
         raise OptionError(f"dataset_info {path}: cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(entries, dict):
@@ -170,8 +171,11 @@ def _entry(name: str, entry: dict[str, Any], path: Path) -> Entry:
         raise refuse(f"the key {', '.join(unknown)} is not supported; the keys are {', '.join(KEYS)}")
     if not values.keys() & set(PLACES):
         raise refuse("there is no file_name and no hf_hub_url")
+    for key in (*PLACES, "subset", "split"):
+        if not isinstance(values.get(key, ""), str):
+            raise refuse(f"{key} must be text, and is {str(values[key])[:100]}")
     formatting = values.get("formatting", "alpaca")
-    if formatting not in COLUMNS:
+    if not isinstance(formatting, str) or formatting not in COLUMNS:
         raise refuse(f"formatting is {formatting}, and must be one of {', '.join(COLUMNS)}")
     columns, tags = values.get("columns", COLUMNS[formatting]), values.get("tags", {})
     for key, mapping, known in (

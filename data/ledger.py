@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.errors import writing
+from config.errors import OptionError, noting
 from config.options import Options
 from config.plan import Plan
 from data.sequences import Mixture, PreparedDataset
 from data.stream import ENDLESS, StreamingDataset
 from metrics.records import drop_records_beyond, read_records
+from runtime.files import regular_file, replace_text
 
 Entry = tuple[int, int, str]
 
@@ -51,24 +52,25 @@ class Ledger:
 
         The ranks of a tensor-parallel or context-parallel group have the same sequences, so the first of them writes.
         """
+        self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.writes = options.ledger and rank % options.model_parallel_size == 0
         if not self.writes:
             return
         folder = Path(options.output_dir) / "ledger"
-        with writing(folder):
+        with noting(self.failures, folder):
             folder.mkdir(exist_ok=True)
         self.path = folder / f"rank-{rank}.jsonl"
         if rank == 0:
-            for path in folder.glob("rank-*.jsonl"):
-                drop_records_beyond(path, step)
             about = {
                 "sequences": len(sequences),
                 "sources": sequences.sources,
                 "global_batch_size": plan.global_batch_size,
                 "steps_per_epoch": plan.steps_per_epoch or ENDLESS,
             }
-            with writing(folder):
-                (folder / "about.json").write_text(json.dumps(about))
+            with noting(self.failures, folder):
+                for path in folder.glob("rank-*.jsonl"):
+                    drop_records_beyond(path, step)
+                replace_text(folder / "about.json", json.dumps(about))
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Record the sequences of this rank's micro-batches, from the tensors that the model gets."""
@@ -81,7 +83,7 @@ class Ledger:
             for index, number in enumerate(numbers):
                 ids = torch.cat(inputs[index :: len(numbers)])  # one sequence, or the two of a pair
                 sequences.append((number, len(ids), hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]))
-        with writing(self.path), open(self.path, "a") as file:
+        with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
             file.write(json.dumps({"step": step, "sequences": sequences}) + "\n")
 
 

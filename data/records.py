@@ -1,17 +1,16 @@
 """Records, as they are read from the files or the data set of a source, from any position on."""
 
-import codecs
 import csv
-import io
 import json
 import re
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -21,16 +20,17 @@ from pyarrow import parquet
 from chat.shapes import without_padding
 from config.errors import OptionError, first_line
 from data.dataset_info import Entry
+from data.files.bounded import BLOCK, COMPRESSIONS, check_size, lines_of, open_text, text
 
 FRAGMENT = 16_384  # characters; a .txt file is read in fragments, so that memory does not grow with its size
 
+ROWS = 100  # of a .parquet file that are read at a time
+
 CHUNK = 1 << 20  # bytes of the records that one process tokenizes together
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+JSON_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}"]')  # a string, a bracket, or a quote of no string
 
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}"]')  # a string, a bracket, or a quote that opens no string
+MAX_RECORD_BYTES = 1 << 26  # the default of max_record_bytes: tokenizing a text takes about 150 times its size
 
 WRAPPERS = ("data", "train", "rows", "records", "examples", "instances", "samples")  # keys of an object around records
 
@@ -52,6 +52,8 @@ class Source:
     dataset: datasets.Dataset | datasets.IterableDataset | None = None
     weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
     entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
+    max_record_bytes: int = MAX_RECORD_BYTES  # of a record or a line; a larger one is refused
+    statuses: dict[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were found
 
 
 class RawRecord(NamedTuple):
@@ -92,8 +94,11 @@ def parsed(raw: RawRecord) -> dict[str, Any]:
     try:
         record = json.loads(raw.content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        encoding = isinstance(error, UnicodeDecodeError)
-        remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW" if encoding else ""
+        remedy = ""
+        if isinstance(error, UnicodeDecodeError):
+            remedy = "\nconvert the file to UTF-8, for example: iconv -f GB18030 -t UTF-8 OLD > NEW"
+        elif b"\r" in raw.content.rstrip():
+            remedy = "\nend each line with a line feed, not with a carriage return alone: tr '\\r' '\\n' < OLD > NEW"
         raise OptionError(f"{raw.place}: cannot be read as JSON: {first_line(error)}{remedy}") from error
     if not isinstance(record, dict):
         raise OptionError(f"{raw.place}: must be a JSON object, not {raw.content[:100].decode(errors='replace')}")
@@ -113,14 +118,34 @@ def _read(source: Source, start: Position) -> Iterator[RawRecord]:
     """The records of a source, with the columns of its files or data set."""
     if source.dataset is not None:
         for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
-            yield RawRecord(f"{source.name}: row {row}", without_padding(record), (0, row + 1, row + 1))
+            place = f"{source.name}: row {row}"
+            check_size(place, size_of_value(record), source.max_record_bytes)
+            yield RawRecord(place, without_padding(record), (0, row + 1, row + 1))
         return
     for number in range(start[0], len(source.files)):
         path = source.files[number]
         try:
-            yield from READERS[file_format(path)](path, start if number == start[0] else (number, 0, 0))
+            _check_unchanged(source, path)
+            begin = start if number == start[0] else (number, 0, 0)
+            yield from READERS[file_format(path)](path, begin, source.max_record_bytes)
+            _check_unchanged(source, path)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
-            raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}") from error
+            raise OptionError(
+                f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n"
+                "check that it is complete and has the format of its name; copy or download it again"
+            ) from error
+
+
+def status_of(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change of the content. They differ if the file was changed."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(source: Source, path: Path) -> None:
+    """Refuse a file that was changed after it was found: its records would be some of each version."""
+    if source.statuses.get(path, status := status_of(path)) != status:
+        raise OptionError(f"{path}: was changed while it was read\nstart again when no program writes to it")
 
 
 def file_format(path: Path) -> str:
@@ -148,47 +173,16 @@ def size_of(record: RawRecord) -> int:
     return len(record.content) if isinstance(record.content, bytes) else len(repr(record.content))
 
 
-def _lines(path: Path, offset: int) -> Generator[tuple[bytes, int], None, None]:
-    """The lines of a file from byte `offset` of its text on, and the byte where each ends. A UTF-8 BOM is left out.
-
-    Raises OptionError for a file that begins in UTF-16 or UTF-32, or with a NUL byte, as no text in UTF-8 does.
-    """
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    with open(path, "rb") if compression is None else _decompressed(path, compression) as file:
-        if compression is None:
-            file.seek(offset)
-        else:
-            for size in [CHUNK] * (offset // CHUNK) + [offset % CHUNK]:
-                file.read(size)
-        for line in file:
-            begins = offset == 0
-            offset += len(line)
-            if begins and (line.startswith(UTF_16) or b"\0" in line[:4]):
-                text(path, line, 0)
-            yield (line.removeprefix(codecs.BOM_UTF8) if begins else line), offset
+def size_of_value(value: Any) -> int:
+    """About the bytes of a value of columns: the characters of its texts, and 8 for anything else."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(size_of_value, value.values()))
+    return sum(map(size_of_value, value)) if isinstance(value, list) else 8
 
 
-def text(path: Path, raw: bytes, offset: int) -> str:
-    """The text of bytes that begin at byte `offset` of a file. Raises OptionError if they are no text in UTF-8."""
-    try:
-        decoded = raw.decode()
-        position = decoded.find("\0")
-        if position < 0:
-            return decoded
-        position = len(decoded[:position].encode())
-    except UnicodeDecodeError as error:
-        position = error.start
-    wide = offset == 0 and (raw.startswith(UTF_16) or b"\0" in raw[:2])
-    problem = "is in UTF-16, not in UTF-8" if wide else f"byte {offset + position:,} is {raw[position]:#04x}, so it is "
-    if not wide:
-        problem += "no text" if raw[position] == 0 else "not in UTF-8"
-    raise OptionError(
-        f"{path}: {problem}\nconvert a text from the encoding that it has, such as UTF-16, LATIN1 or GB18030:\n"
-        f"iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 {path.name} > converted-{path.name}"
-    )
-
-
-def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
+def _read_fragments(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     """One document, in fragments of about FRAGMENT characters that add up to its exact text.
 
     A fragment ends where a line ends and the next one starts with a character that is no white space. Pre-tokenizers
@@ -199,7 +193,7 @@ def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
         return
     fragment: list[str] = []
     size, begins = 0, offset == 0
-    for line, end in _lines(path, offset):
+    for line, end in lines_of(path, offset, None, limit):
         decoded = text(path, line, end - len(line))
         if size >= FRAGMENT and not decoded[0].isspace():
             records += 1
@@ -211,18 +205,19 @@ def _read_fragments(path: Path, start: Position) -> Iterator[RawRecord]:
     yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records + 1), begins, True)
 
 
-def _read_json(path: Path, start: Position) -> Iterator[RawRecord]:
+def _read_json(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     """The objects of a file: one in a line, or all of them in one array, whichever its first character says."""
-    with closing(_lines(path, 0)) as lines:
-        first = next((line.lstrip() for line, _ in lines if line.strip()), b"")
-    yield from (_read_array if first.startswith(b"[") else _read_objects)(path, start)
+    file, _ = open_text(path, 0)
+    with file:
+        first = next((block.lstrip() for block in iter(partial(file.read, BLOCK), b"") if block.strip()), b"")
+    yield from (_read_array if first.startswith(b"[") else _read_objects)(path, start, limit)
 
 
-def _read_objects(path: Path, start: Position) -> Iterator[RawRecord]:
+def _read_objects(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     """One JSON object in a line. Raises OptionError if the first object spans lines, or holds all records."""
     number, offset, lines = start
     begins = offset == 0
-    for line, end in _lines(path, offset):
+    for line, end in lines_of(path, offset, lines, limit):
         lines += 1
         if not line.strip():
             continue
@@ -233,13 +228,18 @@ def _read_objects(path: Path, start: Position) -> Iterator[RawRecord]:
 
 
 def _check_first_object(path: Path, line: bytes, end: int) -> None:
-    brackets = [token for token in JSON_TOKEN.findall(line) if len(token) == 1]
-    if brackets.count(b"{") > brackets.count(b"}"):
+    count = dict.fromkeys((b"{", b"}", b"[", b"]"), 0)
+    for token in JSON_TOKEN.finditer(line):
+        if token[0] == b'"':
+            return  # a string that does not end; the parser of JSON says where
+        if token[0] in count:
+            count[token[0]] += 1
+    if count[b"{"] > count[b"}"]:
         raise OptionError(
             f"{path}: line 1: the JSON object does not end in its line, so it is cut off or spans several lines\n"
             f"write one record in a line, or all in one array: jq -c . {path.name} > lines.jsonl"
         )
-    if end == path.stat().st_size and b"[" in brackets:  # the only line
+    if end == path.stat().st_size and count[b"["]:  # the only line
         record = parsed(RawRecord(f"{path}: line 1", line, START))
         for key in WRAPPERS:
             if isinstance(items := record.get(key), list) and items and isinstance(items[0], dict):
@@ -249,14 +249,15 @@ def _check_first_object(path: Path, line: bytes, end: int) -> None:
                 )
 
 
-def _read_array(path: Path, start: Position) -> Iterator[RawRecord]:
-    """The objects of one JSON array, over any number of lines. Holds an object, and the line that it ends in.
+def _read_array(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+    """The objects of one JSON array, over any number of lines or in one. Holds an object, and a block of the file.
 
-    The brackets outside of strings tell where an object ends. An array in one line is therefore held as a whole.
+    The brackets outside of strings tell where an object ends.
     """
-    number, offset, lines = start
+    number, offset, lines = start  # `lines`: the ends of lines before `counted`
     opened, separator, closed = offset > 0, b"," if offset else b"", False  # what must come before the next object
-    depth, first_line_of_item, item = 0, 0, b""
+    depth, place, gap = 0, "", b""
+    pieces: list[bytes] = []  # of the object that is read
 
     def check(found: bytes, expected: bytes) -> None:
         if found.strip() != expected:
@@ -264,52 +265,66 @@ def _read_array(path: Path, start: Position) -> Iterator[RawRecord]:
             wanted = "an array of JSON objects with commas between them"
             raise OptionError(f"{path}: line {lines + 1}: {shown!r} is here, and the file must be {wanted}")
 
-    gap = b""
-    for line, end in _lines(path, offset):
-        begin, done = end - len(line), 0  # `done`: the bytes of the line that are in an item, or checked
-        for token in JSON_TOKEN.finditer(line):
-            kind = token[0]
-            if depth == 0:
-                gap += line[done : token.start()]
-                done = token.start()
-                if kind == b"[" and not opened:
-                    check(gap, b"")
-                    opened, gap, done = True, b"", token.end()
-                elif kind == b"]" and opened and not closed:
-                    check(gap, b"")
-                    closed, gap, done = True, b"", token.end()
-                elif kind == b"{" and opened and not closed:
-                    check(gap, separator)
-                    depth, first_line_of_item, gap = 1, lines + 1, b""
-                else:
-                    check(gap + kind, b"")
-            elif kind in (b"{", b"["):
-                depth += 1
-            elif kind in (b"}", b"]"):
-                depth -= 1
+    def unclosed() -> OptionError:
+        return OptionError(f"{path}: line {lines + 1}: a text is not closed by a quote in its line")
+
+    file, end = open_text(path, offset)
+    data = left = b""  # `left`: the beginning of a string that does not end in the block
+    with file:
+        while block := file.read(max(BLOCK, len(left))):
+            data, end = left + block, end + len(block)
+            begin, left = end - len(data), b""
+            done = counted = 0  # `done`: the bytes of `data` that are in an object, or checked
+            for token in JSON_TOKEN.finditer(data):
+                kind = token[0]
+                lines, counted = lines + data.count(b"\n", counted, token.start()), token.start()
                 if depth == 0:
-                    item += line[done : token.end()]
-                    done, separator = token.end(), b","
-                    place = f"{path}: line {first_line_of_item}"
-                    yield RawRecord(place, item, (number, begin + done, lines))
-                    item = b""
-            elif kind == b'"':
-                raise OptionError(f"{path}: line {lines + 1}: a text is not closed by a quote in its line")
-        if depth:
-            item += line[done:]
-        else:
-            gap += line[done:]
-        lines += 1
-    lines -= 1
+                    gap += data[done : token.start()]
+                    done = token.start()
+                    if kind == b"[" and not opened:
+                        check(gap, b"")
+                        opened, gap, done = True, b"", token.end()
+                    elif kind == b"]" and opened and not closed:
+                        check(gap, b"")
+                        closed, gap, done = True, b"", token.end()
+                    elif kind == b"{" and opened and not closed:
+                        check(gap, separator)
+                        depth, place, gap, pieces = 1, f"{path}: line {lines + 1}", b"", []
+                    else:
+                        check(gap + kind, b"")
+                elif kind in (b"{", b"["):
+                    depth += 1
+                elif kind in (b"}", b"]"):
+                    depth -= 1
+                    if depth == 0:
+                        pieces.append(data[done : token.end()])
+                        done, separator, item = token.end(), b",", b"".join(pieces)
+                        check_size(place, len(item), limit)
+                        yield RawRecord(place, item, (number, begin + done, lines))
+                elif kind == b'"':
+                    left = data[token.start() :]
+                    if b"\n" in left:
+                        raise unclosed()
+                    break
+            rest = data[done : len(data) - len(left)]
+            lines += data.count(b"\n", counted)
+            if depth:
+                pieces.append(rest)
+                check_size(place, sum(map(len, pieces)) + len(left), limit)
+            elif gap := (gap + rest).strip():
+                check(gap, b"" if closed else separator)
+    if left:
+        raise unclosed()
+    lines -= data.endswith(b"\n")
     if depth or not closed:
         raise OptionError(f"{path}: line {lines + 1}: the file ends before its array does; it may be cut off")
     check(gap, b"")
 
 
-def _read_table(path: Path, start: Position) -> Iterator[RawRecord]:
+def _read_table(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     """The rows of a .csv or .tsv file, as texts. Its first row has the names of the columns."""
     number, begin, before = start
-    with closing(_read_cells(path, 0, 0)) as cells:
+    with closing(_read_cells(path, 0, 0, limit)) as cells:
         header, _, offset, lines = next(cells, ([], 1, 0, 0))
     separator, other = ("tab", ";") if file_format(path) == ".tsv" else ("comma", ";\t")
     if len(header) == 1 and set(other) & set(header[0]):
@@ -317,51 +332,69 @@ def _read_table(path: Path, start: Position) -> Iterator[RawRecord]:
     if len(set(header)) < len(header):
         raise OptionError(f"{path}: line 1: two columns have one name: {', '.join(header)}; rename one of them")
     begin, before = max((begin, before), (offset, lines))
-    for row, line, offset, lines in _read_cells(path, begin, before):
+    for row, line, offset, lines in _read_cells(path, begin, before, limit):
         if len(row) != len(header):
             raise OptionError(f"{path}: line {line}: has {len(row)} cells, and the first line names {len(header)}")
         yield RawRecord(f"{path}: line {line}", dict(zip(header, row, strict=True)), (number, offset, lines))
 
 
-def _read_cells(path: Path, offset: int, lines: int) -> Generator[tuple[list[str], int, int, int], None, None]:
+def _read_cells(
+    path: Path, offset: int, lines: int, limit: int
+) -> Generator[tuple[list[str], int, int, int], None, None]:
     """The cells of each row, the line where it begins, and the byte and the number of lines after it."""
-    before, offsets = lines, [offset]
+    before, offsets, begin = lines, [offset], offset  # a row begins at byte `begin`
 
     def decoded() -> Iterator[str]:
-        for line, offsets[0] in _lines(path, offset):
+        for line, offsets[0] in lines_of(path, offset, lines, limit):
+            if offsets[0] - begin > limit:
+                check_size(f"{path}: the row that begins in line {row_line}", offsets[0] - begin, limit)
             yield text(path, line, offsets[0] - len(line))
 
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(decoded(), delimiter="\t" if file_format(path) == ".tsv" else ",", strict=True)
     while True:
-        line = before + rows.line_num + 1
+        row_line, begin = before + rows.line_num + 1, offsets[0]
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise OptionError(f"{path}: line {line}: cannot be read as {file_format(path)}: {error}") from error
+            raise OptionError(f"{path}: line {row_line}: cannot be read as {file_format(path)}: {error}") from error
         if row is None:
             return
         if row:  # an empty line is no row
-            yield row, line, offsets[0], before + rows.line_num
+            yield row, row_line, offsets[0], before + rows.line_num
 
 
-def _decompressed(path: Path, compression: str) -> IO[bytes]:
-    """`datasets` needs pyarrow, which reads both kinds. Python itself knows zstd from 3.14 on."""
-    return io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression=compression)), CHUNK)
+def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+    """Rows of a .parquet file, from the row group that holds the first one.
 
-
-def _read_rows(path: Path, start: Position) -> Iterator[RawRecord]:
-    """Rows of a .parquet file, from the row group that holds the first one."""
+    Reads 100 rows at a time, or fewer if rows are large. Large rows become Python objects one by one.
+    """
     number, _, first = start
     with parquet.ParquetFile(path) as file:
-        ends = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
-        group = int(np.searchsorted(ends, first, side="right")) - 1
-        row = int(ends[group])
-        for batch in file.iter_batches(batch_size=100, row_groups=list(range(group, file.num_row_groups))):
-            for record in batch.to_pylist():
-                row += 1
-                if row > first:
-                    yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise OptionError(f"{path}: two columns have one name: {', '.join(columns)}; rename one of them")
+        ends = np.cumsum([0, *(group.num_rows for group in groups)])
+        begin = int(np.searchsorted(ends, first, side="right")) - 1
+        row = int(ends[begin])
+        for index in range(begin, len(groups)):
+            group = groups[index]
+            mean = group.total_byte_size // max(1, group.num_rows)  # decompressed
+            check_size(f"{path}: a row of rows {row} to {row + group.num_rows - 1}", mean, limit)
+            rows = max(1, min(ROWS, limit // max(1, mean)))
+            for batch in file.iter_batches(batch_size=rows, row_groups=[index]):
+                for part in [batch] if batch.nbytes <= limit else (batch.slice(at, 1) for at in range(len(batch))):
+                    check_size(f"{path}: row {row}", part.nbytes // len(part), limit)
+                    try:
+                        records = part.to_pylist()
+                    except UnicodeDecodeError as error:
+                        place = f"{path}: a text of rows {row} to {row + len(part) - 1}"
+                        raise OptionError(f"{place} is not in UTF-8; write it again: {first_line(error)}") from error
+                    for record in records:
+                        row += 1
+                        if row > first:
+                            yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
 
 
 # The suffixes of source code and of texts with markup. Each file is one document, as a .txt file is.

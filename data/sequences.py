@@ -1,10 +1,11 @@
-"""Prepared sequences: memory-mapped files of numbers, which data/cache.py writes.
+"""Prepared sequences: files of numbers, which data/cache.py writes, and which are verified when they are read.
 
 A source has all its tokens in `tokens.bin`: uint32, with the highest bit set where a token is masked. Each split of it
 has two more files of int64. `segments.bin` holds the start and end of each segment in tokens.bin. `sequences.bin` holds
 the number of the first segment of each sequence, and last the number of all segments.
 
 The files are not Arrow: a sequence is found by arithmetic, and opening takes no time, however many there are.
+about.json says what was written to each of them (data/files/checked.py).
 """
 
 from bisect import bisect_right
@@ -17,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from config.errors import OptionError
+from data.files.checked import CheckedArray, Content, DamagedError, read_checked
 from data.tokens import MASKED
 
 Integers = NDArray[np.int64]
@@ -43,17 +46,25 @@ class PreparedDataset(torch.utils.data.Dataset[Sequence]):
     def __init__(self, folder: Path, padded_length: int | None) -> None:
         self.folder, self.padded_length = folder, padded_length
         self.reference: Tensor | None = None
-        self.tokens = np.memmap(folder.parent / "tokens.bin", np.uint32, "r")
-        self.segments = np.memmap(folder / "segments.bin", np.int64, "r").reshape(-1, 2)
-        self.first_segments = np.memmap(folder / "sequences.bin", np.int64, "r")
+        self.tokens, self.segments, self.first_segments = open_prepared(folder.parent, folder.name)
         self.sources = [(len(self), len(self))]  # of each source: its sequences, and how many of them an epoch draws
 
     def __len__(self) -> int:
         return len(self.first_segments) - 1
 
     def __getitem__(self, index: int) -> Sequence:
-        segments = self.segments[self.first_segments[index] : self.first_segments[index + 1]]
-        tokens = torch.from_numpy(np.concatenate([self.tokens[start:end] for start, end in segments]).astype(np.int64))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            first, end = self.first_segments[index : index + 2]
+            segments = self.segments[first:end]
+            parts = [self.tokens[start:end] for start, end in segments]
+        except DamagedError as error:
+            raise OptionError(
+                f"{error}\na disk, a copy or a program changed prepared data, so the run ends before it trains on it\n"
+                f"remove {self.folder.parent}; the next start prepares it again and may resume"
+            ) from error
+        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         return Sequence(index, tokens & ~MASKED, tokens < MASKED, (segments[:, 1] - segments[:, 0]).tolist())
 
     def epoch_indices(self, epoch: int, seed: int) -> Integers:
@@ -62,6 +73,20 @@ class PreparedDataset(torch.utils.data.Dataset[Sequence]):
 
     def __reduce__(self) -> tuple[type, tuple[Path, int | None]]:
         return PreparedDataset, (self.folder, self.padded_length)  # a worker process gets the path, not the content
+
+
+def open_prepared(folder: Path, split: str) -> tuple[CheckedArray, CheckedArray, CheckedArray]:
+    """The tokens of a prepared source, and the segments [S, 2] and first segments of one of its splits.
+
+    Raises DamagedError if a file is missing, or has another size than about.json says.
+    """
+    written = read_checked(folder / "about.json")["files"]
+
+    def array(name: str, dtype: type, shape: tuple[int, ...] = ()) -> CheckedArray:
+        return CheckedArray(folder / name, dtype, Content(**written[name]), shape)
+
+    segments, sequences = array(f"{split}/segments.bin", np.int64, (2,)), array(f"{split}/sequences.bin", np.int64)
+    return array("tokens.bin", np.uint32), segments, sequences
 
 
 class Mixture(torch.utils.data.Dataset[Sequence]):

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from config.demo import demo_files
 from config.errors import OptionError
 from config.options import Options
 from config.plan import mixture_weights
+from config.text import load_json
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
-from data.records import COMPRESSIONS, READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read
+from data.files.bounded import COMPRESSIONS
+from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, status_of
+from runtime.files import replace_text, require_trusted
 
 DATA_SUFFIXES = tuple(
     suffix + compression
@@ -57,7 +60,7 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
     Files that are new are read once, because the key is a hash of their content.
     """
     if options.dataset_name:
-        return _find_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
+        return _find_dataset(options.dataset_name, options)
     sets = validation_files(options.validation_file) if options.validation_file else {}
     held_out = {name: _find_files("validation_file", files, options) for name, files in sets.items()}
     if options.train_mixture:
@@ -79,14 +82,18 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
 
 
 def cache_directory(data_cache_dir: str) -> Path:
-    """The directory `data_cache_dir`, created if it does not exist. Raises OptionError."""
+    """The directory `data_cache_dir`, created for this user alone if it does not exist. Raises OptionError.
+
+    Data that others can change decides what is trained on: who they are is said once, or refused if they are all users.
+    """
     cache = Path(data_cache_dir).expanduser()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OptionError(f"data_cache_dir {cache}: {error.strerror}; pass a writable directory") from error
+    require_trusted(cache, cache)
     return cache
 
 
@@ -123,13 +130,18 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
         if not file.name.lower().endswith(SUFFIXES):
             raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
     try:
+        for file in files:
+            if file.exists() and not file.is_file():
+                raise OptionError(f"{option} {file}: is a pipe or a device\nwrite its content to a file, and pass that")
+        statuses = {file: status_of(file) for file in files}
         key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
         empty = all(file.stat().st_size == 0 for file in files)
     except OSError as error:
         raise OptionError(f"{option} {error.filename or value}: {error.strerror}; pass a readable file") from error
     if empty:
         raise OptionError(f"{option} {value}: the file is empty; pass one that holds text")
-    return Source(f"{option} {value}", key, tuple(files))
+    name = f"{option} {value}"
+    return Source(name, key, tuple(files), max_record_bytes=options.max_record_bytes, statuses=statuses)
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -211,7 +223,7 @@ def _find_entry(entry: Entry, options: Options) -> Source:
         splits = _load_dataset("dataset", str(entry.hub_id), entry.subset, options.streaming)
         if entry.split not in splits:
             raise OptionError(f"dataset {entry.name}: has no split {entry.split}, only {', '.join(splits)}")
-        source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}")
+        source = _of_split(f"dataset {entry.name}", splits, entry.split, f"{entry.hub_id} {entry.subset}", options)
     first = next(read(source), None)
     columns = parsed(first) if first else {}
     if unused := [name for name in columns if name not in entry.columns.values()]:
@@ -223,9 +235,9 @@ def _find_entry(entry: Entry, options: Options) -> Source:
     return replace(source, key=f"{source.key} {entry.key()}", entry=entry, weight=None)
 
 
-def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[list[Source], dict[str, Source]]:
+def _find_dataset(name: str, options: Options) -> tuple[list[Source], dict[str, Source]]:
     """The splits train and validation of a data set. The second may not exist."""
-    splits = _load_dataset("dataset_name", name, config_name, streaming)
+    splits = _load_dataset("dataset_name", name, options.dataset_config_name, options.streaming)
     if "train" not in splits:
         raise OptionError(
             f"dataset_name {name}: has no split named train, only {', '.join(splits)}\nrename a split, or pass its "
@@ -235,18 +247,21 @@ def _find_dataset(name: str, config_name: str | None, streaming: bool) -> tuple[
         missing = "" if "validation" in splits else "; no split is named validation"
         _say(f"dataset_name {name}: does not use {_listed('', others)}{missing}")
     train, validation = (
-        _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {config_name}") if split in splits else None
+        _of_split(f"dataset_name {name} ({split})", splits, split, f"{name} {options.dataset_config_name}", options)
+        if split in splits
+        else None
         for split in ("train", "validation")
     )
     assert train
     return [train], {"eval": validation} if validation else {}
 
 
-def _of_split(name: str, splits: Any, split: str, key: str) -> Source:
+def _of_split(name: str, splits: Any, split: str, key: str, options: Options) -> Source:
     """The source of one split. A data set that is not on this machine has only its name as key."""
     dataset = splits[split]
     content = isinstance(dataset, datasets.Dataset)
-    return Source(name, str(dataset._fingerprint) if content else key, dataset=dataset)
+    key = str(dataset._fingerprint) if content else key
+    return Source(name, key, dataset=dataset, max_record_bytes=options.max_record_bytes)
 
 
 def _load_dataset(option: str, name: str, config_name: str | None, streaming: bool) -> Any:
@@ -292,24 +307,38 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     back. A file that changed a moment ago is not remembered, because its next change might get the same time.
     """
     path = cache_dir / "hashes.json"
-    with FileLock(cache_dir / "hashes.lock"):
+    if path.exists():
+        require_trusted(path, cache_dir)
+    with _writing(cache_dir):
+        lock = FileLock(cache_dir / "hashes.lock").acquire()
+    with lock:
         known: dict[str, Any] = {}
-        with suppress(FileNotFoundError, ValueError):
-            known = json.loads(path.read_text())
+        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
+            known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_bytes()).items()}
         hashes = []
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
             now, status = time.time(), file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            before, content = known.get(str(file.resolve()), (None, ""))
+            before, content = known.get(str(file.resolve()), ([], ""))
             if before != facts:
                 content = _hash([file])
                 if now - status.st_ctime > SETTLED:
                     known[str(file.resolve())] = facts, content
             hashes.append(content)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, path)
+        with _writing(cache_dir):
+            replace_text(path, json.dumps(known))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    """Raise OptionError for an OSError of the block, which writes to the cache: it is no error of a training file."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"data_cache_dir {cache_dir}: {error.strerror or error}; pass a directory with more room"
+        ) from error
 
 
 def _statuses(files: list[Path]) -> str:

@@ -19,7 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from chat.shapes import SHAPES, Conversation, Messages, PlainText, read_record, shapes_of, unpaired_preference
-from chat.template import DATE, check_markers, has_markers, render, render_marked, trained_spans
+from chat.template import (
+    DATE,
+    TemplateMismatchError,
+    check_markers,
+    has_markers,
+    render,
+    render_marked,
+    trained_spans,
+)
 from chat.traces import check_traces
 from config.errors import OptionError, first_line
 from data.records import RawRecord, Source, parsed
@@ -202,7 +210,7 @@ def stop_tokens(rendering: Rendering, first: RawRecord | None) -> list[int]:
         return [tokenizer.eos_token_id]
     found = []
     for conversation in [*map(Conversation, PROBES), record]:
-        with suppress(OptionError):
+        with suppress(TemplateMismatchError):
             ids, trained_on = encode_messages(conversation, tokenizer, rendering.variables)
             trained = [token for token, on in zip(ids, trained_on, strict=True) if on]
             found += [token for token in trained if tokenizer.decode(token).strip()][
@@ -320,7 +328,7 @@ def encode_messages(
     if not messages:
         return [], []
     if not tokenizer.chat_template:
-        raise OptionError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
+        raise TemplateMismatchError("a conversation, but the tokenizer has no chat template\npass --chat_template FILE")
     if has_markers(tokenizer, tools) and not conversation.masked:
         text, spans = render_marked(tokenizer, messages, tools, **variables)
     else:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AttentionInterface, PreTrainedModel
 
 from config.errors import OptionError, first_line
@@ -25,6 +26,7 @@ from parallel.checks import attention_heads
 from parallel.tensor import split_on_meta
 
 FP32, BF16 = 4, 2  # bytes
+GROUPED_PRODUCT = torch.ops.trainer.grouped_product.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +210,13 @@ def _partitioned(twin: nn.Module, bf16: bool) -> Callable[..., Any]:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 return torch.func.functional_call(twin, own, args, kwargs)
 
-        def partition(*args: Any, **kwargs: Any) -> Any:
+        def partition(joint: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
             parameters_and_buffers = list(range(len(own)))  # so that casts of parameters are not saved
             kwargs["static_lifetime_input_indices"] = parameters_and_buffers
-            return min_cut_rematerialization_partition(*args, **kwargs)
+            for node in joint.graph.find_nodes(op="call_function", target=GROUPED_PRODUCT):
+                # torch.compile marks the factors of these products so, because model/experts.py recomputes them.
+                node.args[0].meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+            return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
         own = dict(layer.named_parameters()) | dict(layer.named_buffers())
         traced = traced or aot_function(

@@ -110,8 +110,10 @@ def memory_by_phase(
     if options.cpu_offload:  # shards only pass through the GPU
         parameters = moments = gradients = 0
     accumulated = accumulated_gradients(options, ranks, numel(trained) - experts_elsewhere(model, options), gradients)
-    # The root's full gradients are the last that FSDP reduces.
+    # FSDP reduces the root's gradients last, and before them those of the first layer. In the backward of that layer,
+    # their shards do not exist yet, unless an earlier micro-step made them; full gradients of the root may.
     at_end = gradients + (FP32 * root if fsdp and accumulated > gradients else 0)
+    not_yet = FP32 * math.ceil((root + layer) / shards) if fsdp and gradients and not accumulated else 0
 
     # Activations. The backward of a layer works with several tensors of its largest kind: gradients into and out of the
     # activation function, and recomputed tensors. In a compiled layer, some of these reuse the memory of saved ones.
@@ -148,7 +150,7 @@ def memory_by_phase(
         phase("as the backward begins", first, waiting + recomputed + temporary, head_gradient, gathered + of_layer),
         phase(
             "as the backward ends",
-            at_end,
+            at_end - not_yet,
             saved.outside + saved.largest_layer + temporary,
             head_at_end,
             compute * root * fsdp + of_layer,

@@ -1,6 +1,5 @@
 """The start block: what is about to run, in lines for people."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from checkpoint.files import MOST_JSON, STATE
 from config.options import Options
 from config.plan import Plan, count, data_parallel_groups, learning_rate_factor
 from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
@@ -19,6 +19,7 @@ from metrics.hardware import gpu_memory
 from model.layers import decoder_layers, decoder_matrices, expert_stacks
 from model.weights import Weights
 from optim.schedule import learning_rate
+from runtime.files import read_json
 
 
 def describe_run(
@@ -85,7 +86,7 @@ def start_line(options: Options, plan: Plan, resumed_from: Path | None) -> str:
     """Where the run starts. After a resume, also whether its schedule continues that of the checkpoint."""
     if not resumed_from:
         return "from the beginning"
-    progress = json.loads((resumed_from / "state.json").read_text())["progress"]
+    progress = read_json(resumed_from / STATE, MOST_JSON)["progress"]
     step, was = progress["step"], progress.get("learning_rate")
     if not plan.total_steps:
         return f"the model of {resumed_from}"

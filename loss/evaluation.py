@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from checkpoint.ranks import raise_together
 from config.errors import OptionError
 from config.options import Options
 from config.plan import data_parallel_rank_and_size
 from config.validation import best_metric
 from data.batches import IGNORE_INDEX, Batch, next_tokens, to_device, validation_batches
-from data.loader import make_loader
+from data.loader import ReadableBatches, collate_function, make_loader
 from data.prepare import Data
 from data.sequences import Mixture, PreparedDataset
 from loss.token_bytes import bytes_of_tokens
@@ -61,12 +63,18 @@ def evaluate(
 def forward_no_grad(
     wrapped: nn.Module, dataset: PreparedDataset | Mixture, options: Options, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yields this rank's batches of `dataset`, each with the result of `wrapped`. Every rank must call."""
+    """Yields this rank's batches of `dataset`, each with the result of `wrapped`. Every rank must call.
+
+    Raises OptionError, on all ranks, if a rank could not read its sequences.
+    """
     wrapped.eval()
     rank, size = data_parallel_rank_and_size(options, dist.get_rank(), dist.get_world_size())
     indices = validation_batches(len(dataset), rank, size, options.per_device_eval_batch_size)
-    for batch in make_loader(dataset, indices, options, workers=0):
+    empty = collate_function(dataset, options)([])
+    batches = ReadableBatches(make_loader(dataset, indices, options, workers=0), empty)
+    for batch in islice(batches, len(indices)):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             result = wrapped(**to_device(batch, device))
         yield batch, result
     wrapped.train()
+    raise_together(batches.error)

@@ -19,6 +19,8 @@ training comes every `logging_steps` optimizer steps:
     data_wait_seconds  in which rank 0 waited for micro-batches since the last record
     save_seconds       in which training waited for checkpoints since the last record: for the copy of the state, and
                        for the previous checkpoint to reach the disk
+    slowest_rank       the rank that the others waited for longest since the last record; only with several ranks
+    slowest_rank_lag   an estimate of the fraction of the time in which they did, from 0 to 1 (metrics/stragglers.py)
 
 A mixture of experts has three more (loss/router.py), if transformers knows its routers:
 
@@ -55,14 +57,18 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
-from config.errors import writing
+from config.errors import OptionError, noting
 from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
 from metrics.records import drop_records_beyond
+from metrics.stragglers import Stragglers
 from metrics.trace import Trace
+from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA
+from runtime.files import regular_file
 
 
 class Recorder:
@@ -77,6 +83,7 @@ class Recorder:
         flops_per_token: float | None,
     ) -> None:
         self.writes = rank == 0
+        self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.path = Path(options.output_dir) / "metrics.jsonl"
         self.device = device
         self.plan = plan
@@ -84,17 +91,30 @@ class Recorder:
         peak = peak_flops(device)
         # The fraction of the GPUs' peak that one token per second makes.
         self.mfu_per_speed = flops_per_token / (peak * dist.get_world_size()) if flops_per_token and peak else None
-        self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = 0
+        self.tokens_seen = self.tokens_at_last_record = self.step_at_last_record = self.steps_done = 0
         self.waited = self.evaluating = self.saving = 0.0
         self.started = time.perf_counter()
+        self.activity = ACTIVITY
         # In a log file, every redraw of a bar would be a new line.
         no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
-        self.board = _tensorboard(self.path.parent) if options.report_to == "tensorboard" and self.writes else None
-        self.trace = Trace(options.trace_steps, self.path.parent) if options.trace_steps and self.writes else None
+        self.board: Any = None
+        if options.report_to == "tensorboard" and self.writes:
+            with noting(self.failures, self.path.parent / "tensorboard"):
+                self.board = _tensorboard(self.path.parent)
+        traces = options.trace_steps and self.writes
+        self.trace = Trace(options.trace_steps, self.path.parent, self.failures) if traces else None
 
-    def start(self, step: int, tokens_seen: int) -> None:
-        """Begin after `step` steps. Later records, which an interrupted run has left, are removed."""
+    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
+        """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
+
+        The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/hang/watch.py). The
+        decoder `layers` are timed, to find a slow rank.
+        """
+        self.stragglers = Stragglers(layers, self.device)
+        wrapped.register_forward_pre_hook(self._micro_step)
+        self.steps_done = self.activity.step = step
+        self.activity.micro_steps = self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen
         self.step_at_last_record = step
         self.bar.initial = self.bar.n = self.bar.last_print_n = step  # earlier steps do not count for the speed
@@ -103,7 +123,8 @@ class Recorder:
             self.print(f"step {step} of {self.plan.total_steps}: the run is complete; raise --max_steps to train on")
         self.started = time.perf_counter()
         if self.writes:
-            drop_records_beyond(self.path, step)
+            with noting(self.failures, self.path):
+                drop_records_beyond(self.path, step)
         if self.trace:
             self.trace.start(step)
 
@@ -112,10 +133,12 @@ class Recorder:
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
+            self.activity.step, self.activity.phase = self.steps_done + 1, WAITING_FOR_DATA
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+            self.activity.phase = TRAINING
             self.waited += time.perf_counter() - before
             yield batch
 
@@ -125,7 +148,9 @@ class Recorder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
+        self.activity.phase, phase = "evaluation" if to == "evaluate" else to, self.activity.phase
         yield
+        self.activity.phase = phase
         if to == "evaluate":
             self.evaluating += time.perf_counter() - before
         else:
@@ -134,6 +159,7 @@ class Recorder:
     def step(self, tokens: int) -> None:
         """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU."""
         self.tokens_seen += tokens
+        self.steps_done, self.activity.micro_step = self.steps_done + 1, 0
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
             self.print(report)
@@ -149,6 +175,7 @@ class Recorder:
     ) -> None:
         """Write a record of training. The caller has read the floats from the device, so the step is complete.
 
+        Every rank must call, because they gather their times, in a millisecond.
         `router` has the fields of a mixture of experts (loss/router.py).
         """
         now = time.perf_counter()
@@ -166,7 +193,10 @@ class Recorder:
             data_wait_seconds=self.waited,
             save_seconds=self.saving,
             **router,
+            **self.stragglers.gather(seconds, self.waited),
         )
+        if report := self.stragglers.report():
+            self.print(f"step {step}: {report}")
         progress = f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         if self.bar.disable:
             total = self.plan.total_steps
@@ -192,8 +222,9 @@ class Recorder:
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
         if self.writes:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with noting(self.failures, Path("stdout")):  # perhaps a file, on a full disk
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def close(self) -> None:
         """Close the progress bar and TensorBoard."""
@@ -201,8 +232,12 @@ class Recorder:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
         if self.board is not None:
-            with writing(self.path.parent / "tensorboard"):
+            with noting(self.failures, self.path.parent / "tensorboard"):
                 self.board.close()
+
+    def _micro_step(self, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self.activity.micro_step += 1
 
     def _write(self, step: int, **values: Any) -> None:
         if not self.writes:
@@ -210,10 +245,10 @@ class Recorder:
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
         record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
-        with writing(self.path), open(self.path, "a") as file:
+        with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
-            with writing(self.path.parent / "tensorboard"):
+            with noting(self.failures, self.path.parent / "tensorboard"):
                 for name, value in values.items():
                     if value is not None:
                         self.board.add_scalar(name, value, step)

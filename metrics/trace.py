@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config.errors import writing
+from config.errors import OptionError, noting
 
 COLLECTIVES = {
     "c10d::allreduce_": "all_reduce",
@@ -52,8 +52,10 @@ class Trace:
 
     WARMUP = 2
 
-    def __init__(self, steps: int, output_dir: Path) -> None:
+    def __init__(self, steps: int, output_dir: Path, failures: list[OptionError]) -> None:
+        """Prepare to trace `steps` steps into `output_dir`/trace. A failure to write is added to `failures`."""
         self.steps = steps
+        self.failures = failures
         self.folder = output_dir / "trace"
         self.report = ""
         self.done = False
@@ -61,6 +63,7 @@ class Trace:
             schedule=torch.profiler.schedule(wait=0, warmup=self.WARMUP, active=steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
+            acc_events=True,  # nothing is lost, and torch does not warn that it might be
         )
 
     def start(self, step: int) -> None:
@@ -77,8 +80,9 @@ class Trace:
     def _write(self, profiler: torch.profiler.profile) -> None:
         self.done = True
         path = self.folder / f"steps-{self.first}-{self.first + self.steps - 1}.json"
-        with writing(path):
+        with noting(self.failures, path):
             self.folder.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)  # the profiler would follow a link
             profiler.export_chrome_trace(str(path))
             if not path.exists():  # the profiler prints an error and goes on
                 raise OSError("the profiler could not write it")

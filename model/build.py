@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import read_text
 from model.documents.attention import attention_obstacle
 from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
@@ -36,6 +37,12 @@ from parallel.checks import (
     check_tensor_parallel,
 )
 from parallel.group import map_hidden_states
+from runtime.limits import limited
+
+SECONDS, GIBIBYTES = (
+    100.0,
+    8,
+)  # to read a configuration, and to build its model without tensors; usual are a few seconds
 
 
 def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -58,7 +65,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     text_config = config.get_text_config()
     if options.chat_template:
         try:
-            tokenizer.chat_template = Path(options.chat_template).read_text()
+            tokenizer.chat_template = read_text(Path(options.chat_template))
+            tokenizer.chat_template_file = options.chat_template  # for messages
         except (OSError, ValueError) as error:
             raise OptionError(
                 f"chat_template {options.chat_template}: {error}; pass a file that can be read"
@@ -94,14 +102,22 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with limited(SECONDS, GIBIBYTES):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         remedy = "pass a directory that holds config.json, or a hub id"
         if "trust_remote_code" in str(error):
             remedy = "read that code, and pass --trust_remote_code if it may run here"
-        raise OptionError(
-            f"{option} {name}: no model configuration could be loaded: {first_line(error)}\n{remedy}"
-        ) from error
+        cause = " ".join(str(error).split())[:300]
+        raise OptionError(f"{option} {name}: no model configuration could be loaded: {cause}\n{remedy}") from error
+    for part in (config, config.get_text_config()):
+        for key in ("attn_implementation", "experts_implementation"):
+            if "/" in str(value := getattr(part, f"_{key}", "")) and not trust_remote_code:
+                raise OptionError(
+                    f"{option} {name}: its config.json has {key} {value}, and transformers would run code from there\n"
+                    "remove the key, or pass --trust_remote_code if that code may run here"
+                )
+    return config
 
 
 def _load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
@@ -130,7 +146,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     is for compute only. Raises OptionError.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), limited(SECONDS, GIBIBYTES):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=options.trust_remote_code
             )

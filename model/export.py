@@ -77,7 +77,12 @@ def write_model(
         add_config_keys(directory / "config.json", config)
         if model.can_generate():
             model.generation_config.to_json_file(directory / "generation_config.json")  # unchecked, as it was loaded
-        tokenizer.save_pretrained(directory)
+        try:
+            tokenizer.save_pretrained(directory)
+        except Exception as error:
+            if "os error" in str(error):  # of the operating system, but tokenizers raises a plain Exception
+                raise OSError(first_line(error)) from error
+            raise
         rename_tokenizer_keys(directory / "tokenizer_config.json", tokenizer)
 
     together(write_rest)

@@ -7,7 +7,6 @@ joined to one parameter, such as the experts of a layer.
 
 import copy
 import hashlib
-import json
 import os
 import re
 import sys
@@ -37,7 +36,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import load_json
 
+SAMPLES = 256  # pages of a file that identify it
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
 # Stored buffers that follow from the configuration: rotary frequencies, positions, causal masks.
 CONSTANTS = re.compile(r"inv_freq$|position_ids$|(attn|attention|crossattention)\.(masked_)?bias$")
@@ -137,7 +138,7 @@ def _find_files(name: str) -> dict[Path, set[str] | None]:
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME} and no index; pickled weights (.bin) are never read")
     try:
         listed: dict[str, set[str]] = {}
-        for tensor, file in json.loads(Path(index).read_text())["weight_map"].items():
+        for tensor, file in load_json(Path(index).read_text())["weight_map"].items():
             listed.setdefault(file, set()).add(tensor)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is not an index: {first_line(error)}") from error
@@ -234,12 +235,19 @@ def _merge_tied(weights: Weights, expected: dict[str, Tensor]) -> Weights:
 
 
 def fingerprint_files(weights: Weights) -> str:
-    """SHA-256 over the first MiB of each file: its header, and values that differ between trained models."""
+    """SHA-256 over samples of each file: the first MiB with its header, and SAMPLES pages at equal distances.
+
+    A model that was trained on has other values in most layers, so it differs in samples. Reads no more than 2 MiB of a
+    file, because every rank calls.
+    """
     digest = hashlib.sha256()
     stored = (tensor for source in weights.values() for tensors in source.stored.values() for tensor in tensors)
     for path in sorted({tensor.file for tensor in stored}):
         with open(path, "rb") as file:
-            digest.update(file.read(2**20))
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size} ".encode() + file.read(2**20))
+            for number in range(SAMPLES):
+                digest.update(os.pread(file.fileno(), 4096, size * number // SAMPLES))
     return digest.hexdigest()
 
 

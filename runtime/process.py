@@ -1,8 +1,8 @@
 """Process start and exit: the libraries, the errors of a run, and the exit code."""
 
+import contextlib
 import errno
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,37 +14,54 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
+from runtime.hang.watch import explain_failure
 from runtime.launcher import rank_from_environment
+from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
-from runtime.signals import SAVE_SIGNALS
+from runtime.signals import answer_signals
 
 
-def configure_libraries(full_determinism: bool) -> None:
-    """Silence transformers, and restrict torch to deterministic algorithms if asked. Call before the GPU is used."""
+def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
+    """Choose gloo's network interface, silence transformers, and restrict torch to deterministic algorithms if asked.
+
+    Call before the GPU is used and before the ranks meet. With a directory for `recordings`, NCCL writes its last
+    collectives there when one times out (runtime/hang/watch.py).
+    """
+    choose_interface()
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
     transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors
     if full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may choose another algorithm
         torch.use_deterministic_algorithms(True)
+    if recordings:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of each rank
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{recordings}/hang/nccl-trace-rank-")
 
 
-def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
-    """Call `main` with the command line, print its error, and exit: 0, 1 for a program error, 2 for a user error.
+def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[str], Exception], str]) -> NoReturn:
+    """Call `main` with the command line, print its error, and exit: with its code, 1 (program error) or 2 (user error).
 
     Other ranks wait before they print, because rank 0 prints for all: torchrun ends them as soon as rank 0 has exited.
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
     follow_launcher()
-    for number in SAVE_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # nothing to save before the loop; by default, they would end the process
+    signals = answer_signals()
     peers: Peers | None = None
     try:
         rank_from_environment()
         peers = join()
-        main(sys.argv[1:])
+        exit_code = main(sys.argv[1:])
     except Exception as error:
+        if explain_failure(error):  # another rank is the cause, and a message names it
+            exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
+        if signals.stop and not mistake and isinstance(error, RuntimeError) and dist.is_initialized():
+            # Ranks that had the signal before their loop have ended at once, so a collective of this one failed.
+            text = f"{first_line(error)}; continue with --resume_from_checkpoint auto"
+            print(f"train.py: a signal ended the run before its checkpoint: {text}", file=sys.stderr)
+            exit_process(signals.exit_code())
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         exit_code = 2 if mistake else 1
         if peers:
@@ -57,8 +74,7 @@ def run(main: Callable[[list[str]], None], explain_out_of_memory: Callable[[list
             traceback.print_exception(error)
         if peers:
             peers.linger()
-        exit_process(exit_code)
-    exit_process(0)
+    exit_process(exit_code)
 
 
 def _mistake(error: Exception) -> OptionError | None:
@@ -79,6 +95,8 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{place}: {os.environ['WORLD_SIZE']} ranks did not meet there: {first_line(error)}\n"
             "start all ranks, and set both variables to an address and a free port of the node of rank 0, for all ranks"
         )
+    if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(error)):
+        return OptionError(failure)
     return None
 
 
@@ -89,6 +107,7 @@ def exit_process(exit_code: int) -> NoReturn:
     need that lock at the same moment, to release a tensor. About one run in a hundred hung or aborted this way. The
     operating system frees everything: files are closed, and all ranks have passed the last barrier.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log file, on a full disk
+            stream.flush()
     os._exit(exit_code)

@@ -1,8 +1,9 @@
-"""The signals that a run answers: some stop it, some save a checkpoint."""
+"""The signals that a run answers: some stop it, some save a checkpoint. Works before torch is imported."""
 
+import contextlib
 import os
 import signal
-import sys
+import threading
 import time
 from types import FrameType
 
@@ -16,32 +17,71 @@ FORWARDED = 1.0  # seconds: a second SIGINT within them is the first one again, 
 class Signals:
     """What signals have asked of this process. The loop reads it in each step, and tells the other ranks.
 
-    SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP) stop the run after its step. SIGUSR1 and SIGUSR2 save a
-    checkpoint after the step, and the loop clears `save` then. Later signals change nothing, because a batch system
-    sends SIGTERM to all processes, and torchrun forwards its own to them. Only a second Ctrl-C ends the process.
+    SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP) stop the run after its step. Before the loop there is
+    nothing to save, so they end the process at once. SIGUSR1 and SIGUSR2 save a checkpoint after the step, and the loop
+    clears `save` then. Later signals change nothing, because a batch system sends SIGTERM to all processes, and
+    torchrun forwards its own to them. Only a second Ctrl-C ends the process.
+
+    A thread reads the signals. Python calls a handler only between two instructions of the main thread, which may wait
+    for minutes in C++: for other ranks that have not started yet, or for a collective.
     """
 
     def __init__(self) -> None:
         self.stop = self.save = False
-        self.stopped_at = 0.0
+        self.deferred = False  # the loop runs, so signals wait for the end of a step
+        self.stopped_by, self.stopped_at = signal.SIGTERM, 0.0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_leave_pipe)
+        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
         for number in (*STOP_SIGNALS, *SAVE_SIGNALS):
             # nohup has told this process to ignore SIGHUP.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                signal.signal(number, _noted)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def exit_code(self) -> int:
+        """128 + the number of the signal, as a shell reports it; of SIGTERM if another rank alone had the signal."""
+        return 128 + self.stopped_by
+
+    def _read(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                if number in SAVE_SIGNALS:
+                    self._ask_to_save(signal.Signals(number))
+                elif number in STOP_SIGNALS:
+                    self._ask_to_stop(signal.Signals(number))
+
+    def _ask_to_save(self, number: signal.Signals) -> None:
+        known, self.save = self.save, True
+        if not known:
+            after = "this step" if self.deferred else "the first step"
+            _tell(f"{number.name}: a checkpoint after {after}, then training continues")
+
+    def _ask_to_stop(self, number: signal.Signals) -> None:
         now = time.monotonic()
-        # Another signal may interrupt this method at any call, but not between two assignments.
-        if number in SAVE_SIGNALS:
-            known, self.save = self.save, True
-            if not known:
-                _tell(number, "a checkpoint after this step, then training continues")
-        elif not self.stop:
-            self.stop, self.stopped_at = True, now
-            _tell(number, "a checkpoint after this step, then the end; a second Ctrl-C ends the run at once")
+        if not self.deferred:
+            _tell(f"{number.name}: ended before the first step, there is nothing to save")
+            os._exit(128 + number)
+        if not self.stop:
+            self.stopped_by, self.stopped_at, self.stop = number, now, True
+            _tell(f"{number.name}: a checkpoint after this step, then the end; a second Ctrl-C ends the run at once")
         elif number == signal.SIGINT and now > self.stopped_at + FORWARDED:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            os._exit(128 + number)  # not by the signal itself, because the first process of a container ignores it
+
+
+def answer_signals() -> Signals:
+    """The signals of this process, answered from the first call on."""
+    global _signals
+    _signals = _signals or Signals()
+    return _signals
+
+
+def defer_signals() -> Signals:
+    """The signals of this process. From here on, they wait for the end of a step. Every rank must call."""
+    signals = answer_signals()
+    signals.deferred = True
+    return signals
 
 
 def ignore_signals(worker: int) -> None:
@@ -54,7 +94,20 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _tell(number: int, text: str) -> None:
-    """Print on rank 0. The signal may have come amid a print, so this one does not use Python's buffers."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {text}\n".encode())
+_signals: Signals | None = None
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The thread of Signals acts. A signal needs a handler in Python, or it would not be written to the pipe."""
+
+
+def _leave_pipe() -> None:
+    """After a fork: a signal to the child is not one to its parent."""
+    signal.set_wakeup_fd(-1)
+
+
+def _tell(text: str) -> None:
+    """Print on rank 0. The main thread may be amid a print, so this one does not use Python's buffers."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        with contextlib.suppress(OSError):  # its reader may have gone
+            os.write(2, f"{text}\n".encode())

@@ -120,6 +120,11 @@ def contents(directory: Path) -> frozenset[tuple[str, bytes]]:
     return frozenset((str(path.relative_to(directory)), path.read_bytes() if path.is_file() else b"") for path in paths)
 
 
+@pytest.mark.fault(
+    "process",
+    "a kill before each change that a save makes to the disk",
+    "the checkpoint before it or the new one is whole, and the run ends as an unbroken one",
+)
 def test_killed_at_every_change(short: list[object], half_way: Path, unbroken: Path, tmp_path: Path) -> None:
     """One process, stopped before each file is written or synced, before each rename and removal."""
     run, copies = tmp_path / "run", tmp_path / "copies"

@@ -185,6 +185,11 @@ def test_embedded_split_is_by_file(
     assert tokens_of(data.validation["eval"]) == expected_tokens(tokenizer, held_out)
 
 
+@pytest.mark.fault(
+    "data",
+    "empty documents",
+    "left out and counted; the other documents have the same tokens",
+)
 def test_empty_and_missing_documents(options: Options, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Empty documents are skipped and counted. A record without text is an error that names it."""
     texts = ["one two three " * 20, "", "four five six " * 20]
@@ -252,6 +257,11 @@ def test_global_batch_does_not_depend_on_ranks() -> None:
         assert list(global_batches(101, world_size, micro_batch, accumulation, steps=8)) == reference
 
 
+@pytest.mark.fault(
+    "data",
+    "validation sequences that the ranks do not divide",
+    "each sequence counts once, over all ranks",
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("sequences", [1, 2, 5, 23, 24])
 @pytest.mark.parametrize("size", [1, 4])

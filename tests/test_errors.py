@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from checkpoint.output_dir import claim_output_dir, clean_output_dir
+from checkpoint.output_dir import _clean, claim_output_dir
 from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
@@ -191,6 +191,11 @@ def other_weights_on_rank_1(other: Path) -> None:
         sys.argv[sys.argv.index("--model_name_or_path") + 1] = str(other)
 
 
+@pytest.mark.fault(
+    "storage",
+    "one node has other weights under the same path",
+    "refused before the first step",
+)
 def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
     """Weights of the same shapes with other values, as if each node had its own files."""
     shutil.copytree(model_dir, tmp_path / "other")
@@ -200,17 +205,6 @@ def test_ranks_with_different_weights(tiny: list[object], model_dir: Path, tmp_p
     outcome = train(2, argv, before=partial(other_weights_on_rank_1, tmp_path / "other"))
     assert outcome.exit_codes == [2, 2]
     assert "ranks [1]: not the same as on rank 0: weights\n" in outcome.output
-
-
-def another_directory_on_rank_1() -> None:
-    if os.environ["RANK"] == "1":
-        sys.argv[sys.argv.index("--output_dir") + 1] += "-unseen"
-
-
-def test_output_dir_that_is_not_shared(tiny: list[object], tmp_path: Path) -> None:
-    outcome = train(2, [*tiny, "--output_dir", tmp_path / "output"], before=another_directory_on_rank_1)
-    assert outcome.exit_codes == [2, 2]
-    assert "ranks [1] do not see what rank 0 writes there" in outcome.output
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -238,6 +232,11 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
     assert "dataset_name" in refused(*tiny, *output, "--train_file", "", "--dataset_name", tmp_path / "none")
 
 
+@pytest.mark.fault(
+    "data",
+    "a data set smaller than one global batch",
+    "refused with the arithmetic",
+)
 def test_small_data(tiny: list[object], tmp_path: Path) -> None:
     """Data smaller than one global batch is an error with the arithmetic."""
     message = refused(*tiny, "--output_dir", tmp_path, "--global_batch_size", 8000)
@@ -246,6 +245,11 @@ def test_small_data(tiny: list[object], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a sequence beyond the positions of the model, a missing or misshapen tensor, a truncated file of weights",
+    "refused before the first step, with the tensor or the number",
+)
 def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
     def broken(name: str, **changes: Any) -> Path:
         shutil.copytree(model_dir, tmp_path / name)
@@ -353,6 +357,11 @@ def test_finished_model_without_checkpoints(tiny: list[object], finished: Path, 
     assert "holds a finished model but no checkpoint" in message
 
 
+@pytest.mark.fault(
+    "storage",
+    "`output_dir` or `data_cache_dir` cannot be created or written",
+    "refused before the first step",
+)
 def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) -> None:
     """A file in place of the directory, and a file system that is read-only, because permissions do not bind root."""
     write(tmp_path / "file", "")
@@ -363,6 +372,11 @@ def test_directory_that_cannot_be_written(tiny: list[object], tmp_path: Path) ->
     assert message.startswith("data_cache_dir /proc/cache: ")
 
 
+@pytest.mark.fault(
+    "storage",
+    "a second run on the same output directory",
+    "refused before the first step",
+)
 def test_second_run_on_the_same_directory(tiny: list[object], tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -422,7 +436,7 @@ def test_other_files_do_not_matter(tmp_path: Path) -> None:
     for overwrite in (False, True):
         options = Options(output_dir=str(tmp_path), overwrite_output_dir=overwrite)
         lock = claim_output_dir(options, 0)
-        clean_output_dir(options, 0)
+        _clean(options, 0, 0)
         assert lock
         lock.close()
         assert content(tmp_path) == before | {str(tmp_path / ".lock"): b""}
@@ -445,7 +459,7 @@ def test_overwrite_deletes_what_this_trainer_wrote(finished: Path, tmp_path: Pat
         write(run / name, "{}")
     options = Options(output_dir=str(run), overwrite_output_dir=True)
     lock = claim_output_dir(options, 0)
-    clean_output_dir(options, 0)
+    _clean(options, 0, 0)
     assert lock
     lock.close()
     assert set(content(run)) == {str(run / name) for name in (*mine, ".lock")}

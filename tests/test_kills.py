@@ -165,6 +165,11 @@ def die_in_save(count: int, rank: int) -> None:
 
 # A save runs some 160 lines of checkpoint/ on rank 0, which completes and prunes, and 90 on the other. Slow,
 # because tests/test_atomic.py kills before each change to the disk.
+@pytest.mark.fault(
+    "process",
+    "SIGKILL of either rank at 20 points of a save",
+    "the run resumes from a valid checkpoint, and ends as an unbroken run",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines"), [(0, range(1, 160, 8)), (1, range(1, 80, 4))])
 def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, rank: int, lines: range) -> None:
@@ -184,6 +189,11 @@ def test_killed_at_twenty_points_of_a_save(tiny: list[object], tmp_path: Path, r
     assert equal_to_the_bit(run / "checkpoint-100", tmp_path / "unbroken" / "checkpoint-100")
 
 
+@pytest.mark.fault(
+    "process",
+    "SIGKILL between micro-steps, around the optimizer step and in an evaluation",
+    "tensors, random numbers, sequences and later losses are those of an unbroken run, to the bit",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tmp_path: Path, strategy: str) -> None:

@@ -33,6 +33,11 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
+@pytest.mark.fault(
+    "data",
+    "sequences that the ranks or the global batch do not divide",
+    "the global batches of all steps are those of one process",
+)
 @pytest.mark.parametrize(
     ("world_size", "micro_batch", "more"),
     [
@@ -92,6 +97,12 @@ def test_batches_of_a_resumed_run(tiny: list[object], done: int) -> None:
     assert batches(tiny, done=done) == batches(tiny)[done:]
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    "data",
+    "several resumes in one epoch, on other numbers of ranks",
+    "no sequence is lost or comes twice",
+)
 def test_two_resumes_in_one_epoch(tiny: list[object], one_process: Path, tmp_path: Path) -> None:
     """No sequence is lost or repeated, also in the second epoch and when two ranks become four."""
     for world_size, steps in ((2, 3), (2, 7), (4, 12), (1, 20), (2, 25), (4, 40)):

@@ -84,17 +84,19 @@ def record(path: Path) -> None:
     ("name", "each"),
     [
         *((name, {}) for name in STAGES),
-        ("hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}),
-        ("FSDP (ZeRO-3)", {"gradient_checkpointing": True}),
+        pytest.param(
+            "hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}, marks=pytest.mark.slow
+        ),
+        pytest.param("FSDP (ZeRO-3)", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         ("FSDP (ZeRO-3)", {"optim": "muon"}),
         ("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}),
-        ("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}),
+        pytest.param("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(
             "FSDP (ZeRO-3)",
             {"tensor_parallel": 2, "gradient_checkpointing": True, "torch_compile": True},
             marks=pytest.mark.slow,
         ),
-        ("FSDP, not resharded after forward (ZeRO-2)", {"tensor_parallel": 2}),
+        pytest.param("FSDP, not resharded after forward (ZeRO-2)", {"tensor_parallel": 2}, marks=pytest.mark.slow),
         ("FSDP (ZeRO-3)", {"context_parallel": 2}),
         ("DDP", {"context_parallel": 4, "gradient_checkpointing": True}),
     ],
@@ -374,6 +376,7 @@ def run_out_of_memory(of_host: bool) -> None:
     NextToken.forward = forward  # type: ignore[method-assign,assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_host", [False, True])
 def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> None:
     """It is said once for all ranks, without a traceback, with three options."""

@@ -481,6 +481,9 @@ def test_quantized(copied: Path) -> None:
     assert f"{name} is quantized, in torch.float8_e4m3fn\n" in refused(copied)
 
 
+@pytest.mark.fault(
+    "security", "../, absolute paths and devices in a model's index", "refused: its files are in its directory"
+)
 def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
     copied = Path(shutil.copytree(families["llama"], tmp_path / "DIR"))
     path = copied / "model.safetensors.index.json"
@@ -491,7 +494,7 @@ def test_wrong_index(families: dict[str, Path], tmp_path: Path) -> None:
         path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"model.norm.weight": file}}))
         return refused(copied)
 
-    for outside in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", 3):
+    for outside in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", "/dev/zero", 3):
         assert f"{path.name} names {outside}, which is not a file in its directory\n" in with_norm_in(outside)
     for nothing in ("model-00009-of-00009.safetensors", "..", ""):
         assert nothing in with_norm_in(nothing)
@@ -560,6 +563,7 @@ class Payload:
         return Path.touch, (self.trace,)
 
 
+@pytest.mark.fault("security", "pickles under the names of other trainers in a model or checkpoint", "never unpickled")
 def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp_path: Path) -> None:
     """No pickle is loaded under any name that trainers use. A checkpoint with only pickled weights is refused."""
     trace = tmp_path / "trace"
@@ -583,6 +587,9 @@ def test_nothing_is_unpickled(families: dict[str, Path], tiny: list[object], tmp
     assert not trace.exists()
 
 
+@pytest.mark.fault(
+    "security", "a model that transformers does not know, with code of its own", "refused without --trust_remote_code"
+)
 def test_remote_code_is_asked_for(families: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Remote code runs only with trust_remote_code, which the message names. It is exported with the model."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

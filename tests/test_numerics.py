@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from torch import Tensor
 
 import data.loader
@@ -51,6 +52,11 @@ def all_masked(steps: set[int]) -> None:
     data.loader.collate = collate
 
 
+@pytest.mark.fault(
+    "numerics",
+    "all targets of a global batch masked, or a NaN on one rank",
+    "every rank skips the step: parameters, moments and step counts do not change, and the skip is counted",
+)
 @pytest.mark.parametrize(
     "strategy", ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)]
 )
@@ -73,6 +79,21 @@ def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, faul
         (tmp_path / f"checkpoint-{step}/state.json").write_text(json.dumps(state))
     assert equal_to_the_bit(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
     assert not equal_to_the_bit(tmp_path / "checkpoint-3", tmp_path / "checkpoint-4")
+
+
+@pytest.mark.fault(
+    "numerics",
+    "updates far smaller than bf16 can add to a weight: a learning rate of 1e-5 with --bf16",
+    "at least 99% of the weights move, because master weights are fp32",
+)
+def test_small_updates_are_not_lost(tiny: list[object], model_dir: Path, tmp_path: Path) -> None:
+    options = ["--bf16", "true", "--learning_rate", 1e-5, "--weight_decay", 0.1, "--max_steps", 2]
+    train_ok(1, *tiny, *SHAPE, *options, "--output_dir", tmp_path)
+    before, after = (safetensors.torch.load_file(path / "model.safetensors") for path in (model_dir, tmp_path))
+    moved = sum(int((before[name] != after[name]).sum()) for name in before)
+    assert moved >= 0.99 * sum(tensor.numel() for tensor in before.values())
+    in_bf16 = sum(int((before[name].bfloat16() != after[name].bfloat16()).sum()) for name in before)
+    assert in_bf16 < 0.5 * moved  # the test would fail with weights in bf16
 
 
 def test_too_many_in_a_row(tiny: list[object], tmp_path: Path) -> None:

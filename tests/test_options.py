@@ -286,6 +286,11 @@ def test_each_translation_is_said_once(capsys: pytest.CaptureFixture[str], monke
     assert not capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "configuration",
+    "unknown options",
+    "all are named in one start, with the names that they resemble",
+)
 def test_all_problems_are_named_in_one_start() -> None:
     message = refusal("--zzz", "--leaning_rate", 1, "--max_stepz=3", "--yyy")
     assert message == (

@@ -240,6 +240,7 @@ def test_torchrun(place: Path, cache: Path) -> None:
     assert read_records(place / "output" / "metrics.jsonl")[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_two_nodes(place: Path, cache: Path) -> None:
     """The command for several nodes, started twice as on two of them, with one rank each."""
     command = find("--nnodes")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 import checkpoint
 from checkpoint.identity import Progress, RunIdentity, require_same_run
 from checkpoint.load import load_checkpoint, problems
+from checkpoint.rng import rng_state
 from checkpoint.save import Saver
 from config.errors import OptionError
 from config.options import Options
@@ -27,7 +29,10 @@ from tests.proof import GATES, read_tensors, relative_l2
 
 # With these, a run of 8 steps and a run of 16 do the same in the first 8.
 STEADY = ["--lr_scheduler_type", "constant_with_warmup", "--eval_steps", 5]
-NOT_IN_TRAJECTORY = ("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds")
+NOT_IN_TRAJECTORY = (
+    *("tokens_per_second", "peak_memory_gib", "data_wait_seconds", "save_seconds"),
+    *("slowest_rank", "slowest_rank_lag"),
+)
 
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:
@@ -165,8 +170,13 @@ def test_other_ranks_and_strategies(
                 assert row[key] == pytest.approx(reference[key], abs=1e-5)
 
 
+@pytest.mark.fault(
+    "storage",
+    "the newest checkpoint is damaged; others have names like `checkpoint-20-backup`",
+    "`auto` names the damaged one and resumes the one before it; other names are never selected",
+)
 def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_path: Path) -> None:
-    """Faults 10 and 12: what is damaged, or only named like one, is passed over; the damaged is named and kept."""
+    """A damaged checkpoint is passed over, named and kept; a directory with a similar name is passed over."""
     run = tmp_path / "run"
     shutil.copytree(ddp_on_two, run)
     for name in ("checkpoint-30.tmp", "checkpoint-40-backup", "checkpoint-", "checkpoint-x"):
@@ -184,6 +194,11 @@ def test_chooses_the_newest_valid_one(tiny: list[object], ddp_on_two: Path, tmp_
     assert (aside / "optimizer" / shard.name).read_bytes() == bytes(content)
 
 
+@pytest.mark.fault(
+    "storage",
+    "any file of a checkpoint truncated, deleted, or with one bit flipped",
+    "the checkpoint counts as damaged",
+)
 def test_every_damage_is_found(ddp_on_two: Path, tmp_path: Path) -> None:
     """Each file of a checkpoint in turn is truncated, deleted, or has one bit flipped; each damage is found."""
     intact = ddp_on_two / "checkpoint-10"
@@ -226,6 +241,11 @@ def test_resume_beyond_max_steps(tiny: list[object], ddp_on_two: Path, tmp_path:
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a resume with another seed, global batch size or sequence length",
+    "refused with the option to pass; no file of the run changes",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -243,6 +263,11 @@ def test_another_run_is_refused(tiny: list[object], ddp_on_two: Path, change: li
     assert sorted(ddp_on_two.rglob("*")) == before
 
 
+@pytest.mark.fault(
+    "data",
+    "one character of the training data changed under a resume",
+    "refused before the first step",
+)
 def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_two: Path, tmp_path: Path) -> None:
     """One changed character in one document is enough to refuse the resume."""
     changed = tmp_path / train_file.name
@@ -256,11 +281,17 @@ def test_changed_data_is_refused(tiny: list[object], train_file: Path, ddp_on_tw
 IDENTITY = RunIdentity("model", "data", seed=1, global_batch_size=16, optim="adamw_torch_fused")
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a resume with another model, data set or optimizer",
+    "refused with both values and a remedy",
+)
 @pytest.mark.parametrize("field", dataclasses.fields(RunIdentity), ids=lambda field: field.name)
-def test_each_field_of_the_identity_is_refused_at_resume(field: Any, tmp_path: Path) -> None:
+def test_each_field_of_the_identity_is_refused_at_resume(field: Any, alone: None, tmp_path: Path) -> None:
     """A checkpoint of another model, data, seed, batch size or optimizer: the message has both values and a remedy."""
     saved = dataclasses.asdict(Progress()) | dataclasses.asdict(IDENTITY) | {field.name: "other"}
-    (tmp_path / "state.json").write_text(json.dumps({"progress": saved}))
+    rest = {"optimizer_steps": {}, "options": {}, "versions": {}, "rng": [rng_state()]}
+    (tmp_path / "state.json").write_text(json.dumps({"progress": saved, **rest}))
     remedy = field.metadata["remedy"].format("other")
     now = getattr(IDENTITY, field.name)
     with pytest.raises(OptionError, match=f"{field.name} was other and is {now} now\n{re.escape(remedy)}"):
@@ -272,15 +303,9 @@ def test_each_field_of_the_identity_is_refused_between_ranks(
     field: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 was given another one: all ranks are told which field differs."""
-    (tmp_path / ".lock").touch()
-
-    def two_ranks(value: Any) -> list[Any]:
-        run, sees = value
-        return [value, (run | {field.name: "other"}, sees)]
-
-    monkeypatch.setattr("checkpoint.identity.gather_objects", two_ranks)
+    monkeypatch.setattr("checkpoint.identity.gather_objects", lambda run: [run, run | {field.name: "other"}])
     with pytest.raises(OptionError, match=rf"ranks \[1\]: not the same as on rank 0: {field.name}"):
-        require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {})
+        require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {}, PretrainedConfig())
 
 
 @pytest.mark.parametrize(("tensor_parallel", "allowed"), [(1, True), (2, False)])
@@ -288,8 +313,7 @@ def test_compiled_on_one_rank_only(
     tensor_parallel: int, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One node without a compiler is fine, unless ranks split layers: recomputed layers then differ in collectives."""
-    (tmp_path / ".lock").touch()
-
+    monkeypatch.setattr("checkpoint.identity.require_shared", lambda output_dir: None)
     ranks: list[Any] = []
 
     def all_ranks_so_far(value: Any) -> list[Any]:
@@ -298,6 +322,6 @@ def test_compiled_on_one_rank_only(
 
     monkeypatch.setattr("checkpoint.identity.gather_objects", all_ranks_so_far)
     options = Options(output_dir=str(tmp_path), tensor_parallel=tensor_parallel, torch_compile=True)
-    require_same_run(options, IDENTITY, {})
+    require_same_run(options, IDENTITY, {}, PretrainedConfig())
     with nullcontext() if allowed else pytest.raises(OptionError, match="rank 0: torch_compile"):
-        require_same_run(dataclasses.replace(options, torch_compile=False), IDENTITY, {})
+        require_same_run(dataclasses.replace(options, torch_compile=False), IDENTITY, {}, PretrainedConfig())

@@ -34,6 +34,11 @@ def write_late(output_dir: Path, step: int) -> None:
     checkpoint.save._write = late
 
 
+@pytest.mark.fault(
+    "storage",
+    "training continues while a checkpoint is written",
+    "its bytes are those of the saved step",
+)
 @pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
     """A checkpoint that is written while training continues for four steps equals one that is written at once."""
@@ -78,6 +83,12 @@ def small_files_only(rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, 20 * 1024))
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    "storage",
+    "the disk of one rank is full at a checkpoint",
+    "all ranks end with one message; the checkpoint before it is intact, and resumes to the bit",
+)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchronous: str) -> None:
     """The disk of one rank is full: all ranks end, and one message names the directory."""
@@ -98,6 +109,11 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
     assert equal_to_the_bit(run / "checkpoint-8", tmp_path / "unbroken" / "checkpoint-8")
 
 
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank in an evaluation or in a save",
+    "all ranks end with a valid checkpoint of this step, and the resumed run is the unbroken one",
+)
 @pytest.mark.parametrize(
     ("file", "line", "count"),
     [
@@ -119,7 +135,7 @@ def test_stopped_in_an_evaluation_or_a_save(
     options += ["--eval_steps", 5, "--save_steps", 10, "--logging_steps", 1]
     argv = [*options, "--output_dir", run, "--max_steps", 400]
     outcome = train(2, argv, before=partial(terminate_at, file, line, count))
-    assert outcome.exit_codes == [0, 0], outcome.output
+    assert outcome.exit_codes == [128 + signal.SIGTERM] * 2, outcome.output
     checkpoints = sorted(run.glob("checkpoint-*"))
     assert all(problems(path) == [] for path in checkpoints)
     assert list(run.glob(".saving-*")) == []
@@ -153,6 +169,11 @@ def watch_directories(output_dir: Path, report: Path) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
+@pytest.mark.fault(
+    "storage",
+    "100 saves with `--save_total_limit 2`",
+    "never more than three checkpoints, and at every moment a complete one",
+)
 @pytest.mark.parametrize("saves", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_many_saves_that_keep_two(tiny: list[object], tmp_path: Path, saves: int) -> None:
     """There are never more than three checkpoints, and after the first save always a complete one."""
@@ -190,6 +211,7 @@ def no_fork_after_the_first_save() -> None:
     setattr(Saver, "save", save_and_forbid)  # noqa: B010
 
 
+@pytest.mark.slow
 def test_no_worker_is_forked_beside_the_saving_thread(tiny: list[object], tmp_path: Path) -> None:
     """A forked process inherits the locks that other threads hold, and may wait for one for ever: it did."""
     options = [*tiny, "--global_batch_size", 48, "--per_device_train_batch_size", 12, "--max_steps", 40]

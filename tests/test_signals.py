@@ -19,10 +19,15 @@ from tests.test_resume import trajectory
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
+@pytest.mark.fault(
+    "process",
+    "SIGTERM, Ctrl-C or SIGHUP to a process, to torchrun, or to torchrun and its ranks, which so have it twice",
+    "a checkpoint after the step, all are gone, and the resumed run is the unbroken one",
+)
 @pytest.mark.parametrize(
     ("number", "launcher", "both"),
     [
-        pytest.param(signal.SIGTERM, [], False, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, [], False, id="SIGTERM", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, TORCHRUN, True, id="SIGTERM to torchrun and its ranks"),
         pytest.param(signal.SIGTERM, TORCHRUN, False, id="SIGTERM to torchrun", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [], False, id="SIGINT", marks=pytest.mark.slow),
@@ -51,7 +56,8 @@ def test_stop_and_resume(
             os.kill(int(child), number)
     run.send_signal(number)
     _, errors = run.communicate()
-    assert run.returncode == (1 if launcher else 0), errors  # torchrun says 1 after a signal, whatever its ranks say
+    # torchrun says 1 after a signal, whatever its ranks say.
+    assert run.returncode == (1 if launcher else 128 + number), errors
     assert "DataLoader worker" not in errors
     (saved,) = stopped.glob("checkpoint-*")
     assert problems(saved) == []
@@ -114,7 +120,8 @@ def test_all_ranks_stop_and_save(
 ) -> None:
     argv = [*tiny, "--output_dir", tmp_path, "--max_steps", 300]
     outcome = train(2, argv, before=slow_steps, meanwhile=partial(send, tmp_path, signals))
-    assert outcome.exit_codes == [0, 0], outcome.output
+    of_rank = {rank: 128 + number for rank, number, _ in signals}
+    assert outcome.exit_codes == [of_rank.get(rank, 128 + TERM) for rank in (0, 1)], outcome.output
     (saved,) = tmp_path.glob("checkpoint-*")
     assert problems(saved) == []
     assert "stopped by a signal after step " in outcome.output
@@ -136,7 +143,7 @@ def test_second_ctrl_c_ends_at_once(tiny: list[object], tmp_path: Path) -> None:
 
     options = [*tiny, "--output_dir", tmp_path, "--max_steps", 300]
     outcome = train(1, options, before=partial(long_step, begun), meanwhile=signal_within_step)
-    assert outcome.exit_codes == [-INT], outcome.output
+    assert outcome.exit_codes == [128 + INT], outcome.output
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
@@ -156,6 +163,9 @@ def long_step(begun: Path) -> None:
     metrics.Recorder.step = slow_fourth  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(
+    "process", "SIGUSR1 to one rank, or to all", "every rank saves the same step, and training continues"
+)
 def test_sigusr1_saves_and_training_continues(tiny: list[object], tmp_path: Path) -> None:
     """One rank gets the signal, all save after the same step, and the run ends as it should."""
 

@@ -156,6 +156,7 @@ def test_a_resume_reads_on_from_there(
     assert starts[0] == tuple(first[1:4]) != (0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "turns",
     [

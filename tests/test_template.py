@@ -581,6 +581,11 @@ def test_a_conversation_has_the_bos_of_its_template(tokenizer: PreTrainedTokeniz
 # --- A token without an embedding -----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "configuration",
+    "a token id beyond the vocabulary of the model",
+    "refused with the record that has it, or with the tokenizer if every text may need it",
+)
 def test_a_token_beyond_the_vocabulary(model_dir: Path, tmp_path: Path) -> None:
     """An added token that the model has no embedding for is no obstacle, until a text contains it."""
     shutil.copytree(model_dir, tmp_path / "model")

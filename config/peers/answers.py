@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config.errors import OptionError, first_line
 from config.options import Options
+from config.text import load_json, read_text
 
 Given = Mapping[str, str]  # every option that the user gave, by name, with its value as text
 
@@ -242,7 +243,7 @@ def fsdp_config(value: str, given: Given) -> Words:
     if given.get("fsdp", "").lower() in ("", *FALSE):
         return {}
     try:
-        keys = json.loads(value if value.lstrip().startswith("{") else Path(value).expanduser().read_text())
+        keys = load_json(value if value.lstrip().startswith("{") else read_text(Path(value).expanduser()))
     except (OSError, ValueError) as error:
         raise OptionError(f"fsdp_config {value}: {first_line(error)}; pass a JSON file") from error
     if not isinstance(keys, dict):
@@ -262,7 +263,7 @@ def fsdp_config(value: str, given: Given) -> Words:
 def gradient_checkpointing_kwargs(value: str, given: Given) -> Words:
     """Nothing for use_reentrant, with which the gradients are the same. Raises OptionError for other keys."""
     try:
-        known = json.loads(value).keys() <= {"use_reentrant"}
+        known = load_json(value).keys() <= {"use_reentrant"}
     except (ValueError, AttributeError):
         known = False
     if not known:

@@ -11,7 +11,6 @@ gets a line.
 
 import dataclasses
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,9 @@ from config.peers.deepspeed_keys import (
 )
 from config.plan import data_parallel_groups
 from config.run_file import read_json
+from config.text import read_text
+
+LARGEST = 2.0**62  # of a number, so that products of some fit into a float
 
 
 @dataclass
@@ -62,8 +64,8 @@ class DeepSpeedFile:
         value = self.value(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise self.error(key, f'pass a number of at least {least}, or "auto"')
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < LARGEST:
+            raise self.error(key, f'pass a number of at least {least} and below {LARGEST:g}, or "auto"')
         if kind is int and value != int(value):
             raise self.error(key, 'pass a whole number, or "auto"')
         return kind(value)
@@ -141,7 +143,7 @@ def read_deepspeed_file(options: Options, given: set[str], world_size: int | Non
 def _load(name: str) -> dict[str, Any]:
     """The JSON object in a file. Raises OptionError if there is none, or if a key appears twice."""
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        text = read_text(Path(name))
         try:
             values = read_json(text)
         except json.JSONDecodeError:

@@ -27,7 +27,7 @@ def start_rank(environment: dict[str, str], argv: list[str], log: str) -> None:
 def until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "it hung"
         time.sleep(0.01)
 
 

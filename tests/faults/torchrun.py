@@ -35,7 +35,7 @@ class Torchrun:
         """Wait for `condition`, or for the end of torchrun."""
         deadline = time.monotonic() + DEADLINE
         while self.process.poll() is None and not condition():
-            assert time.monotonic() < deadline, f"it did not happen\n{self.output()}"
+            assert time.monotonic() < deadline, f"it hung\n{self.output()}"
             time.sleep(0.01)
 
     def end(self) -> int:

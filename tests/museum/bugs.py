@@ -680,13 +680,12 @@ BUGS = [
         "To save disk space, the last checkpoint is deleted before the next one is written.",
         "None, until a save fails and no checkpoint is left.",
         (
-            Change("checkpoint/save.py", "import platform\n", "import platform\nimport shutil\n"),
             Change(
                 "checkpoint/save.py",
-                "    run_together(write_state, group)\n",
-                '    for old in output_dir.glob("checkpoint-*") if rank == 0 else []:\n'
-                "        shutil.rmtree(old)\n"
-                "    run_together(write_state, group)\n",
+                "        run_together(write_state, group)\n",
+                '        for old in output_dir.glob("checkpoint-*") if rank == 0 else []:\n'
+                "            shutil.rmtree(old)\n"
+                "        run_together(write_state, group)\n",
             ),
         ),
         "tests/test_atomic.py::test_killed_at_every_change",
@@ -752,9 +751,9 @@ BUGS = [
             Change("train.py", "    data = prepare_objective(objective, data, wrapped, options, device)\n", ""),
             Change(
                 "train.py",
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
+                "    checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
                 "    data = prepare_objective(objective, data, wrapped, options, device)\n"
-                "    if rank == 0:\n        checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
+                "    checkpoint.clean_output_dir(options, progress.step, progress.best.step)\n",
             ),
         ),
         "tests/test_preference.py::test_resumed_to_the_bit[kept]",
