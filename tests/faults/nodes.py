@@ -133,7 +133,9 @@ class Nodes:
         node = Node(space.kinds, space.holder, space.pid, path, path.name, f"{NETWORK}.{number + 1}")
         self.nodes[number:] = [node, *self.nodes[number + 1 :]]
         self.switch.call("sh", "-c", f"ip link delete port{number} 2>&1 || true")  # of a node that has just ended
-        peer = ("peer", "name", "eth0", "netns", node.pid)
+        # A node keeps its hardware address. With another one, it would be unreachable for a minute or more: the other
+        # node sends to the old address, until its kernel asks again, and meanwhile its retries become rare.
+        peer = ("peer", "name", "eth0", "address", f"02:00:00:00:00:0{number + 1}", "netns", node.pid)
         self.switch.call("ip", "link", "add", f"port{number}", "type", "veth", *peer)
         self.switch.call("ip", "link", "set", f"port{number}", "master", self.bridges[number], "up")
         node.call("ip", "link", "set", "lo", "up")
@@ -169,11 +171,14 @@ class Nodes:
                 meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
             else:
                 meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
+                meet += ["--rdzv_conf", "read_timeout=900,join_timeout=900"]  # docs/launch.md
             command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
             environment = {
                 name: value if isinstance(value, str) else value[number] for name, value in variables.items()
             }
             launchers.append(node.start(sys.executable, *command, ROOT / "train.py", *argv, **environment))
+            if number == 0 and late:
+                time.sleep(late)
         return launchers
 
     def log(self) -> str:
