@@ -165,21 +165,28 @@ class Nodes:
 
         `words` are more options of torchrun. A variable has one value, or one for each node.
         """
-        launchers = []
-        for number, node in enumerate(self.nodes):
-            if rendezvous == "static":
-                meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
-            else:
-                meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
-                meet += ["--rdzv_conf", "read_timeout=900,join_timeout=900"]  # docs/launch.md
-            command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
-            environment = {
-                name: value if isinstance(value, str) else value[number] for name, value in variables.items()
-            }
-            launchers.append(node.start(sys.executable, *command, ROOT / "train.py", *argv, **environment))
-            if number == 0 and late:
-                time.sleep(late)
-        return launchers
+        return [
+            self.torchrun_on(
+                number,
+                rendezvous,
+                argv,
+                *words,
+                **{name: value if isinstance(value, str) else value[number] for name, value in variables.items()},
+            )
+            for number in range(2)
+        ]
+
+    def torchrun_on(
+        self, number: int, rendezvous: str, argv: Sequence[object], *words: object, **variables: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start the torchrun of one of the nodes."""
+        if rendezvous == "static":
+            meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
+        else:
+            meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
+            meet += ["--rdzv_conf", "read_timeout=900,join_timeout=900"]
+        command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
+        return self.nodes[number].start(sys.executable, *command, ROOT / "train.py", *argv, **variables)
 
     def log(self) -> str:
         """All that was printed on both nodes."""
