@@ -28,7 +28,7 @@ def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
                 shard.grad = _shard(full.grad, ranks)
 
     def clear_shard_gradients(optimizer: Optimizer, *step_arguments: object) -> None:
-        # They are views of DDP's buckets. DDP builds new buckets in its second step, and views would keep the old ones.
+        # They are views of DDP's buckets, and valid in this step only.
         for group in optimizer.param_groups:
             for shard in group["params"]:
                 shard.grad = None

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from ddp.buckets import FixedBuckets
+
 
 def wrap(
     objective: nn.Module,
@@ -26,11 +28,11 @@ def wrap(
     parameters. The caller then loads equal weights on every rank (model/weights.py), because nothing is broadcast here.
 
     Each backward pass all-reduces the fp32 gradients of all parameters, in buckets, overlapped with the rest of the
-    backward pass. All ranks of `mesh` are replicas. A single rank gets `objective` itself, because it has no other rank
-    to communicate with.
+    backward pass. `decoder_layers`, the decoder layers of the model, tell in which order gradients come. All ranks of
+    `mesh` are replicas. A single rank gets `objective` itself, because it has no other rank to communicate with.
 
-    `decoder_layers`, the decoder layers of the model, and the options from `bf16` on are unused, because DDP replicates
-    the model as one unit and torch.autocast does the casts. They keep the signature equal to that of `fsdp.wrap`.
+    The options from `bf16` on are unused, because DDP replicates the model as one unit and torch.autocast does the
+    casts. They keep the signature equal to that of `fsdp.wrap`.
     """
     model: PreTrainedModel = objective.model
     objective.to_empty(device=device)
@@ -43,4 +45,4 @@ def wrap(
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.13.0 or 2.11
     settings: dict[str, Any] = {"init_sync": False, sync: False}
     # As views of the buckets, gradients need no second copy in memory and no time to copy.
-    return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
+    return FixedBuckets(objective, decoder_layers, device_ids=device_ids, gradient_as_bucket_view=True, **settings)

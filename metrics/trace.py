@@ -46,8 +46,8 @@ KINDS = {
 class Trace:
     """A torch profiler that records some steps of rank 0, and reports their collectives and the time of their kernels.
 
-    It skips the first two steps of a run, in which layers are compiled and DDP finds the order of its buckets. It
-    records the next `steps`, each with its batch, forward, backward and update. Recording makes these steps slower.
+    It skips the first two steps of a run, in which layers are compiled and memory is allocated. It records the
+    next `steps`, each with its batch, forward, backward and update. Recording makes these steps slower.
     """
 
     WARMUP = 2

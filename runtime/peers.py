@@ -39,6 +39,7 @@ class Peers:
         self.group = ""  # the process group that this process belongs to, once it has formed
         self.failing = False
         self.heard: dict[str, Any] = {}  # the failure of another rank
+        self.printed = False
         self.connected = threading.Event()
         self.error: Exception | None = None
         self.store: dist.Store  # for the process group, which may wait in it
@@ -70,7 +71,7 @@ class Peers:
             self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
         except dist.DistError:
             if self.heard:  # the store has ended with the rank that failed
-                self._end(**self.heard)
+                self._end()
             raise
         return dist.PrefixStore(self.group, self.store)
 
@@ -82,7 +83,7 @@ class Peers:
         restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
         if self.group or restarts[0] >= restarts[1]:  # without a group, the others wait for the restarted rank
             with suppress(dist.DistError):
-                self._stop({"rank": self.rank, "host": socket.gethostname(), "message": message, "code": exit_code})
+                self._stop(self._key(), message, exit_code)
                 self.watched.add(f"{self._key()}/told", 1)
 
     def linger(self) -> None:
@@ -141,13 +142,15 @@ class Peers:
             time.sleep(INTERVAL)
             self.heard = self._failure()
             if self.heard:
+                if self.heard["node"] != _node():  # on its own node, the rank itself prints
+                    self._print()
                 with suppress(dist.DistError):
                     self.watched.add(f"{self._key()}/told", 1)
                 time.sleep(GRACE)
                 with suppress(dist.DistError):  # of a store that has ended since
                     if not self.watched.check([self._key()]):
                         continue  # the rank has been restarted
-                self._end(**self.heard)
+                self._end()
 
     def _connect(self, is_master: bool, timeout: timedelta = timedelta(days=1)) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -162,8 +165,7 @@ class Peers:
         """
         call, failed = _read(self.watched, "call"), _read(self.watched, "failed")
         if call and self.process not in json.loads(_read(self.watched, f"group/{call}") or json.dumps([self.process])):
-            failure = {"rank": self.rank, "host": socket.gethostname(), "message": "it has been restarted", "code": 1}
-            self.watched.compare_set(f"stop/{call}", "", json.dumps(failure))
+            self._stop(f"stop/{call}", "it has been restarted", 1)
         if failed and json.loads(failed)["rank"] == self.rank:
             self.watched.delete_key("failed")
             self.watched.delete_key("failed/told")
@@ -171,8 +173,10 @@ class Peers:
     def _key(self) -> str:
         return f"stop/{self.group}" if self.group else "failed"
 
-    def _stop(self, failure: dict[str, Any]) -> None:
-        self.watched.compare_set(self._key(), "", json.dumps(failure))
+    def _stop(self, key: str, message: str, exit_code: int) -> None:
+        """Say why a process group is broken, or why this rank has failed, unless another rank was first."""
+        failure = {"rank": self.rank, "node": _node(), "host": socket.gethostname(), "message": message}
+        self.watched.compare_set(key, "", json.dumps(failure | {"exit_code": exit_code}))
 
     def _failure(self) -> dict[str, Any]:
         """What has been said to have failed; {} if nothing."""
@@ -183,15 +187,22 @@ class Peers:
         try:
             self.watched = self._connect(is_master=False, timeout=RECONNECT)  # only the connection was lost
         except dist.DistError:
-            host = "torchrun" if _has_agent() else "rank 0"
-            self._end(0, os.environ["MASTER_ADDR"], f"{host} has ended, and the store of all ranks with it", 1)
+            message = f"{'torchrun' if _has_agent() else 'rank 0'} has ended, and the store of all ranks with it"
+            self.heard = {"rank": 0, "host": os.environ["MASTER_ADDR"], "message": message, "exit_code": 1}
+            self._end()
         return {}
 
-    def _end(self, rank: int, host: str, message: str, code: int) -> None:
+    def _print(self) -> None:
+        """Print what has failed, once on each node."""
+        if os.environ["LOCAL_RANK"] == "0" and not (self.failing or self.printed):
+            self.printed = True
+            failure = f"rank {self.heard['rank']} on {self.heard['host']}: {self.heard['message']}"
+            print(f"train.py: error: {failure}", file=sys.stderr, flush=True)
+
+    def _end(self) -> None:
         if not self.failing:
-            if os.environ["LOCAL_RANK"] == "0":
-                print(f"train.py: error: rank {rank} on {host}: {message}", file=sys.stderr, flush=True)
-            os._exit(code)
+            self._print()
+            os._exit(self.heard["exit_code"])
 
 
 _peers: Peers | None = None
@@ -207,6 +218,10 @@ def join() -> Peers:
 def meet(timeout: timedelta) -> dist.Store:
     """The store for init_process_group, as Peers.meet describes it. Every rank must call."""
     return (_peers or join()).meet(timeout)
+
+
+def _node() -> str:
+    return os.environ.get("GROUP_RANK", socket.gethostname())  # torchrun's number of this node
 
 
 def _has_agent() -> bool:

@@ -96,6 +96,17 @@ def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp
     assert rng[0] == rng[1]
 
 
+def test_four_ranks_with_ddp_to_the_bit(tiny: list[object], tmp_path: Path) -> None:
+    """A sum of four gradients depends on the place of a parameter in its bucket, so the buckets must never change."""
+    options = [*tiny, "--max_steps", 6, "--save_steps", 2]
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    train_ok(4, *options, "--output_dir", unbroken)
+    cut_off_at(2, unbroken, resumed)
+    train_ok(4, *options, "--output_dir", resumed, "--resume_from_checkpoint", "auto")
+    assert trajectory(resumed) == trajectory(unbroken)
+    assert equal_to_the_bit(resumed / "checkpoint-6", unbroken / "checkpoint-6")
+
+
 def test_each_rank_draws_its_own_dropout(tiny: list[object], model_with_dropout: Path, tmp_path: Path) -> None:
     """After drawing for rows of one length, as many numbers on each rank, the generators of all ranks differ."""
     options = [*tiny, "--model_name_or_path", model_with_dropout, "--packing", "concat", "--max_steps", 2]

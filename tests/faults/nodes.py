@@ -133,7 +133,9 @@ class Nodes:
         node = Node(space.kinds, space.holder, space.pid, path, path.name, f"{NETWORK}.{number + 1}")
         self.nodes[number:] = [node, *self.nodes[number + 1 :]]
         self.switch.call("sh", "-c", f"ip link delete port{number} 2>&1 || true")  # of a node that has just ended
-        peer = ("peer", "name", "eth0", "netns", node.pid)
+        # A node keeps its hardware address. With another one, it would be unreachable for a minute or more: the other
+        # node sends to the old address, until its kernel asks again, and meanwhile its retries become rare.
+        peer = ("peer", "name", "eth0", "address", f"02:00:00:00:00:0{number + 1}", "netns", node.pid)
         self.switch.call("ip", "link", "add", f"port{number}", "type", "veth", *peer)
         self.switch.call("ip", "link", "set", f"port{number}", "master", self.bridges[number], "up")
         node.call("ip", "link", "set", "lo", "up")
@@ -163,18 +165,28 @@ class Nodes:
 
         `words` are more options of torchrun. A variable has one value, or one for each node.
         """
-        launchers = []
-        for number, node in enumerate(self.nodes):
-            if rendezvous == "static":
-                meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
-            else:
-                meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
-            command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
-            environment = {
-                name: value if isinstance(value, str) else value[number] for name, value in variables.items()
-            }
-            launchers.append(node.start(sys.executable, *command, ROOT / "train.py", *argv, **environment))
-        return launchers
+        return [
+            self.torchrun_on(
+                number,
+                rendezvous,
+                argv,
+                *words,
+                **{name: value if isinstance(value, str) else value[number] for name, value in variables.items()},
+            )
+            for number in range(2)
+        ]
+
+    def torchrun_on(
+        self, number: int, rendezvous: str, argv: Sequence[object], *words: object, **variables: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start the torchrun of one of the nodes."""
+        if rendezvous == "static":
+            meet = ["--node_rank", number, "--master_addr", self.nodes[0].address, "--master_port", 29500]
+        else:
+            meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id", "job"]
+            meet += ["--rdzv_conf", "read_timeout=900,join_timeout=900"]
+        command = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, *meet, *words]
+        return self.nodes[number].start(sys.executable, *command, ROOT / "train.py", *argv, **variables)
 
     def log(self) -> str:
         """All that was printed on both nodes."""

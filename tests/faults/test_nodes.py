@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,6 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 def train_on(nodes: Nodes, argv: list[object], **variables: str) -> None:
     outcome = train(4, argv, before=on_nodes(nodes, variables))
     assert outcome.exit_codes == [0] * 4, outcome.output
-
-
-def assert_same_curve(run: Path, reference: Path) -> None:
-    """Step by step, within the gates of a resume on another topology."""
-    steps = [[row for row in trajectory(path) if "loss" in row] for path in (run, reference)]
-    for ours, theirs in zip(*steps, strict=True):
-        assert (ours["step"], ours["tokens_seen"]) == (theirs["step"], theirs["tokens_seen"])
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
 def assert_identical(run: Path, reference: Path, step: int) -> None:
@@ -73,16 +65,15 @@ def test_resume_on_other_nodes(tiny: list[object], tmp_path: Path, nodes: Nodes,
     train_on(nodes, [*options, "--output_dir", run, "--max_steps", 3])
     train_ok(4, *options, "--output_dir", run, "--max_steps", 6)
     train_on(nodes, [*options, "--output_dir", run, "--max_steps", 9])
-    assert_same_curve(run, unbroken)
-    if strategy.startswith("fsdp"):
-        # DDP orders its buckets anew after the first step of a process, which changes the order of its sums.
-        assert equal_to_the_bit(run / "checkpoint-9", unbroken / "checkpoint-9")
-        assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    steps = [[row for row in trajectory(path) if "loss" in row] for path in (run, unbroken)]  # without evaluations
+    assert steps[0] == steps[1]
+    assert equal_to_the_bit(run / "checkpoint-9", unbroken / "checkpoint-9")
+    assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def long(tiny: list[object]) -> list[object]:
-    """A run that saves often, for faults amid its steps. FSDP, because it resumes to the bit on four ranks."""
+    """A run that saves often, for faults amid its steps."""
     often = ["--save_steps", 10, "--save_total_limit", 2, "--eval_steps", 100]
     return [*tiny, "--max_steps", 150, "--strategy", "fsdp", *often, "--ddp_timeout", 10, *RESUME]
 
@@ -124,6 +115,19 @@ def test_a_node_is_lost(
     nodes.boot(lost)
     assert exit_codes(nodes.torchrun(rendezvous, [*long, "--output_dir", run])) == [0, 0], nodes.log()
     assert_identical(run, unbroken, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("distributed", "the first node starts more than a minute after the others", "they wait for it")
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_a_node_starts_late(tiny: list[object], tmp_path: Path, nodes: Nodes, rendezvous: str) -> None:
+    """It holds the store. By default, torch waits for a minute with c10d (docs/launch.md)."""
+    argv = [*tiny, "--max_steps", 2, "--output_dir", tmp_path / "run"]
+    early = nodes.torchrun_on(1, rendezvous, argv)
+    with suppress(subprocess.TimeoutExpired):
+        early.wait(80)
+    assert early.poll() is None, nodes.log()
+    assert exit_codes([nodes.torchrun_on(0, rendezvous, argv), early]) == [0, 0], nodes.log()
 
 
 @pytest.mark.slow
