@@ -41,7 +41,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def lora(tiny: list[object]) -> list[object]:
     """The options of tests/world.py with adapters, and without dropout, which differs between topologies."""
-    return [*tiny, "--use_peft", "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0]
+    return [*tiny, "--use_peft", "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0, "--learning_rate", 0.02]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,11 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
         for tokens in batch:
             logits_TV = theirs(input_ids=tokens[None]).logits[0, :-1]
             total = total + functional.cross_entropy(logits_TV, tokens[1:], reduction="sum")
-        (total / targets).backward()
+        (total / targets).backward()  # type: ignore[no-untyped-call]
         if step == 1:
             ours = {name: moment for name, moment in first.items() if name.startswith("exp_avg.")}
             gradient = {f"exp_avg.{name}": parameter.grad for name, parameter in trained.items()}
-            assert relative_l2(ours, gradient) < 1e-5  # type: ignore[arg-type]
+            assert relative_l2(ours, gradient) < 1e-5
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 0.4)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, options)
@@ -113,7 +113,7 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
         assert records[step - 1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert len(records) == STEPS
     assert relative_l2(read_tensors(adapted / "curve" / f"checkpoint-{STEPS}" / "model"), trained) < 1e-5
-    assert records[-1]["loss"] < records[0]["loss"] - 0.05
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
 
 
 CASES = [
@@ -160,13 +160,13 @@ def count_reductions(log: Path) -> None:
         return scatter(output, input, *others, **named)
 
     def wrap_and_note(*given: Any) -> Any:
-        wrapped = wrap(*given)
+        wrapped: Any = wrap(*given)
         with open(log, "a") as file:
             file.write(f"{wrapped._get_ddp_logging_data()['total_parameter_size_bytes'] // 4} torch.float32\n")
         return wrapped
 
     setattr(dist, name, note)
-    ddp.wrap = wrap_and_note
+    ddp.wrap = wrap_and_note  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
