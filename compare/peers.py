@@ -7,10 +7,12 @@ seconds of the first window. `compare.bench` starts it, in one process or severa
 """
 
 import argparse
+import importlib
 import json
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,10 +114,9 @@ def accelerate(
 
 def with_peft(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """The adapters of PEFT with our options, in fp32 beside a frozen model."""
-    from peft import LoraConfig, get_peft_model  # optional
-
+    peft: Any = importlib.import_module("peft")  # optional
     modules = options.lora_target_modules
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
@@ -123,7 +124,7 @@ def with_peft(model: PreTrainedModel, options: Options) -> PreTrainedModel:
         use_rslora=options.use_rslora,
         task_type="CAUSAL_LM",
     )
-    adapted: PreTrainedModel = get_peft_model(model, config)
+    adapted: PreTrainedModel = peft.get_peft_model(model, config)
     return adapted
 
 

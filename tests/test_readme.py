@@ -207,7 +207,7 @@ def test_memory(place: Path, capsys: pytest.CaptureFixture[str], page: str) -> N
 
 
 def test_lora(place: Path, cache: Path) -> None:
-    """docs/lora.md and README.md: the command for a small GPU. PEFT, if it is here, loads its output as the page says."""
+    """docs/lora.md and README.md: the command for a small GPU. PEFT, if it is here, loads the adapters."""
     assert "predicted" in run(find("my-adapters"), cache)
     assert (place / "my-adapters" / "adapter_config.json").exists()
     pytest.importorskip("peft")
