@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
     runtime.require_own_gpu(device, shared=backend == "gloo")
     runtime.watch_ranks(options.output_dir, options.ddp_timeout, options.flight_recorder)  # explains a hang
-    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model, weights)
     checkpoint.require_same_run(options, identity, weights, model_config)
     # The ranks as a grid. replicate: ranks with equal parameters. shard: ranks that each hold a shard of them. tensor:
     # ranks that split each layer. (Context parallelism has a process group of its own: model/adapt.py.)
@@ -85,14 +85,14 @@ def main(argv: list[str]) -> int:
         objective, layers, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random initial weights
-    needs_weights = not resumed_from or objective.needs_initial_model  # dpo computes its reference with them
+    needs_weights = not resumed_from or objective.needs_initial_model  # dpo, and adapters, start from them
     load_weights(model, weights if needs_weights else None)  # None: the checkpoint fills the parameters
     optimizer = optim.build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
     data = prepare_objective(objective, data, wrapped, options, device)
     checkpoint.seed_rank(options.seed, step=0, rank=rank)  # from here on each rank its own: dropout must differ
-    identity = checkpoint.identify_run(options, plan, data.fingerprint, model)  # again: dpo has added to the data
+    identity = checkpoint.identify_run(options, plan, data.fingerprint, model, weights)  # again: dpo added to the data
     progress = checkpoint.Progress()
     if resumed_from:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)

@@ -15,7 +15,7 @@ from checkpoint.ranks import broadcast_object
 from config.errors import OptionError
 from config.options import Options
 from config.validation import best_metric
-from model.export import unique_tensors
+from model.export import checkpoint_tensors
 
 
 class Selection:
@@ -76,7 +76,7 @@ def load_best_model(options: Options, model: PreTrainedModel, best: Best) -> str
     Returns in words which model it is. Raises OptionError on all ranks if that checkpoint is damaged.
     """
     if not options.load_best_model_at_end:
-        return "the model"
+        return "the adapters" if options.use_peft and not options.merge_lora else "the model"
     if not best.step:
         return f"the last model, because no checkpoint has {best.metric}"
     if found := broadcast_object(problems(_path(options, best)) if dist.get_rank() == 0 else None):
@@ -85,7 +85,7 @@ def load_best_model(options: Options, model: PreTrainedModel, best: Best) -> str
             "to export the last model, resume without --load_best_model_at_end"
         )
     path = _path(options, best)
-    load_tensors(path / "model", unique_tensors(model))
+    load_tensors(path / "model", checkpoint_tensors(model))
     return f"the model of {path.name}, the best with {best.metric} {best.value:.4f}"
 
 

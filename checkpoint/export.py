@@ -13,13 +13,14 @@ from checkpoint.files import WEIGHT_FILES, fsync
 from checkpoint.ranks import broadcast_object, run_together
 from config.errors import writing
 from config.options import Options
-from model.export import write_model
+from model.adapters import adapter_config
+from model.export import write_adapters, write_model
 
 
 def export_model(
     options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: list[int]
 ) -> None:
-    """Write model and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
+    """Write model, or adapters, and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
     `stop_tokens` become the EOS tokens of `generate`. New files replace those of an earlier model one by one, an index
     after the files that it lists. Raises OptionError on all ranks if one cannot write.
@@ -48,7 +49,11 @@ def export_model(
     try:
         dtype = getattr(torch, options.save_dtype)
         with writing(output_dir):
-            write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
+            if options.use_peft and not options.merge_lora:
+                config = adapter_config(model, options)
+                write_adapters(exporting, model, tokenizer, dtype, config, rank, run_together)
+            else:
+                write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
             run_together(replace)
     finally:
         shutil.rmtree(exporting, ignore_errors=True)

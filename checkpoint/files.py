@@ -19,7 +19,10 @@ MOST_JSON = 2**28  # bytes of a manifest or state; 10,000 ranks need a third of 
 UNFINISHED = (".saving-*", ".exporting-*")  # left by an interrupted save or export
 MEETINGS = ".meeting-*"  # left by a run that ended while it started
 
-WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json"),
+)
 
 
 def prune(output_dir: Path, limit: int | None, best_step: int) -> None:

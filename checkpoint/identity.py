@@ -18,6 +18,7 @@ from checkpoint.rng import is_rng_state
 from config.errors import OptionError
 from config.options import MAY_DIFFER_BETWEEN_NODES, Options
 from config.plan import Plan
+from model.adapters import adapted_modules
 from model.weights import Weights, fingerprint_files
 from runtime.files import read_json
 
@@ -29,7 +30,12 @@ class RunIdentity:
     Each field carries the remedy for a resume that differs in it; `{}` stands for the value of the checkpoint.
     """
 
-    model_fingerprint: str = dataclasses.field(metadata={"remedy": "resume with the model that was trained"})
+    model_fingerprint: str = dataclasses.field(
+        metadata={
+            "remedy": "resume with the model that was trained (with use_peft: its files, and lora_r, lora_alpha and "
+            "lora_target_modules of that run)"
+        }
+    )
     data_fingerprint: str = dataclasses.field(
         metadata={"remedy": "resume with the data, tokenizer, block_size, packing (and dpo's reference) of that run"}
     )
@@ -117,10 +123,17 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel) -> RunIdentity:
-    """The identity of the run that `options` describe. `model` may be on the meta device, wrapped or sharded."""
+def identify_run(
+    options: Options, plan: Plan, data_fingerprint: str, model: PreTrainedModel, weights: Weights
+) -> RunIdentity:
+    """The identity of the run that `options` describe. `model` may be on the meta device, wrapped or sharded.
+
+    A checkpoint of adapters lacks the frozen model, so its identity depends on samples of the model's files (`weights`)
+    and on the scale of the adapters.
+    """
+    scales = sorted({module.scaling for module in adapted_modules(model).values()})
     return RunIdentity(
-        model_fingerprint=fingerprint_model(model),
+        model_fingerprint=fingerprint_model(model, [*scales, fingerprint_files(weights)] if scales else []),
         data_fingerprint=data_fingerprint,
         seed=options.seed,
         global_batch_size=plan.global_batch_size,
@@ -128,9 +141,9 @@ def identify_run(options: Options, plan: Plan, data_fingerprint: str, model: Pre
     )
 
 
-def fingerprint_model(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and shapes of all parameters; sharding does not change it."""
-    shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
+def fingerprint_model(model: PreTrainedModel, more: list[Any]) -> str:
+    """SHA-256 over the names and shapes of all parameters, and `more`; sharding does not change it."""
+    shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()] + more
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

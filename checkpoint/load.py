@@ -24,7 +24,7 @@ from checkpoint.rng import restore_rng, seed_rank
 from checkpoint.state import named_parameters, optimizer_state
 from config.errors import OptionError, first_line
 from config.options import Options
-from model.export import unique_tensors
+from model.export import checkpoint_tensors
 from runtime.files import regular_file
 
 OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
@@ -141,7 +141,7 @@ def load_checkpoint(
     progress = Progress(**{name: saved[name] for name in known} | {"best": Best(**saved.get("best", {}))})
 
     moments, steps = optimizer_state(optimizer)
-    for name, tensors in (("model", unique_tensors(model)), ("optimizer", moments)):
+    for name, tensors in (("model", checkpoint_tensors(model)), ("optimizer", moments)):
         load_tensors(path / name, tensors)
     parameters = named_parameters(optimizer)
     if state["optimizer_steps"].keys() != steps.keys():

@@ -25,12 +25,13 @@ from model.export import METADATA
 from runtime.files import regular_file
 
 # The files of a run whose contents say who wrote them, ...
-REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
+REPLACED = r"checkpoint-\d+|metrics\.jsonl|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
 # ... and all that a run creates or opens.
 WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
+    "adapter_config.json",
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
 LOGS = (

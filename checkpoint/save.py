@@ -1,7 +1,7 @@
 """Save a checkpoint: atomic, without pickle, and independent of the number of ranks and the strategy.
 
     output_dir/checkpoint-STEP/
-        model/shard-*.safetensors      fp32 parameters; each rank writes its shards
+        model/shard-*.safetensors      fp32 parameters, or adapters alone; each rank writes its shards
         optimizer/shard-*.safetensors  two moments of each parameter; one where Muon updates
         state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
         manifest.json                  size and SHA-256 of every other file, written last
@@ -34,7 +34,7 @@ from checkpoint.rng import rng_state
 from checkpoint.state import optimizer_state, tensors_to_write
 from config.errors import OptionError
 from config.options import Options
-from model.export import unique_tensors
+from model.export import checkpoint_tensors
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ class Saver:
         self.wait()
         moments, optimizer_steps = optimizer_state(optimizer)
         snapshot = Snapshot(
-            tensors_to_write(unique_tensors(model)),
+            tensors_to_write(checkpoint_tensors(model)),
             tensors_to_write(moments),
             rng_state(),
             {

@@ -42,6 +42,8 @@ MODELS["30B-A3B"] = {**A3B, "num_hidden_layers": 48}
 FSDP: dict[str, Any] = {"strategy": "fsdp"}
 CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
 
+ADAPTERS: dict[str, Any] = {"use_peft": True, "lora_dropout": 0.0}
+
 # Options that a case is called by.
 NAMED = (
     "gradient_checkpointing",
@@ -49,6 +51,8 @@ NAMED = (
     "sync_each_batch",
     "activation_memory_budget",
     "optim",
+    "use_peft",
+    "lora_dropout",
 )
 
 
@@ -117,6 +121,12 @@ CASES = [
     Case("mixture of 32", 1, 4, {"gradient_checkpointing": True}),
     Case("mixture of 32", 8, 4, FSDP),
     Case("30B-A3B", 8, 1, CHECKPOINTED),
+    Case("8B", 1, 1, {**ADAPTERS, "gradient_checkpointing": True}),
+    Case("8B", 1, 1, ADAPTERS),
+    Case("8B", 2, 1, {**CHECKPOINTED, **ADAPTERS}),
+    Case("8B", 1, 1, {**CHECKPOINTED, **ADAPTERS, "cpu_offload": True}),
+    Case("0.6B", 1, 4, {**ADAPTERS, "lora_dropout": 0.05}),
+    Case("0.6B", 1, 4, {**ADAPTERS, "torch_compile": False}),
 ]
 
 

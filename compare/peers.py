@@ -7,10 +7,12 @@ seconds of the first window. `compare.bench` starts it, in one process or severa
 """
 
 import argparse
+import importlib
 import json
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from config.command_line import parse
-from config.options import Options
+from config.options import ALL_LINEAR, Options
 from data.batches import collate
 from data.prepare import prepare_data
 from data.sequences import PreparedDataset, Sequence
@@ -63,6 +65,7 @@ def hf_trainer(
         per_device_train_batch_size=options.per_device_train_batch_size,
         max_steps=WINDOW * WINDOWS,
         bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -109,6 +112,24 @@ def accelerate(
         clock.step(step)
 
 
+def with_peft(model: PreTrainedModel, options: Options) -> PreTrainedModel:
+    """The adapters of PEFT with our options, in fp32 beside a frozen model."""
+    peft: Any = importlib.import_module("peft")  # optional
+    modules = options.lora_target_modules
+    config = peft.LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=modules if modules == ALL_LINEAR else modules.split(","),
+        use_rslora=options.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    adapted: PreTrainedModel = peft.get_peft_model(model, config)
+    return adapted
+
+
+ADAPTERS = {"HF Trainer, LoRA of PEFT": (hf_trainer, False)}  # for compare/adapters.py
+
 PEERS: dict[str, tuple[Callable[..., None], bool]] = {
     "HF Trainer": (hf_trainer, False),
     "HF Trainer, compiled": (hf_trainer, True),
@@ -124,8 +145,12 @@ def main(name: str, argv: list[str]) -> None:
     model_config, tokenizer = load_config_and_tokenizer(options)
     dataset = prepare_data(options, tokenizer).train
     torch.manual_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).to(device)
-    trainer, compiled = PEERS[name]
+    if options.use_peft:
+        frozen = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=torch.bfloat16)
+        model = with_peft(frozen.to(device), options)
+    else:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).to(device)
+    trainer, compiled = (PEERS | ADAPTERS)[name]
     clock = Clock()
     trainer(model, dataset, options, clock, compiled)
     seconds = [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)]
@@ -138,6 +163,6 @@ def main(name: str, argv: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m compare.peers", description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", choices=PEERS, metavar="NAME", help="; ".join(PEERS))
+    parser.add_argument("name", choices=PEERS | ADAPTERS, metavar="NAME", help="; ".join(PEERS | ADAPTERS))
     arguments, options = parser.parse_known_args()
     main(arguments.name, options)

@@ -3,6 +3,7 @@
 import dataclasses
 import getpass
 import importlib.util
+import math
 import os
 import shutil
 import stat
@@ -33,6 +34,7 @@ POSITIVE = (
     "ddp_timeout",
     "dataloader_prefetch_factor",
     "early_stopping_patience",
+    "lora_r",
 )
 
 NOT_NEGATIVE = (
@@ -49,6 +51,18 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "early_stopping_threshold",
 )
+
+# Options of adapters only.
+ADAPTERS_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "merge_lora")
+
+# What adapters cannot be combined with, and why.
+WITHOUT_ADAPTERS = {
+    "tensor_parallel": "adapters are not split",
+    "expert_parallel": "frozen experts need no gradients; fsdp shards them",
+    "float8": "it is for linear modules without adapters",
+    "optim": "Muon's update is for full matrices, not for their factors",
+    "router_bias_update_rate": "it would change the frozen model, and only adapters are saved",
+}
 
 # Options for FSDP only, and why DDP cannot have them.
 FSDP_ONLY = {
@@ -86,6 +100,7 @@ def check(options: Options, world_size: int) -> None:
             f"prompt {options.prompt}: num_train_epochs 0 writes no model to complete it\nremove --prompt"
         )
     _check_model_and_objective(options)
+    _check_adapters(options)
     _check_strategy(options)
     _check_parallel(options, world_size)
     _check_precision(options)
@@ -182,6 +197,27 @@ def _check_model_and_objective(options: Options) -> None:
         raise OptionError(
             f"dpo_beta {options.dpo_beta}: pass more than 0; 0.1 is usual, and more holds the model closer to its start"
         )
+
+
+def _check_adapters(options: Options) -> None:
+    if not options.use_peft:
+        for name in ADAPTERS_ONLY:
+            if (value := getattr(options, name)) != getattr(Options, name):
+                raise OptionError(
+                    f"{name} {str(value).lower()}: all parameters are trained\npass --use_peft, or remove --{name}"
+                )
+        return
+    if not options.model_name_or_path:
+        raise OptionError("use_peft true: adapters belong to a model with trained weights\npass --model_name_or_path")
+    if not 0 <= options.lora_dropout < 1:
+        raise OptionError(f"lora_dropout {options.lora_dropout}: must be at least 0 and below 1")
+    if not 0 < options.lora_alpha < math.inf:
+        raise OptionError(f"lora_alpha {options.lora_alpha}: must be above 0")
+    for name, why in WITHOUT_ADAPTERS.items():
+        if (value := getattr(options, name)) != getattr(Options, name):
+            raise OptionError(
+                f"use_peft true: cannot be combined with {name} {str(value).lower()}: {why}\nremove one of them"
+            )
 
 
 def _check_strategy(options: Options) -> None:

@@ -12,6 +12,7 @@ import torch
 # The groups of options, in the order of `python train.py --help`.
 GROUPS = (
     MODEL := "Model",
+    ADAPTERS := "Adapters (LoRA)",
     DATA := "Data",
     SEQUENCES := "From records to sequences",
     BATCH := "Global batch",
@@ -32,7 +33,9 @@ PATHS = (
 )
 
 # Options that take several values, with commas between them; in a run file, also a list.
-LISTS = {"train_file", "train_mixture", "validation_file", "dataset"}
+LISTS = {"train_file", "train_mixture", "validation_file", "dataset", "lora_target_modules"}
+
+ALL_LINEAR = "all-linear"  # of lora_target_modules: all linear modules but the head
 
 # Options that take a number of steps, a fraction of all steps, or EPOCH. plan_run makes each a number of steps.
 INTERVALS = ("logging_steps", "eval_steps", "save_steps")
@@ -90,6 +93,14 @@ class Options:
     config_name: str | None = option(MODEL, None, "Model configuration, local or on the hub, for random weights.")
     tokenizer_name: str | None = option(MODEL, None, "Tokenizer, local or on the hub. Default: the model's own.")
     trust_remote_code: bool = option(MODEL, False, "Run Python files that come with the model or tokenizer.")
+
+    use_peft: bool = option(ADAPTERS, False, "Freeze the model, and train LoRA adapters of it.")
+    lora_r: int = option(ADAPTERS, 16, "Rank of an adapter: the inner size of its two matrices.")
+    lora_alpha: float = option(ADAPTERS, 32, "The output of an adapter is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(ADAPTERS, 0.05, "Dropout of an adapter's input.")
+    lora_target_modules: str = option(ADAPTERS, ALL_LINEAR, "all-linear, or names of linear modules: q_proj,v_proj.")
+    use_rslora: bool = option(ADAPTERS, False, "Scale by lora_alpha / sqrt(lora_r) instead.")
+    merge_lora: bool = option(ADAPTERS, False, "Export the model with its adapters added, not the adapters.")
 
     train_file: str | None = option(
         DATA, None, "Training data: file, directory or glob; .txt .jsonl .json .parquet .gz .zst."

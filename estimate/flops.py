@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from config.errors import OptionError, first_line
+from model.adapters import adapter_parameters
 from model.layers import decoder_layers, decoder_matrices, expert_stacks
 from parallel.checks import attention_heads
 
@@ -49,7 +50,8 @@ class Uses(NamedTuple):
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
     """Floating-point operations of one forward and backward pass, per token; None if they cannot be counted.
 
-    6 per weight that a token is multiplied with (2 forward, 4 backward; Kaplan et al. 2020, section 2.1). Weights of
+    6 per weight that a token is multiplied with (2 forward, 4 backward; Kaplan et al. 2020, section 2.1). With
+    adapters, 4 per frozen weight, because it has no gradient, and 6 per weight of an adapter. Weights of
     experts count by the fraction of experts that a token is sent to, and weights of a block that runs several times
     count as often. For attention, 12 x H x E for each pair of a query and a key, in each layer. A query has T / 2 keys,
     because attention is causal, and w (1 - w / 2 T) with a window of w < T positions that the layer tells its attention
@@ -60,7 +62,10 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | Non
     uses = count_uses(model)
     if isinstance(uses, str):
         return None
-    return 6 * (uses.products + sum(call.size * call.keys(sequence_length) for call in uses.attention))
+    attention = sum(call.size * call.keys(sequence_length) for call in uses.attention)
+    if adapters := sum(parameter.numel() for parameter in adapter_parameters(model).values()):
+        return 4 * uses.products + 6 * (adapters + attention)
+    return 6 * (uses.products + attention)
 
 
 @functools.lru_cache(maxsize=4)

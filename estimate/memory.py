@@ -43,7 +43,7 @@ class Memory:
     """Bytes of the rank with the most memory, in one phase of a step."""
 
     phase: str
-    parameters: int  # fp32: all of them under DDP, this rank's shards under FSDP
+    parameters: int  # fp32, or bf16 where frozen: all of them under DDP, this rank's shards under FSDP
     gradients: int  # fp32: as many as exist in this phase
     optimizer: int  # fp32: two moments of each parameter or shard; one moment where Muon updates
     activations: int  # saved for the backward pass, and temporary in the backward of one layer
@@ -101,10 +101,13 @@ def memory_by_phase(
     full = numel(model.parameters())
     layer = max((numel(layer.parameters()) for layer in layers), default=0)
     root = full - sum(numel(layer.parameters()) for layer in layers)
+    trained_layer = max((numel(filter(requires_grad, layer.parameters())) for layer in layers), default=0)
+    trained_root = numel(trained) - sum(numel(filter(requires_grad, layer.parameters())) for layer in layers)
     if options.expert_parallel > 1:  # FSDP gathers only the experts of this rank's group
         layer = max(numel(layer.parameters()) - experts_elsewhere(layer, options) for layer in layers)
+        trained_layer = layer
         full -= experts_elsewhere(model, options)
-    parameters = FP32 * numel(model.parameters(), shards)
+    parameters = stored(model.parameters(), options, shards)
     gradients = FP32 * numel(trained, shards)
     moments, in_optimizer = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     if options.cpu_offload:  # shards only pass through the GPU
@@ -112,8 +115,8 @@ def memory_by_phase(
     accumulated = accumulated_gradients(options, ranks, numel(trained) - experts_elsewhere(model, options), gradients)
     # FSDP reduces the root's gradients last, and before them those of the first layer. In the backward of that layer,
     # their shards do not exist yet, unless an earlier micro-step made them; full gradients of the root may.
-    at_end = gradients + (FP32 * root if fsdp and accumulated > gradients else 0)
-    not_yet = FP32 * math.ceil((root + layer) / shards) if fsdp and gradients and not accumulated else 0
+    at_end = gradients + (FP32 * trained_root if fsdp and accumulated > gradients else 0)
+    not_yet = FP32 * math.ceil((trained_root + trained_layer) / shards) if fsdp and gradients and not accumulated else 0
 
     # Activations. The backward of a layer works with several tensors of its largest kind: gradients into and out of the
     # activation function, and recomputed tensors. In a compiled layer, some of these reuse the memory of saved ones.
@@ -121,20 +124,22 @@ def memory_by_phase(
     waiting = saved.outside + (inputs if options.gradient_checkpointing else saved.layers)
     recomputed = saved.largest_layer if options.gradient_checkpointing else 0
     temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
-    if experts := max((numel([weight]) for weight in trained if weight.dim() == 3), default=0):
+    if experts := max((numel([weight]) for weight in model.parameters() if weight.dim() == 3), default=0):
         # The backward of experts works with sorted rows, their gradient, and the first product or its gradient. Under
         # DDP also with a stack of weights in bf16, and with its gradient, which autograd then converts.
-        temporary = max(temporary, 3 * saved.largest_result) + 2 * BF16 * experts * (options.bf16 and not fsdp)
+        temporary = max(temporary, 3 * saved.largest_result)
+        temporary += 2 * BF16 * experts * (options.bf16 and not fsdp and not options.use_peft)
 
     # Communication. FSDP gathers the parameters of a layer and of the next one, unless it has not freed them; it holds
     # the layer's gradients as the backward computes them, and the gradients of the layer before as it reduces them.
     gathered = compute * (root + (0 if options.reshard_after_forward else full - root)) * fsdp
-    of_layer = (2 * compute * layer * options.reshard_after_forward + (compute + reduced) * layer) * fsdp
+    of_layer = (2 * compute * layer * options.reshard_after_forward + (compute + reduced) * trained_layer) * fsdp
     # At the end: the root's gradients, computed and reduced; under DDP, the embedding's and the bucket it goes into.
-    last = (compute + reduced) * root if fsdp else FP32 * numel([model.get_input_embeddings().weight]) * (ranks > 1)
+    embedding = filter(requires_grad, [model.get_input_embeddings().weight])
+    last = (compute + reduced) * trained_root if fsdp else FP32 * numel(embedding) * (ranks > 1)
     if options.cpu_offload:  # a reduced shard while it is copied to host memory
-        of_layer += FP32 * math.ceil(layer / shards)
-        last = max(last, reduced * root + FP32 * math.ceil(root / shards))
+        of_layer += FP32 * math.ceil(trained_layer / shards)
+        last = max(last, reduced * trained_root + FP32 * math.ceil(trained_root / shards))
 
     head = model.get_output_embeddings()
     logits, head_gradient = head_memory(model, options, sequences_per_micro_batch(options) * options.block_size, head)
@@ -143,7 +148,7 @@ def memory_by_phase(
     def phase(name: str, gradients: int, activations: int, logits: int, communication: int) -> Memory:
         return Memory(name, parameters, gradients, moments, activations, logits, communication)
 
-    first = accumulated or (0 if fsdp else FP32 * layer)
+    first = accumulated or (0 if fsdp else FP32 * trained_layer)
     head_at_end = head_gradient if tied or fsdp else 0
     return [
         phase("in the loss", accumulated, waiting, logits, gathered),
@@ -207,11 +212,14 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
 
 
 def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
-    """Bytes in a rank's host memory with --cpu_offload: shards of parameters, gradients and two moments, in fp32."""
+    """Bytes in a rank's host memory with --cpu_offload: shards of parameters, of gradients and of two moments."""
     if not options.cpu_offload:
         return 0
     model = split_on_meta(model, options.tensor_parallel) if options.tensor_parallel > 1 else model
-    return 4 * FP32 * numel(model.parameters(), ranks // options.tensor_parallel // options.replicas)
+    shards = ranks // options.tensor_parallel // options.replicas
+    return stored(model.parameters(), options, shards) + 3 * FP32 * numel(
+        filter(requires_grad, model.parameters()), shards
+    )
 
 
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:
@@ -220,7 +228,8 @@ def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.
     Head and loss in chunks (loss/cross_entropy.py): a chunk of logits, which softmax converts to fp32 and holds in
     addition to its result unless it is compiled; the head's weight once more in bf16, unless FSDP gathers it in bf16;
     its gradient in fp32, 4 V D; and the masked input with its gradient. For other models, and for preferences: all
-    logits, with 12 bytes each in the backward of the cross entropy (log-probabilities and two gradients).
+    logits, with 12 bytes each in the backward of the cross entropy (log-probabilities and two gradients). A frozen head
+    has no gradient, and is stored in bf16.
     """
     if head is None:
         return 0, 0
@@ -228,14 +237,27 @@ def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.
     vocabulary, hidden_size = head.weight.shape
     weight, logits = vocabulary * hidden_size, tokens * vocabulary
     if options.objective == "dpo" or not _ends_with_head(model):
-        return 3 * FP32 * logits, (BF16 if options.bf16 else FP32) * weight
+        return 3 * FP32 * logits, (BF16 if options.bf16 else FP32) * weight * head.weight.requires_grad
     fsdp = options.strategy == "fsdp"
     chunks = math.ceil(logits / CHUNK_LOGITS["cuda"])
     each = (BF16 if options.bf16 else FP32) + (0 if options.torch_compile else FP32 + (FP32 if options.bf16 else 0))
-    copy_of_weight = BF16 * weight if options.bf16 and not fsdp else 0
-    compute = BF16 if options.bf16 and fsdp else FP32  # under FSDP, layers get and return bf16
+    copy_of_weight = BF16 * weight if options.bf16 and not fsdp and not options.use_peft else 0
+    # Under FSDP and behind a frozen embedding, layers get and return bf16.
+    compute = BF16 if options.bf16 and (fsdp or options.use_peft) else FP32
     hidden = 3 * tokens * hidden_size * compute
-    return logits // chunks * each + copy_of_weight + FP32 * weight + hidden, compute * weight
+    gradient = weight * head.weight.requires_grad
+    return logits // chunks * each + copy_of_weight + FP32 * gradient + hidden, compute * gradient
+
+
+def requires_grad(parameter: Tensor) -> bool:
+    """Whether a parameter is trained."""
+    return parameter.requires_grad
+
+
+def stored(parameters: Iterable[Tensor], options: Options, shards: int) -> int:
+    """Bytes of parameters over `shards` ranks: fp32, and bf16 for those that adapters freeze (model/adapters.py)."""
+    frozen = BF16 if options.use_peft and options.bf16 else FP32
+    return sum((FP32 if requires_grad(each) else frozen) * numel([each], shards) for each in parameters)
 
 
 def numel(tensors: Iterable[Tensor], shards: int = 1) -> int:

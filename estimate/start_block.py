@@ -16,6 +16,7 @@ from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
 from estimate.flops import count_uses
 from estimate.stages import memory_forecast, stage_name
 from metrics.hardware import gpu_memory
+from model.adapters import describe_adapters
 from model.layers import decoder_layers, decoder_matrices, expert_stacks
 from model.weights import Weights
 from optim.schedule import learning_rate
@@ -41,8 +42,9 @@ def describe_run(
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
-    masters = dtype_names(model.parameters())  # gradients and moments follow the dtype of their parameter
-    compute = "bfloat16" if options.bf16 else masters
+    stored = dtype_names(model.parameters())
+    masters = dtype_names(parameter for parameter in model.parameters() if parameter.requires_grad)
+    compute = "bfloat16" if options.bf16 else masters  # gradients and moments follow the dtype of their parameter
     compute += ", also between layers" * options.bf16_residual
     compute += ", matrix products of the layers float8" * options.float8 + ", layers compiled" * options.torch_compile
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
@@ -51,12 +53,13 @@ def describe_run(
         "ranks": f"{ranks} on {name}, backend {dist.get_backend()}",
         "strategy": strategy_line(model, options, ranks),
         "model": model_line(model),
+        **({"adapters": describe_adapters(model, options)} if options.use_peft else {}),
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters {masters}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "dtypes": f"parameters {stored}, gradients {masters}, optimizer state {masters}; compute {compute}",
         "activations": activations_line(options),
         "memory": memory_forecast(model, options, ranks, gpu_memory(device, shared=options.ddp_backend == "gloo")),
         **describe_data(data, plan.block_size),
-        "objective": "next token" if options.objective == "sft" else f"dpo, beta {options.dpo_beta}",
+        "objective": objective_line(options),
         "global batch": global_batch_line(options, plan, ranks, tokens),
         "optimizer": optimizer_line(model, options),
         "learning rate": learning_rate_line(options, plan.global_batch_size),
@@ -72,6 +75,14 @@ def describe_run(
     if options.show_examples:
         block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
     return block
+
+
+def objective_line(options: Options) -> str:
+    """What a step minimizes, and where the reference of DPO comes from."""
+    if options.objective == "sft":
+        return "next token"
+    reference = "the model without its adapters, in each step" if options.use_peft else "the initial model, cached"
+    return f"dpo, beta {options.dpo_beta}, reference: {reference}"
 
 
 def model_line(model: PreTrainedModel) -> str:

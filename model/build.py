@@ -26,6 +26,7 @@ from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
 from config.text import read_text
+from model.adapters import CONFIG, add_adapters, load_finished
 from model.documents.attention import attention_obstacle
 from model.experts import use_grouped_products
 from model.float8 import compute_in_float8
@@ -101,6 +102,11 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) 
 
 
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    if (Path(name) / CONFIG).exists():
+        raise OptionError(
+            f"{option} {name}: it holds adapters of another model ({CONFIG}), and no model\n"
+            "pass the model, or export adapters and model as one: train with --merge_lora"
+        )
     try:
         with limited(SECONDS, GIBIBYTES):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -143,7 +149,7 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
     """The model in training mode, on the meta device: fp32 parameters with a shape and no memory.
 
     load_weights (model/weights.py) fills each rank's shards. Parameters are fp32 whatever the dtype of the files; bf16
-    is for compute only. Raises OptionError.
+    is for compute only. With `use_peft`, the model has adapters, and is frozen in bf16. Raises OptionError.
     """
     try:
         with torch.device("meta"), limited(SECONDS, GIBIBYTES):
@@ -160,6 +166,8 @@ def build_model(options: Options, config: PretrainedConfig) -> PreTrainedModel:
         with contextlib.suppress(OSError):  # without such a file, it follows from the configuration
             model.generation_config = GenerationConfig.from_pretrained(options.model_name_or_path)
     freeze_unused(model)
+    if options.use_peft:
+        add_adapters(model, options)
     _check_layers(options, model)
     use_grouped_products(model)
     if options.activation_memory_budget is not None and (random := random_noise(model)):
@@ -224,8 +232,7 @@ def generate_completion(options: Options, new_tokens: int = 48) -> str:
     Sampled with a fixed seed, on the CPU, because the GPU may have no memory for a second model.
     """
     tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
-    use_grouped_products(model)  # those of transformers may end the process on a CPU
+    model = load_finished(options.output_dir, options.trust_remote_code)
     prompt_BT = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
     output_BT = model.generate(

@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from config.errors import first_line
+from model.adapters import CONFIG, PREFIX, WEIGHTS, adapted_modules, adapter_parameters, merged_weight
 from model.version_4 import add_config_keys, rename_tokenizer_keys
 
 LARGEST_FILE = "5GB"
@@ -33,6 +34,11 @@ def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in unique}
 
 
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: the adapters of a frozen model alone, otherwise all unique tensors."""
+    return dict(adapter_parameters(model)) or unique_tensors(model)
+
+
 def write_model(
     directory: Path,
     model: PreTrainedModel,
@@ -44,11 +50,14 @@ def write_model(
 ) -> None:
     """Write the files that `from_pretrained` reads, with floats in `dtype`, in weight files of at most 5 GB.
 
+    Adapters are added to the weights of their modules.
     Every rank must call: an all-gather over gloo collects one sharded parameter at a time, and rank n modulo world size
     writes file n. Needs host memory for one file and one tensor. `together(work)` runs `work` on every rank and returns
     all results by rank; if it raises on one rank, `together` raises on all.
     """
-    tensors = unique_tensors(model)
+    adapters = adapter_parameters(model)
+    adapted = {f"{path}.weight": module for path, module in adapted_modules(model).items()}
+    tensors = {name: tensor for name, tensor in unique_tensors(model).items() if name not in adapters}
     cast = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     sizes = {name: torch.empty(tensor.shape, dtype=cast[name], device="meta") for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=LARGEST_FILE)
@@ -57,7 +66,10 @@ def write_model(
     for first in range(0, len(files), world_size):
         mine: dict[str, dict[str, Tensor]] = {}
         for writer, (file, names) in enumerate(files[first : first + world_size]):
-            full = {name: _full_tensor(tensors[name], cast[name], keep=writer == rank) for name in names}
+            full = {}
+            for name in names:
+                tensor = merged_weight(adapted[name]) if name in adapted else tensors[name]
+                full[name] = _full_tensor(tensor, cast[name], keep=writer == rank)
             if writer == rank:
                 mine[file] = revert_weight_conversion(model, full)  # names and layout of published checkpoints
         for written in together(partial(_write_files, directory, mine)):
@@ -77,15 +89,50 @@ def write_model(
         add_config_keys(directory / "config.json", config)
         if model.can_generate():
             model.generation_config.to_json_file(directory / "generation_config.json")  # unchecked, as it was loaded
-        try:
-            tokenizer.save_pretrained(directory)
-        except Exception as error:
-            if "os error" in str(error):  # of the operating system, but tokenizers raises a plain Exception
-                raise OSError(first_line(error)) from error
-            raise
-        rename_tokenizer_keys(directory / "tokenizer_config.json", tokenizer)
+        _write_tokenizer(directory, tokenizer)
 
     together(write_rest)
+
+
+def write_adapters(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    rank: int = 0,
+    together: RunOnAllRanks = lambda work: [work()],
+) -> None:
+    """Write the files that `PeftModel.from_pretrained` reads, with adapters in `dtype` and their `config`.
+
+    Every rank must call: an all-gather over gloo collects sharded adapters, and rank 0 writes. `write_model` describes
+    `together`.
+    """
+    full = {
+        f"{PREFIX}{name}": _full_tensor(parameter.detach(), dtype, keep=rank == 0)
+        for name, parameter in adapter_parameters(model).items()
+    }
+
+    def write() -> None:
+        if rank == 0:
+            _write_files(directory, {WEIGHTS: full})
+            (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            if model.can_generate():
+                model.generation_config.to_json_file(directory / "generation_config.json")
+            _write_tokenizer(directory, tokenizer)
+
+    together(write)
+
+
+def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the files of a tokenizer. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if "os error" in str(error):  # of the operating system, but tokenizers raises a plain Exception
+            raise OSError(first_line(error)) from error
+        raise
+    rename_tokenizer_keys(directory / "tokenizer_config.json", tokenizer)
 
 
 def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:

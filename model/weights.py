@@ -7,6 +7,7 @@ joined to one parameter, such as the experts of a layer.
 
 import copy
 import hashlib
+import math
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from config.errors import OptionError, first_line
 from config.options import Options
 from config.text import load_json
+from model.adapters import adapted_modules, adapter_parameters
 
 SAMPLES = 256  # pages of a file that identify it
 COMPARED_ROWS = 4096  # rows of two tensors that are in memory at a time to compare them
@@ -150,7 +152,8 @@ def _find_files(name: str) -> dict[Path, set[str] | None]:
 
 def _match(stored: Iterable[Stored], model: PreTrainedModel) -> Weights:
     """The source of each tensor of the model. Raises ValueError for missing, unexpected or misshapen tensors."""
-    expected = model.state_dict(keep_vars=True)
+    adapters = adapter_parameters(model)
+    expected = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in adapters}
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -278,7 +281,19 @@ def load_weights(model: PreTrainedModel, weights: Weights | None) -> None:
                 local, slices = _local_shard(tensors[name])
                 local.copy_(full[slices])
         filled |= {id(tensors[name]) for name in joined}
-    _initialize(model, filled)
+    _initialize(model, filled | _initialize_adapters(model))
+
+
+def _initialize_adapters(model: PreTrainedModel) -> set[int]:
+    """Initialize adapters as PEFT does: A uniform, as a linear module by default, and B zero. Returns their ids.
+
+    Draws full matrices on the CPU from torch's RNG, so with one seed, they are equal on all ranks and topologies.
+    """
+    for module in adapted_modules(model).values():
+        local, slices = _local_shard(module.lora_A.weight)
+        local.copy_(nn.init.kaiming_uniform_(torch.empty(module.lora_A.weight.shape), a=math.sqrt(5))[slices])
+        _local_shard(module.lora_B.weight)[0].zero_()
+    return {id(parameter) for parameter in adapter_parameters(model).values()}
 
 
 def _initialize(model: PreTrainedModel, filled: set[int]) -> None:

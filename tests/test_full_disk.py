@@ -127,7 +127,7 @@ def test_full_at_every_point(
     optimizer_state(optimizer)
     data = prepare_data(options, tokenizer)
     plan = plan_run(options, len(data.train), 1)
-    identity = identify_run(options, plan, data.fingerprint, model)
+    identity = identify_run(options, plan, data.fingerprint, model, {})
 
     def save(number: int) -> None:
         Saver(options).save(model, optimizer, Progress(step=number), identity)

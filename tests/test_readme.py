@@ -15,6 +15,7 @@ import sys
 import tokenize
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,7 +157,7 @@ def test_learning_from_preferences(place: Path, cache: Path) -> None:
     AutoModelForCausalLM.from_pretrained(place / "my-dpo-model")
 
 
-IN_OTHER_TESTS = ("--nnodes", "--show_examples", "python train.py --objective dpo")
+IN_OTHER_TESTS = ("--nnodes", "--show_examples", "python train.py --objective dpo", "my-adapters")
 RUNS = {line: None for _, line in COMMANDS if "train.py" in line and not any(words in line for words in IN_OTHER_TESTS)}
 
 
@@ -196,12 +197,24 @@ def test_table_of_a_deepspeed_file(place: Path, capsys: pytest.CaptureFixture[st
     assert "global_batch_size 8 = micro-batch 2 x accumulation 1 x 4 ranks" in shown
 
 
-def test_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "lora.md"])
+def test_memory(place: Path, capsys: pytest.CaptureFixture[str], page: str) -> None:
     """Whether it fits: a table over stages."""
-    command = find("python -m estimate")
+    command = find("python -m estimate", page)
     # Without compiling, it takes seconds less.
     argv = [*shlex.split(command)[3:], "--train_file", "text.jsonl", *SHORTER, "--torch_compile", "false"]
     assert "| FSDP (ZeRO-3) |" in run_module(command, argv, capsys)
+
+
+def test_lora(place: Path, cache: Path) -> None:
+    """docs/lora.md and README.md: the command for a small GPU. PEFT, if it is here, loads the adapters."""
+    assert "predicted" in run(find("my-adapters"), cache)
+    assert (place / "my-adapters" / "adapter_config.json").exists()
+    pytest.importorskip("peft")
+    (load,) = re.findall(r"```python\n(.*?)```", PAGES["lora.md"], re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(load, found)
+    assert type(found["model"]).__name__ == "PeftModelForCausalLM"
 
 
 STAGES = r"^\| ((?:DDP|FSDP|hybrid|offload|gradients|tensor|context|expert)[^|]*) \|([^|]*)\|"

@@ -39,7 +39,11 @@ UPLOAD = "nothing is uploaded"
 
 FP32 = "parameters are fp32 whatever the file has, and matrix products are bf16 with --bf16"
 
-FULL = "all parameters are trained; there are no adapters"
+FULL = "all parameters are trained, or with --use_peft, LoRA adapters of all linear modules"
+
+LORA = "adapters are LoRA of linear modules, with the initial values and the scale of PEFT"
+
+NOT_QUANTIZED = "a frozen model is bf16"
 
 DTYPE = Answer({"float32": "", "fp32": "", "torch.float32": ""}, FP32, "remove it; --bf16 true computes in bf16")
 
@@ -113,18 +117,33 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     (
         "finetuning_type tuner_type train_type sft_type",
-        Answer({"full": ""}, FULL, "pass full; a smaller model, --cpu_offload or more ranks need less memory"),
+        Answer({"full": "", "lora": "--use_peft true"}, FULL, "pass full or lora"),
+    ),
+    ("adapter", Answer({"lora": "--use_peft true"}, LORA, "pass --use_peft, or remove it")),
+    ("lora_rank", alias("lora_r")),
+    (
+        "lora_target target_modules",
+        Answer({"all": "--lora_target_modules all-linear", ANY: "--lora_target_modules {}"}),
+    ),
+    ("lora_target_linear", Answer({"true": "--lora_target_modules all-linear"}, LORA, "pass --lora_target_modules")),
+    ("lora_bias", only("none", "biases are frozen")),
+    ("lora_task_type", only("causal_lm", CAUSAL_LM)),
+    ("use_dora use_swift_lora use_llama_pro", only("false", LORA)),
+    (
+        "load_in_8bit load_in_4bit use_bnb_nested_quant double_quantization",
+        only("false", NOT_QUANTIZED, "pass --cpu_offload or more ranks with fsdp, if it is too large for a GPU"),
+    ),
+    ("bnb_ quantization_bit quantization_method quant_method quant_bits", refused(NOT_QUANTIZED)),
+    (
+        "lora_ peft_ modules_to_save additional_target create_new_adapter tuner_backend pissa_ loraplus_",
+        refused(LORA),
     ),
     (
-        "use_peft use_rslora use_dora use_swift_lora use_llama_pro load_in_8bit load_in_4bit "
-        "use_bnb_nested_quant double_quantization",
-        only("false", FULL),
-    ),
-    (
-        "lora_ bnb_ adapter_name_or_path adapters peft_ target_modules modules_to_save additional_target "
-        "quantization_bit quantization_method quant_method quant_bits create_new_adapter tuner_backend "
-        "pissa_ loraplus_",
-        refused(FULL),
+        "adapter_name_or_path adapters",
+        refused(
+            "a run starts from a model",
+            "continue adapters with --resume_from_checkpoint, or export the model with them by --merge_lora",
+        ),
     ),
     (
         "freeze_parameters freeze_parameters_ratio freeze_trainable_layers freeze_trainable_modules "

@@ -456,7 +456,7 @@ def _trained(place: Path) -> tuple[Any, Any, Any]:
     load_weights(model.to_empty(device="cpu"), weights)
     optimizer = build_optimizer(model, options)
     plan = Plan(32, 1, 8, 9, 9)
-    identity = checkpoint.identify_run(options, plan, "data", model)
+    identity = checkpoint.identify_run(options, plan, "data", model, {})
     (place / "output").mkdir(exist_ok=True)
     checkpoint.Saver(options).save(model, optimizer, checkpoint.Progress(1, 256), identity)
     return model, optimizer, identity

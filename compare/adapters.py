@@ -1,0 +1,62 @@
+"""LoRA here and by PEFT in HF Trainer: speed and memory, with the same model, blocks and options, on one GPU.
+
+    python -m compare.adapters [--model 8B] [options of train.py]
+
+The model has random weights in bf16. Options of train.py go to both: --gradient_checkpointing, --lora_r, --block_size,
+--per_device_train_batch_size. Each runs in its own process. The columns are those of compare/bench.py; "to PEFT" is the
+ratio of tokens/s. Without a GPU, it runs the model of `make train`, to try this program.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from compare.bench import ON_GPU, SHAPES, Result, ours, peer
+from compare.peers import ADAPTERS
+from config.command_line import parse
+from config.demo import DEMO_MODEL, demo_tokenizer
+
+BY_PEFT = next(iter(ADAPTERS))
+
+
+def main() -> None:
+    """Measure this trainer, then PEFT, and print the table."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", choices=SHAPES, default="8B", help="The shape of this Qwen3; on a GPU only.")
+    arguments, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "model"
+        argv = ["--model_name_or_path", str(model), "--use_peft", "--lora_dropout", "0", "--learning_rate", "2e-4"]
+        argv += ["--per_device_train_batch_size", "1", "--block_size", "2048" if ON_GPU else "128"]
+        text = Path(name) / "text.txt"
+        text.write_text("\n".join(path.read_text() for path in Path(__file__).parent.parent.glob("*/*.py")))
+        argv += ["--train_file", str(text), "--validation_split_percentage", "0", "--save_steps", "0", *more]
+        options = parse(argv)
+        tokenizer = demo_tokenizer(Path(options.data_cache_dir).expanduser())
+        tokenizer.save_pretrained(model)
+        shape = SHAPES[arguments.model] if ON_GPU else {**DEMO_MODEL, "vocab_size": len(tokenizer)}
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16).save_pretrained(model)
+        where = torch.cuda.get_device_name() if ON_GPU else "CPU"
+        print(f"{where}, torch {torch.__version__}, {arguments.model if ON_GPU else 'demo'}: {' '.join(argv[2:])}")
+        results: dict[str, Result] = {}
+        if result := ours("ours", 1, [*argv, "--output_dir", f"{name}/ours"]):
+            results["ours"] = result
+        if not importlib.util.find_spec("peft"):
+            print(f"{BY_PEFT}: peft is not installed")
+        elif result := peer(BY_PEFT, 1, [*argv, "--output_dir", f"{name}/peft"]):
+            results[BY_PEFT] = result
+        for log in sorted(Path(name).glob("*.log")) if len(results) < 2 else ():
+            print(f"{log.stem}: {log.read_text()[-2000:]}")
+    print("\n| | tokens/s | GiB | to PEFT |\n|---|---|---|---|")
+    for variant, measured in results.items():
+        ratio = f"{measured.speed / results[BY_PEFT].speed:.2f}" if BY_PEFT in results else ""
+        print(f"| {variant} | {measured.speed:,.0f} | {measured.gib:.1f} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()
