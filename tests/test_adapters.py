@@ -113,7 +113,7 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
         assert records[step - 1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert len(records) == STEPS
     assert relative_l2(read_tensors(adapted / "curve" / f"checkpoint-{STEPS}" / "model"), trained) < 1e-5
-    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert records[-1]["loss"] < records[0]["loss"] - 0.05
 
 
 CASES = [
