@@ -26,11 +26,19 @@ from data.prepare import prepare_data
 from estimate.flops import count_uses, flops_per_token
 from estimate.memory import numel, predict
 from metrics.records import read_records
-from model.adapters import PREFIX, adapted_modules, adapter_parameters, adapters_off, load_finished
+from model.adapters import (
+    PREFIX,
+    adapted_modules,
+    adapter_parameters,
+    adapters_off,
+    add_adapters,
+    describe_adapters,
+    load_finished,
+)
 from model.build import build_model, load_config_and_tokenizer
 from model.weights import find_weights, load_weights
 from optim import learning_rate
-from tests import world
+from tests import world, zoo
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, HYBRID, REFERENCE, Case, curve, first_gradient, marked, read_tensors, relative_l2
 from tests.test_resume import STEADY, cut_off_at, equal_to_the_bit, trajectory
@@ -253,6 +261,23 @@ def test_experts_have_no_adapters(lora: list[object], model_dir: Path, tmp_path:
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "mixture", tmp_path / "run"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {name for name in before if "self_attn" in name and name.endswith("proj.weight")}
+
+
+def test_modules_that_are_not_called() -> None:
+    """Mamba reads the weight of dt_proj only: an adapter there would have no effect, and no gradient."""
+
+    def start(names: str) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(zoo.config("mamba"))
+        add_adapters(model, Options(use_peft=True, lora_target_modules=names))
+        return model
+
+    model = start("all-linear")
+    names = {path.rpartition(".")[2] for path in adapted_modules(model)}
+    assert names == {"in_proj", "x_proj", "out_proj"}
+    assert describe_adapters(model, Options()).endswith("; without an adapter: dt_proj")
+    with pytest.raises(OptionError, match=r"dt_proj without calling it, so an adapter would have no effect"):
+        start("in_proj,dt_proj")
 
 
 REFUSED = [
