@@ -125,7 +125,7 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
 
 
 CASES = [
-    Case("single", 1, 4),
+    Case("single", 1, 4, slow=True),
     Case("DDP", 2, 8),
     Case("DDP", 2, 2, slow=True),
     Case("DDP", 4, 4, slow=True),
@@ -177,7 +177,7 @@ def count_reductions(log: Path) -> None:
     ddp.wrap = wrap_and_note  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_bf16_base(lora: list[object], adapted: Path, tmp_path: Path, strategy: str) -> None:
     """The frozen model is bf16, adapters and moments fp32; only adapters are reduced; the gradient stays near fp32."""
     model, _ = build([*lora, "--bf16", "true"])
@@ -194,6 +194,7 @@ def test_bf16_base(lora: list[object], adapted: Path, tmp_path: Path, strategy: 
     assert set(kinds) == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_dropout_and_checkpointing(lora: list[object], tmp_path: Path) -> None:
     """Dropout changes the gradient, and a recomputed layer draws the same."""
     options = [*lora, "--lora_dropout", 0.3]
@@ -251,6 +252,7 @@ def test_named_modules(lora: list[object]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_experts_have_no_adapters(lora: list[object], model_dir: Path, tmp_path: Path) -> None:
     """The matrices of experts are no linear modules: they stay as they are, and the start block says so."""
     world.make_mixture(tmp_path / "mixture", model_dir)
@@ -355,7 +357,9 @@ def other_base(model_dir: Path, path: Path) -> list[object]:
 
 
 @pytest.mark.fault("configuration", "the frozen model of adapters changed before a resume", "the resume is refused")
-@pytest.mark.parametrize("change", ["base", "alpha", "rank", "no adapters"])
+@pytest.mark.parametrize(
+    "change", ["base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("alpha", "rank", "no adapters"))]
+)
 def test_another_base_is_refused(
     tiny: list[object], lora: list[object], model_dir: Path, adapted: Path, tmp_path: Path, change: str
 ) -> None:
@@ -433,6 +437,7 @@ def test_files(finished: Path) -> None:
         load_config_and_tokenizer(options)
 
 
+@pytest.mark.slow
 def test_merged_replaces_adapters(lora: list[object], tmp_path: Path) -> None:
     """A new run in the same directory removes the files of the other kind, which from_pretrained would prefer."""
     options = [*lora, "--max_steps", 1, "--save_steps", 0, "--output_dir", tmp_path, "--overwrite_output_dir"]
