@@ -10,6 +10,7 @@ Shapes: I inputs and O outputs of a linear module, R rank of its adapter (lora_r
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from config.errors import OptionError
 from config.options import ALL_LINEAR, Options
-from model.experts import use_grouped_products
+from model.experts import skipped_experts, use_grouped_products
 from model.layers import compute_dtype, expert_stacks, text_model
 from runtime.files import read_json
 
@@ -74,6 +76,7 @@ def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Linear]:
     """The modules that get an adapter. Raises OptionError for a name without a module, or with one of another kind.
 
     As in PEFT, `all-linear` means all linear modules but the head, and a name means modules whose path ends with it.
+    `all-linear` leaves out modules of subclasses, and modules that are not called (describe_adapters names them).
     """
     head, kind = model.get_output_embeddings(), type(model).__name__
     head_path = next((path for path, module in model.named_modules() if module is head), "")
@@ -81,11 +84,17 @@ def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Linear]:
     modules = {path: module for path, module in model.named_modules() if module in within and module is not head}
     linear = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
     known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linear)) or "none"
-    found = linear
+    called = _called(model, linear)
+    found = {path: module for path, module in linear.items() if type(module) is nn.Linear and path in called}
     if names != ALL_LINEAR:
         found = {}
         for name in names.split(","):
             named = {path: module for path, module in modules.items() if f".{path}".endswith(f".{name}")}
+            if uncalled := named.keys() & linear.keys() - called:
+                raise OptionError(
+                    f"lora_target_modules {name}: {kind} reads the weight of {min(uncalled)} without calling it, so "
+                    f"an adapter would have no effect\npass {ALL_LINEAR}, which leaves it out"
+                )
             if not named or not named.items() <= linear.items():
                 problem = "the adapters are for linear modules" if named else f"{kind} has no such module"
                 if name and f".{head_path}".endswith(f".{name}"):
@@ -94,14 +103,37 @@ def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Linear]:
                     f"lora_target_modules {name}: {problem}\npass {ALL_LINEAR}, or some of its linear modules: {known}"
                 )
             found |= named
-    other = next((module for module in found.values() if type(module) is not nn.Linear), None)
-    if other is not None or not found:
-        problem = f"its modules are {type(other).__name__}" if found else "it has none"
+    others = [module for module in (found or linear).values() if type(module) is not nn.Linear]
+    if others or not found:
+        problem = f"its modules are {type(others[0]).__name__}" if others else "it has none"
         raise OptionError(
             f"lora_target_modules {names}: adapters are for modules of torch.nn.Linear, and in {kind}, {problem}\n"
             "remove --use_peft, to train all parameters"
         )
     return found
+
+
+def _called(model: PreTrainedModel, linear: dict[str, nn.Linear]) -> set[str]:
+    """The paths of the linear modules that a forward pass calls. Some models read only the weight (dt_proj of Mamba).
+
+    Runs the model on fake tensors. Experts do not run, so a linear module of one counts as not called: a rank may have
+    no token for it. All count as called in a model that cannot run so.
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+        for path, module in linear.items()
+    ]
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print the error
+    try:
+        with skipped_experts(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    except Exception:
+        return set(linear)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def adapted_modules(model: nn.Module) -> dict[str, LoraLinear]:
@@ -190,7 +222,7 @@ def adapter_config(model: nn.Module, options: Options) -> dict[str, Any]:
     }
 
 
-def describe_adapters(model: nn.Module, options: Options) -> str:
+def describe_adapters(model: PreTrainedModel, options: Options) -> str:
     """The adapters in words: their size and modules, what is frozen in which dtype; "" for a model without adapters."""
     modules = adapted_modules(model)
     if not modules:
@@ -200,6 +232,11 @@ def describe_adapters(model: nn.Module, options: Options) -> str:
     dtype = str(frozen[0].dtype).removeprefix("torch.")
     own_names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in modules))
     experts = "; experts have none, because they are no linear modules" if expert_stacks(model) else ""
+    inner, head = {own for module in modules.values() for own in module.children()}, model.get_output_embeddings()
+    linear = {path: module for path, module in text_model(model).named_modules() if isinstance(module, nn.Linear)}
+    others = {path for path, module in linear.items() if module not in inner and module is not head}
+    left = sorted({path.rpartition(".")[2] for path in others} - {path.rpartition(".")[2] for path in modules})
+    experts += f"; without an adapter: {', '.join(left)}" if left else ""
     return (
         f"LoRA, r {options.lora_r}, scale {next(iter(modules.values())).scaling:g}: {trained:,} parameters in "
         f"{len(modules)} modules ({own_names}); {sum(map(Tensor.numel, frozen)):,} frozen in {dtype}{experts}"

@@ -26,11 +26,19 @@ from data.prepare import prepare_data
 from estimate.flops import count_uses, flops_per_token
 from estimate.memory import numel, predict
 from metrics.records import read_records
-from model.adapters import PREFIX, adapted_modules, adapter_parameters, adapters_off, load_finished
+from model.adapters import (
+    PREFIX,
+    adapted_modules,
+    adapter_parameters,
+    adapters_off,
+    add_adapters,
+    describe_adapters,
+    load_finished,
+)
 from model.build import build_model, load_config_and_tokenizer
 from model.weights import find_weights, load_weights
 from optim import learning_rate
-from tests import world
+from tests import world, zoo
 from tests.launch import train, train_ok
 from tests.proof import FSDP, GATES, HYBRID, REFERENCE, Case, curve, first_gradient, marked, read_tensors, relative_l2
 from tests.test_resume import STEADY, cut_off_at, equal_to_the_bit, trajectory
@@ -113,11 +121,11 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
         assert records[step - 1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert len(records) == STEPS
     assert relative_l2(read_tensors(adapted / "curve" / f"checkpoint-{STEPS}" / "model"), trained) < 1e-5
-    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert records[-1]["loss"] < records[0]["loss"] - 0.05
 
 
 CASES = [
-    Case("single", 1, 4),
+    Case("single", 1, 4, slow=True),
     Case("DDP", 2, 8),
     Case("DDP", 2, 2, slow=True),
     Case("DDP", 4, 4, slow=True),
@@ -169,7 +177,7 @@ def count_reductions(log: Path) -> None:
     ddp.wrap = wrap_and_note  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_bf16_base(lora: list[object], adapted: Path, tmp_path: Path, strategy: str) -> None:
     """The frozen model is bf16, adapters and moments fp32; only adapters are reduced; the gradient stays near fp32."""
     model, _ = build([*lora, "--bf16", "true"])
@@ -186,6 +194,7 @@ def test_bf16_base(lora: list[object], adapted: Path, tmp_path: Path, strategy: 
     assert set(kinds) == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_dropout_and_checkpointing(lora: list[object], tmp_path: Path) -> None:
     """Dropout changes the gradient, and a recomputed layer draws the same."""
     options = [*lora, "--lora_dropout", 0.3]
@@ -243,6 +252,7 @@ def test_named_modules(lora: list[object]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_experts_have_no_adapters(lora: list[object], model_dir: Path, tmp_path: Path) -> None:
     """The matrices of experts are no linear modules: they stay as they are, and the start block says so."""
     world.make_mixture(tmp_path / "mixture", model_dir)
@@ -253,6 +263,23 @@ def test_experts_have_no_adapters(lora: list[object], model_dir: Path, tmp_path:
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "mixture", tmp_path / "run"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {name for name in before if "self_attn" in name and name.endswith("proj.weight")}
+
+
+def test_modules_that_are_not_called() -> None:
+    """Mamba reads the weight of dt_proj only: an adapter there would have no effect, and no gradient."""
+
+    def start(names: str) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(zoo.config("mamba"))
+        add_adapters(model, Options(use_peft=True, lora_target_modules=names))
+        return model
+
+    model = start("all-linear")
+    names = {path.rpartition(".")[2] for path in adapted_modules(model)}
+    assert names == {"in_proj", "x_proj", "out_proj"}
+    assert describe_adapters(model, Options()).endswith("; without an adapter: dt_proj")
+    with pytest.raises(OptionError, match=r"dt_proj without calling it, so an adapter would have no effect"):
+        start("in_proj,dt_proj")
 
 
 REFUSED = [
@@ -330,7 +357,9 @@ def other_base(model_dir: Path, path: Path) -> list[object]:
 
 
 @pytest.mark.fault("configuration", "the frozen model of adapters changed before a resume", "the resume is refused")
-@pytest.mark.parametrize("change", ["base", "alpha", "rank", "no adapters"])
+@pytest.mark.parametrize(
+    "change", ["base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("alpha", "rank", "no adapters"))]
+)
 def test_another_base_is_refused(
     tiny: list[object], lora: list[object], model_dir: Path, adapted: Path, tmp_path: Path, change: str
 ) -> None:
@@ -408,6 +437,7 @@ def test_files(finished: Path) -> None:
         load_config_and_tokenizer(options)
 
 
+@pytest.mark.slow
 def test_merged_replaces_adapters(lora: list[object], tmp_path: Path) -> None:
     """A new run in the same directory removes the files of the other kind, which from_pretrained would prefer."""
     options = [*lora, "--max_steps", 1, "--save_steps", 0, "--output_dir", tmp_path, "--overwrite_output_dir"]
