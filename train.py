@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
-    if data.validation and (progress.step == 0 or options.evaluates_only):
+    if data.validation and ((options.eval_on_start and progress.step == 0) or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
         recorder.step(tokens // options.model_parallel_size)  # as many ranks have counted the same sequence
 
         ended = step == plan.total_steps
-        if ended or is_due(step, options.logging_steps):
+        if ended or is_due(step, options.logging_steps) or (step == 1 and options.logging_first_step):
             dist.all_reduce(loss_sum)
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))

@@ -9,13 +9,14 @@ from runtime.hang.explain import TRAINING, WAITING_FOR_DATA
 from runtime.hang.watch import ACTIVITY, node_of_rank, watch_ranks
 from runtime.launcher import rank_from_environment
 from runtime.peers import meet
-from runtime.process import configure_libraries, run
+from runtime.process import at_exit, configure_libraries, run
 from runtime.signals import defer_signals, ignore_signals
 
 __all__ = [
     "ACTIVITY",
     "TRAINING",
     "WAITING_FOR_DATA",
+    "at_exit",
     "choose_device",
     "configure_libraries",
     "defer_signals",
