@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
-    device = runtime.choose_device(local_rank)
+    device = runtime.choose_device(local_rank, options.memory_snapshot)
     backend = "gloo" if device.type == "cpu" or options.ddp_backend == "gloo" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
-    for step in range(progress.step + 1, plan.total_steps + 1):
+    for step in runtime.collect_at_set_steps(range(progress.step + 1, plan.total_steps + 1)):  # Python's garbage
         if selection.over:
             recorder.print(selection.reason())
             break

@@ -280,6 +280,8 @@ def _check_machine(options: Options) -> None:
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; pass --ddp_backend gloo, or remove it")
+    if options.memory_snapshot and not torch.cuda.is_available():
+        raise OptionError("memory_snapshot true: it records the memory of a GPU, and none is here\nremove it")
     missing = _missing_for_compilation() if options.torch_compile else None
     if missing:
         options.torch_compile = False
