@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 import runtime
-from runtime.garbage import INTERVAL, collect_at_set_steps
+from runtime.garbage import INTERVAL
 
 PYTHONS, OURS = "Python's own", "set steps"
 
@@ -42,15 +42,22 @@ class Meter:
         """Yield `steps`, with both ways in turns. The first block of each is not measured, because it warms up."""
         numbers = list(steps)
         blocks = [numbers[first : first + INTERVAL] for first in range(0, len(numbers), INTERVAL)]
+        gc.collect()
         for index, block in enumerate(blocks):
             self.way = (PYTHONS, OURS)[index % 2]
-            if index < 2:
-                self.steps[self.way], self.collections[self.way] = [], []
-            for step in block if self.way == PYTHONS else collect_at_set_steps(block):
+            if self.way == OURS:
+                gc.freeze()
+                gc.disable()
+            for step in block:
                 begun = time.perf_counter()
                 yield step
-                if index >= 2:
-                    self.steps[self.way].append(time.perf_counter() - begun)
+                if self.way == OURS and step == block[-1]:
+                    gc.collect()
+                self.steps[self.way].append(time.perf_counter() - begun)
+            gc.enable()
+            gc.unfreeze()
+            if index < 2:
+                self.steps[self.way], self.collections[self.way] = [], []
         self.report()
 
     def report(self) -> None:
