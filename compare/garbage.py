@@ -8,11 +8,11 @@ both, relative to the median of the second, and the seconds of the collections o
 """
 
 import gc
-import os
+import runpy
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -82,15 +82,6 @@ class Meter:
             )
 
 
-def main(argv: list[str]) -> int:
-    """Train with the meter in place of runtime.collect_at_set_steps."""
-    import train
-
-    runtime.collect_at_set_steps = Meter().take_turns
-    return train.main(argv)
-
-
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(exit_code)
+    runtime.collect_at_set_steps = Meter().take_turns
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"), run_name="__main__")
