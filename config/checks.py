@@ -322,7 +322,7 @@ def _wandb_knows_user() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname
     try:
-        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+        return host in netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).hosts
     except (OSError, netrc.NetrcParseError):
         return False
 

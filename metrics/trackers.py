@@ -100,9 +100,10 @@ class Wandb:
             allow_val_change=True,  # a resumed run may have other options
             settings=settings,
         )
-        # A resumed run repeats the steps after its checkpoint. wandb's own step may not go back, so it is not used.
-        self.run.define_metric("*", step_metric="step")
+        # A resumed run repeats the steps after its checkpoint. wandb's own step may not go back, so it is not used. The
+        # first definition that matches counts.
         self.run.define_metric("eval/*", step_metric="step", summary="min,last")  # the best, too
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
@@ -270,12 +271,13 @@ def _run_ids(path: Path, names: list[str], step: int, say: Callable[[str], None]
     if step and path.exists():
         try:
             known = read_json(path, most=10_000)
-            if not isinstance(known, dict) or not all(re.fullmatch(r"[\w-]{1,64}", str(id)) for id in known.values()):
+            ids = known.values() if isinstance(known, dict) else [None]
+            if not all(isinstance(id, str) and re.fullmatch(r"[\w-]{1,64}", id) for id in ids):
                 raise ValueError("it does not hold ids of runs")
         except (OSError, ValueError) as error:
             known = {}
             say(f"warning: {path}: {first_line(error)}\nthe trackers begin a new run")
     new = uuid.uuid4().hex
-    ids = {name: os.environ.get(f"{name.upper()}_RUN_ID") or known.get(name) or new for name in names}
-    replace_text(path, json.dumps(known | ids) + "\n")
-    return ids
+    chosen = {name: os.environ.get(f"{name.upper()}_RUN_ID") or known.get(name) or new for name in names}
+    replace_text(path, json.dumps(known | chosen) + "\n")
+    return chosen
