@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     # === 2. Create the process group: from here on, all ranks must do the same. =====================================
     # One GPU per rank; over gloo, several ranks may share one. NCCL moves GPU tensors, gloo moves CPU tensors.
-    device = runtime.choose_device(local_rank)
+    device = runtime.choose_device(local_rank, options.memory_snapshot)
     backend = "gloo" if device.type == "cpu" or options.ddp_backend == "gloo" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=options.ddp_timeout)
     dist.init_process_group(backend, store=runtime.meet(timeout), rank=rank, world_size=world_size, timeout=timeout)
@@ -107,13 +107,13 @@ def main(argv: list[str]) -> int:
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
-    if data.validation and (progress.step == 0 or options.evaluates_only):
+    if data.validation and ((options.eval_on_start and progress.step == 0) or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
-    for step in range(progress.step + 1, plan.total_steps + 1):
+    for step in runtime.collect_at_set_steps(range(progress.step + 1, plan.total_steps + 1)):  # Python's garbage
         if selection.over:
             recorder.print(selection.reason())
             break
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
         recorder.step(tokens // options.model_parallel_size)  # as many ranks have counted the same sequence
 
         ended = step == plan.total_steps
-        if ended or is_due(step, options.logging_steps):
+        if ended or is_due(step, options.logging_steps) or (step == 1 and options.logging_first_step):
             dist.all_reduce(loss_sum)
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))

@@ -27,7 +27,8 @@ from runtime.files import regular_file
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
 # ... and all that a run creates or opens.
-WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"
+TRACKED = r"trackers\.json|tensorboard|wandb|swanlab"
+WRITTEN = rf"{REPLACED}|{TRACKED}|\.lock|ledger|trace|hang|memory|\.(saving|exporting|meeting)-.*"
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -36,7 +37,7 @@ EXPORTED = (
 )
 LOGS = (
     *("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json"),
-    *("hang*/rank-*", "hang*/nccl-trace-rank-*"),
+    *("hang*/rank-*", "hang*/nccl-trace-rank-*", "trackers.json", "memory/rank-*.pickle"),
 )
 
 NOT_SHARED = "not shared"
@@ -92,7 +93,10 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
 
 def _refuse_links(output_dir: Path) -> None:
     """Refuse a link, a pipe or a device where a run writes: a link would lead elsewhere. output_dir may be a link."""
-    for directory in (output_dir, *(output_dir / name for name in ("ledger", "tensorboard", "trace", "hang"))):
+    for directory in (
+        output_dir,
+        *(output_dir / name for name in ("ledger", "tensorboard", "trace", "hang", "memory")),
+    ):
         for path in directory.iterdir() if directory.is_dir() else []:
             if directory == output_dir and not (re.fullmatch(WRITTEN, path.name) or path.name in EXPORTED):
                 continue
@@ -195,7 +199,7 @@ def _clean(options: Options, step: int, best_step: int) -> None:
     if step == 0 and options.overwrite_output_dir:
         for path in _run_files(output_dir)[0]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in _glob(output_dir, "ledger", "tensorboard", "trace", "hang*"):
+        for path in _glob(output_dir, "ledger", "tensorboard", "trace", "hang*", "memory"):
             with contextlib.suppress(OSError):  # it holds files of the user
                 path.rmdir()
     for path in list_checkpoints(output_dir):

@@ -4,17 +4,20 @@ import dataclasses
 import getpass
 import importlib.util
 import math
+import netrc
 import os
 import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
 from config.errors import OptionError
-from config.options import EPOCH, INTERVALS, Options
+from config.options import EPOCH, INTERVALS, TRACKERS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 from config.schedule import check_schedule
 from config.text import load_json
@@ -301,10 +304,8 @@ def _check_precision(options: Options) -> None:
 
 def _check_machine(options: Options) -> None:
     """Refuse what this machine cannot do. Without a compiler, switch torch_compile off and say so."""
-    if options.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise OptionError(
-            "report_to tensorboard: it is not installed here\npip install tensorboard, or pass --report_to none"
-        )
+    if os.environ.get("RANK", "0") == "0":
+        _check_trackers(options)
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     # Under srun, or with CUDA_VISIBLE_DEVICES, the only GPU that a process sees may be its own: runtime/gpus.py.
     own = gpus == 1 and ("CUDA_VISIBLE_DEVICES" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ)
@@ -315,6 +316,8 @@ def _check_machine(options: Options) -> None:
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
         raise OptionError("ddp_backend nccl: there is no GPU here; pass --ddp_backend gloo, or remove it")
+    if options.memory_snapshot and not torch.cuda.is_available():
+        raise OptionError("memory_snapshot true: it records the memory of a GPU, and none is here\nremove it")
     missing = _missing_for_compilation() if options.torch_compile else None
     if missing:
         options.torch_compile = False
@@ -324,6 +327,47 @@ def _check_machine(options: Options) -> None:
         _check_memory_budget(options, options.activation_memory_budget)
     if options.torch_compile:
         _claim_compiler_cache()
+
+
+def _check_trackers(options: Options) -> None:
+    """Refuse trackers that are not installed, or do not know their user: they would ask amid the run."""
+    missing = [name for name in options.trackers if importlib.util.find_spec(name) is None]
+    if options.report_to == "all" and not options.trackers:
+        missing = list(TRACKERS)
+    if missing:
+        raise OptionError(
+            f"report_to {options.report_to}: {' and '.join(missing)} not installed here\n"
+            f"pip install {' '.join(missing)}, or pass --report_to none"
+        )
+    known: dict[str, Callable[[], bool]] = {"wandb": _wandb_knows_user, "swanlab": _swanlab_knows_user}
+    for name in known.keys() & set(options.trackers):
+        if not known[name]():
+            raise OptionError(
+                f"report_to {options.report_to}: {name} has no API key of a user\n"
+                f"run `{name} login`, or set {name.upper()}_MODE=offline to keep its files here, or remove {name}"
+            )
+
+
+def _wandb_knows_user() -> bool:
+    """Whether wandb has an API key where it looks for one, or needs none. It would check a key over the network."""
+    import wandb  # optional, not in requirements.txt
+
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname
+    try:
+        return host in netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _swanlab_knows_user() -> bool:
+    import swanlab  # optional, not in requirements.txt
+
+    settings = swanlab.Settings()
+    return settings.mode != "online" or bool(settings.api_key)
 
 
 def _claim_compiler_cache() -> None:

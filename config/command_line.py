@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
-from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, Options
+from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, TRACKERS, Options
 from config.peers.answers import ANY, FALSE, TRUE, accepted_words, check_accelerate, parse_words
 from config.peers.deepspeed import read_deepspeed_file
 from config.peers.names import VALUES, explain, find_answer, translate
@@ -117,6 +117,8 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             if not follows and not switch and name != "deepspeed":  # a switch beside deepspeed_config
                 raise OptionError(f"argument --{name}: expected one argument\n{SEE_HELP}")
             value = words.popleft() if follows else "true"
+            while name == "report_to" and words and words[0] in TRACKERS:  # transformers has spaces between them
+                value += f",{words.popleft()}"
         if name == "config":
             files.append(value)
         else:
@@ -240,6 +242,8 @@ def _parser() -> _Parser:
     for field in dataclasses.fields(Options):
         name, default, group = field.name, field.default, groups[field.metadata["group"]]
         value = {"type": _interval, "metavar": "STEPS"} if name in INTERVALS else _value(TYPES[name])
+        if name == "report_to":
+            value = {"type": _trackers, "metavar": "NAMES"}
         shown = "" if default is None else f" [{str(default).lower() if isinstance(default, bool) else default}]"
         group.add_argument(f"--{name}", help=field.metadata["help"] + shown, **value)
     return parser
@@ -276,6 +280,14 @@ def _interval(text: str) -> float:
     except (ValueError, OverflowError):
         pass
     raise argparse.ArgumentTypeError(f"{text}: pass a number of steps, a fraction of all steps below 1, or epoch")
+
+
+def _trackers(text: str) -> str:
+    """Names of trackers, once each, with commas between them; or none, or all."""
+    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",")))
+    if names not in (["none"], ["all"]) and not set(names) <= set(TRACKERS):
+        raise argparse.ArgumentTypeError(f"{text}: pass none, all, or some of {','.join(TRACKERS)}")
+    return ",".join(names)
 
 
 def _true_or_false(text: str) -> bool:

@@ -49,7 +49,7 @@ def noting(failures: list[OptionError], path: Path) -> Iterator[None]:
         failures.append(error)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most 200 characters, for the text of an OptionError."""
     text = f"unknown key {error}" if isinstance(error, KeyError) else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]

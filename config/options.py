@@ -5,6 +5,7 @@ have the option. docs/options.md explains the options that need more than one li
 """
 
 import dataclasses
+import importlib.util
 from typing import Any, Literal
 
 import torch
@@ -29,13 +30,16 @@ GROUPS = (
 PATHS = (
     *("model_name_or_path", "config_name", "tokenizer_name", "chat_template", "deepspeed", "output_dir"),
     *("train_file", "train_mixture", "validation_file", "dataset_name", "dataset_info", "data_cache_dir"),
-    "resume_from_checkpoint",
+    *("resume_from_checkpoint", "logging_dir"),
 )
 
 # Options that take several values, with commas between them; in a run file, also a list.
-LISTS = {"train_file", "train_mixture", "validation_file", "dataset", "lora_target_modules"}
+LISTS = {"train_file", "train_mixture", "validation_file", "dataset", "lora_target_modules", "report_to"}
 
 ALL_LINEAR = "all-linear"  # of lora_target_modules: all linear modules but the head
+
+# What report_to can name. Each is a package, too, which is imported only if it is named (metrics/trackers.py).
+TRACKERS = ("tensorboard", "wandb", "swanlab")
 
 # Options that take a number of steps, a fraction of all steps, or EPOCH. plan_run makes each a number of steps.
 INTERVALS = ("logging_steps", "eval_steps", "save_steps")
@@ -50,7 +54,7 @@ MAY_DIFFER_BETWEEN_NODES = {
     "torch_compile",
     *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "disable_tqdm", "show_examples", "trace_steps"),
-    "prompt",
+    *("prompt", "run_name", "logging_dir", "memory_snapshot"),
 }
 
 # Old names of options, still accepted on the command line and in a run file, with a line that says the new name.
@@ -243,7 +247,9 @@ class Options:
     logging_steps: float = option(
         LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
     )
+    logging_first_step: bool = option(LOGGING, False, "A record of the first step, too.")
     eval_steps: float = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
+    eval_on_start: bool = option(LOGGING, True, "Evaluate before the first step, too.")
     load_best_model_at_end: bool = option(
         LOGGING, False, "Export the evaluated checkpoint with the best metric, not the last one."
     )
@@ -252,7 +258,11 @@ class Options:
         LOGGING, None, "Evaluations in a row without improvement, after which training ends. Default: never."
     )
     early_stopping_threshold: float = option(LOGGING, 0.0, "By how much the metric must fall to count as improved.")
-    report_to: Literal["none", "tensorboard"] = option(LOGGING, "none", "Tracker that gets the metrics, too.")
+    report_to: str = option(
+        LOGGING, "none", "Trackers that get the metrics, too: tensorboard,wandb,swanlab, or all that are installed."
+    )
+    run_name: str | None = option(LOGGING, None, "Name of the run in the trackers. Default: output_dir.")
+    logging_dir: str | None = option(LOGGING, None, "Directory of the trackers' files. Default: output_dir.")
     disable_tqdm: bool | None = option(
         LOGGING,
         None,
@@ -260,10 +270,18 @@ class Options:
     )
     ledger: bool = option(LOGGING, False, "Record the sequences of each step, for `python -m data.ledger`.")
     trace_steps: int = option(LOGGING, 0, "Steps to trace with the profiler on rank 0, after two others.")
+    memory_snapshot: bool = option(LOGGING, False, "Out of GPU memory: write each allocation into output_dir/memory.")
     prompt: str | None = option(LOGGING, None, "Text that the trained model completes at the end.")
 
     seed: int = option(SEED, 42, "Seed of the initial weights, the data order and dropout.")
     full_determinism: bool = option(SEED, False, "Only algorithms with the same bits each time; slower on a GPU.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that report_to names; for all, those that are installed."""
+        if self.report_to == "all":
+            return [name for name in TRACKERS if importlib.util.find_spec(name)]
+        return self.report_to.split(",") if self.report_to != "none" else []
 
     @property
     def evaluates_only(self) -> bool:

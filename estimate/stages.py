@@ -17,6 +17,7 @@ from estimate.memory import gib, host_memory, predict, readable
 from model.build import build_model, load_config_and_tokenizer
 from model.layers import decoder_layers
 from parallel.checks import check_context_parallel
+from runtime.gpus import write_memory_snapshot
 
 
 def stage_name(options: Options) -> str:
@@ -180,6 +181,8 @@ def explain_out_of_memory(argv: list[str], error: Exception) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the table of a DeepSpeed file was printed at the start
             options = parse(argv, ranks)
+        if options.memory_snapshot and isinstance(error, torch.OutOfMemoryError):
+            lines.append(write_memory_snapshot(options.output_dir))
         check(options, ranks)
         model = build_model(options, load_config_and_tokenizer(options)[0])
         lines.append(f"predicted for {stage_name(options)}: {predict(model, options, ranks)}")

@@ -1,4 +1,4 @@
-"""The reports of a run: progress, metrics.jsonl and TensorBoard. Only rank 0 writes.
+"""The reports of a run: progress, metrics.jsonl and trackers. Only rank 0 writes.
 
 Each line of metrics.jsonl is a record, one JSON object; null stands for a number that is not finite. A record of
 training comes every `logging_steps` optimizer steps:
@@ -46,6 +46,7 @@ With several validation sets (--validation_file code=a.jsonl,web=b.jsonl), each 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -57,6 +58,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from tqdm import tqdm
 
@@ -67,7 +69,8 @@ from metrics.hardware import peak_flops, peak_memory_gib
 from metrics.records import drop_records_beyond
 from metrics.stragglers import Stragglers
 from metrics.trace import Trace
-from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA
+from metrics.trackers import Trackers
+from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA, at_exit
 from runtime.files import regular_file
 
 
@@ -98,10 +101,8 @@ class Recorder:
         # In a log file, every redraw of a bar would be a new line.
         no_bar = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
         self.bar = tqdm(total=plan.total_steps, unit="step", disable=no_bar or not self.writes, dynamic_ncols=True)
-        self.board: Any = None
-        if options.report_to == "tensorboard" and self.writes:
-            with noting(self.failures, self.path.parent / "tensorboard"):
-                self.board = _tensorboard(self.path.parent)
+        self.options = options
+        self.trackers: Trackers | None = None
         traces = options.trace_steps and self.writes
         self.trace = Trace(options.trace_steps, self.path.parent, self.failures) if traces else None
 
@@ -125,6 +126,10 @@ class Recorder:
         if self.writes:
             with noting(self.failures, self.path):
                 drop_records_beyond(self.path, step)
+            if self.options.trackers:
+                with noting(self.failures, self.path.parent):
+                    self.trackers = Trackers(self.options, self._facts(), step, self._warn)
+                    at_exit(self.trackers.finish)
         if self.trace:
             self.trace.start(step)
 
@@ -161,6 +166,8 @@ class Recorder:
         self.tokens_seen += tokens
         self.steps_done, self.activity.micro_step = self.steps_done + 1, 0
         self.bar.update(1)
+        if self.trackers:
+            self.trackers.start()
         if self.trace and (report := self.trace.step()):
             self.print(report)
 
@@ -227,13 +234,10 @@ class Recorder:
                 sys.stdout.flush()
 
     def close(self) -> None:
-        """Close the progress bar and TensorBoard."""
+        """Close the progress bar."""
         if self.trace and not self.trace.done:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
-        if self.board is not None:
-            with noting(self.failures, self.path.parent / "tensorboard"):
-                self.board.close()
 
     def _micro_step(self, *_: object) -> None:
         if torch.is_grad_enabled():
@@ -247,14 +251,17 @@ class Recorder:
         record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
         with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
             file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            with noting(self.failures, self.path.parent / "tensorboard"):
-                for name, value in values.items():
-                    if value is not None:
-                        self.board.add_scalar(name, value, step)
+        if self.trackers:
+            self.trackers.log(step, {"epoch": epoch, "tokens_seen": self.tokens_seen, **values})
 
+    def _facts(self) -> dict[str, Any]:
+        """What trackers get with the options: the plan, the machine and the versions."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        versions = {"torch_version": torch.__version__, "transformers_version": transformers.__version__}
+        plan = {name: value for name, value in dataclasses.asdict(self.plan).items() if isinstance(value, int | float)}
+        return {**plan, "world_size": dist.get_world_size(), "gpu": gpu, **versions}
 
-def _tensorboard(output_dir: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # optional, not in requirements.txt
-
-    return SummaryWriter(str(output_dir / "tensorboard"))
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.write(text, file=sys.stderr)
+            sys.stderr.flush()

@@ -1,23 +1,45 @@
 """The GPU of a rank: which one it is, and that no other rank has it."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from config.errors import OptionError
+from config.errors import OptionError, first_line
+
+ALLOCATIONS = 200_000  # newest allocations and frees that a memory snapshot holds, each with its stack
 
 
-def choose_device(local_rank: int) -> torch.device:
+def choose_device(local_rank: int, record_memory: bool) -> torch.device:
     """The GPU of this rank, made the current one; the CPU without GPUs.
 
     A process may see all GPUs of its node, as under torchrun, or its own alone, as under `srun --gpus-per-task=1`.
+    With `record_memory`, torch records who allocates memory, for `write_memory_snapshot`.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if record_memory:
+        torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
     return device
+
+
+def write_memory_snapshot(output_dir: str) -> str:
+    """Write what each allocation of this rank's GPU is for, and return a line that says where.
+
+    The file is for https://pytorch.org/memory_viz. A disk that is full changes the line, and not the end of the run.
+    """
+    path = Path(output_dir) / "memory" / f"rank-{os.environ.get('RANK', '0')}.pickle"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # a link is not followed
+        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+    except Exception as error:  # torch raises what its writer raises
+        return f"memory snapshot: {path} cannot be written: {first_line(error)}"
+    return f"memory snapshot: {path}, for https://pytorch.org/memory_viz"
 
 
 def require_own_gpu(device: torch.device, shared: bool) -> None:

@@ -100,6 +100,14 @@ def _mistake(error: Exception) -> OptionError | None:
     return None
 
 
+def at_exit(function: Callable[[int], None]) -> None:
+    """Call `function` with the exit code before this process exits by itself, whatever its end: `atexit` never runs."""
+    _at_exit.append(function)
+
+
+_at_exit: list[Callable[[int], None]] = []
+
+
 def exit_process(exit_code: int) -> NoReturn:
     """Exit with `os._exit`, without Python's teardown and without destroy_process_group.
 
@@ -107,6 +115,9 @@ def exit_process(exit_code: int) -> NoReturn:
     need that lock at the same moment, to release a tensor. About one run in a hundred hung or aborted this way. The
     operating system frees everything: files are closed, and all ranks have passed the last barrier.
     """
+    for function in _at_exit:
+        with contextlib.suppress(Exception):  # they report, and change no exit code
+            function(exit_code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a log file, on a full disk
             stream.flush()

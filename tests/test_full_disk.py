@@ -4,7 +4,6 @@ The disk is a real one of two MB, in memory. Only root may mount it, so elsewher
 """
 
 import dataclasses
-import errno
 import itertools
 import os
 import pkgutil
@@ -14,12 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint.export import export_model
@@ -292,21 +289,3 @@ def test_full_disk(
         (small_disk / "filler").unlink()
         assert "step 2 of 2: the run is complete" in train_ok(1, *argv, "--resume_from_checkpoint", "auto")
         assert (run / "model.safetensors").exists()
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    """Its thread writes, so a full disk shows at a later record, or at the end."""
-
-    def fails(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    recorder = Recorder.__new__(Recorder)
-    recorder.writes, recorder.path, recorder.tokens_seen, recorder.trace = True, tmp_path / "metrics.jsonl", 1, None
-    recorder.plan = SimpleNamespace(steps_per_epoch=1)  # type: ignore[assignment]
-    recorder.board = SimpleNamespace(add_scalar=fails, close=fails)
-    recorder.bar = tqdm(disable=True)
-    for write in (partial(recorder._write, 1, loss=1.0), recorder.close):
-        recorder.failures = []
-        write()
-        (failure,) = recorder.failures
-        assert str(failure).startswith(f"{tmp_path}/tensorboard: it cannot be written: No space left on device\n")

@@ -1,6 +1,7 @@
 """Proves train.py, loss/ and model/ on a GPU with compiled layers: one rank over NCCL, two on one GPU over gloo."""
 
 import math
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -375,3 +376,26 @@ def test_layers_with_a_state_restart(name: str, bf16: bool, gate: float) -> None
     loss, gradient = loss_and_gradient(model, [moved], bf16)
     assert loss == pytest.approx(expected_loss, rel=gate)
     assert relative_l2(gradient, expected) < gate
+
+
+def ask_for_too_much() -> None:
+    """Let the first forward pass ask for more memory than a GPU has."""
+
+    def forward(*args: object, **kwargs: object) -> None:
+        torch.empty(2**50, device="cuda")
+
+    NextToken.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def test_memory_snapshot(tiny: list[object], tmp_path: Path) -> None:
+    """Out of memory, it has what was allocated, the allocation that failed, and the stack of each."""
+    argv = [*tiny, "--output_dir", tmp_path, "--memory_snapshot", "--torch_compile", "false"]
+    outcome = train(1, argv, before=ask_for_too_much)
+    assert outcome.exit_codes == [1], outcome.output
+    path = tmp_path / "memory" / "rank-0.pickle"
+    assert f"memory snapshot: {path}, for https://pytorch.org/memory_viz" in outcome.output
+    snapshot = pickle.loads(path.read_bytes())
+    assert snapshot["segments"]
+    traces = [entry for trace in snapshot["device_traces"] for entry in trace]
+    assert any(entry["action"] == "oom" for entry in traces)
+    assert any("load_weights" in frame["name"] for entry in traces for frame in entry["frames"])

@@ -23,13 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrai
 import ddp
 import fsdp
 from compare import scaling
+from config.checks import check
 from config.command_line import parse
+from config.errors import OptionError
 from config.options import Options
 from estimate.__main__ import main
 from estimate.activations import Activations, count_activations
 from estimate.communication import Collectives, predict_collectives
 from estimate.memory import RESERVED, host_memory, memory_by_phase, predict, readable
-from estimate.stages import advice, memory_forecast, stage_name, stages
+from estimate.stages import advice, explain_out_of_memory, memory_forecast, stage_name, stages
 from loss.next_token import NextToken, bypass_head
 from model.build import build_model
 from model.compile import compile_layers
@@ -398,6 +400,36 @@ def test_out_of_memory(tiny: list[object], tmp_path: Path, of_host: bool) -> Non
         r"^for each stage: DDP [\d.]+ MiB; DDP, optimizer sharded .* layer inputs offloaded [\d.]+ MiB$", said, re.M
     )
     assert len(re.findall(r"^--.* saves [\d.]+ MiB$", said, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("full_disk", [False, True])
+def test_memory_snapshot(full_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of GPU memory writes a file of each rank, and says where. A link in its place is replaced, not followed."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "memory" / "rank-3.pickle").symlink_to(tmp_path / "victim")
+
+    def dump(path: str) -> None:
+        if full_disk:
+            raise OSError(28, "No space left on device")
+        Path(path).write_text("snapshot")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    argv = ["--memory_snapshot", "--output_dir", str(tmp_path)]
+    said = explain_out_of_memory(argv, torch.OutOfMemoryError("CUDA out of memory."))
+    path = tmp_path / "memory" / "rank-3.pickle"
+    if full_disk:
+        assert f"memory snapshot: {path} cannot be written: [Errno 28]" in said
+    else:
+        assert f"memory snapshot: {path}, for https://pytorch.org/memory_viz" in said
+        assert path.read_text() == "snapshot"
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert "snapshot" not in explain_out_of_memory(argv[1:], torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(OptionError, match="memory_snapshot true: it records the memory of a GPU, and none is here"):
+        check(parse(argv), world_size=1)
 
 
 def test_a_model_that_does_not_run_without_values(meta_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_docs_have_the_table() -> None:
         (["--no_bf16", "--no-async-save", "--no_remove_unused_columns"], {"async_save": False}),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": false}'], {}),
         (["--label_smoothing_factor", "0.0", "--neftune_noise_alpha", "0"], {}),
-        (["--skip_memory_metrics", "--use_liger_kernel", "--run_name", "a", "--hub_model_id", "b"], {}),
+        (["--skip_memory_metrics", "--use_liger_kernel", "--trackio_space_id", "a", "--hub_model_id", "b"], {}),
         (["--lr", "1e-4", "--epochs", 2], {"learning_rate": 1e-4, "num_train_epochs": 2}),
         (["--stage", "dpo", "--finetuning_type", "full", "--pref_beta", 0.2], {"objective": "dpo", "dpo_beta": 0.2}),
         (
@@ -278,12 +278,12 @@ def test_refused(argv: list[object], expected: str) -> None:
 
 
 def test_each_translation_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*MODEL, "--max_length", "64", "--run_name", "a", "--optim", "adamw_torch", "--hub_token", "hf_abc"]
+    argv = [*MODEL, "--max_length", "64", "--log_level", "info", "--optim", "adamw_torch", "--hub_token", "hf_abc"]
     parse(argv)
     assert capsys.readouterr().err.splitlines() == [
         "optim adamw_torch: here --optim adamw_torch_fused",
         "max_length 64: here --block_size 64 (a conversation is cut there, text goes on in the next sequence)",
-        "run_name a: no effect: metrics.jsonl is in output_dir, as are the events of --report_to tensorboard",
+        "log_level info: no effect: there is one level of messages",
         "hub_token ***: no effect: nothing is uploaded",
     ]
     monkeypatch.setenv("RANK", "1")

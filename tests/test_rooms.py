@@ -18,7 +18,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -469,18 +468,6 @@ def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
     assert read_records(tmp_path / "none.jsonl") == []
-
-
-def test_tensorboard(tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets the same numbers as metrics.jsonl; where it is not installed, that is said before anything starts."""
-    train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", 2, "--report_to", "tensorboard")
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    rows = read_records(tmp_path / "metrics.jsonl")
-    expected = [row["loss"] for row in rows if "loss" in row]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="pip install tensorboard"):
-        check(parse(["--report_to", "tensorboard"]), world_size=1)
 
 
 @pytest.mark.parametrize(

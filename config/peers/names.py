@@ -15,7 +15,7 @@ CUT = "a conversation is cut there, text goes on in the next sequence"
 
 STEPS = "the option of the steps decides"
 
-TRACKER = "metrics.jsonl is in output_dir, as are the events of --report_to tensorboard"
+TRACKER = "trackers are set up by their own environment variables"
 
 ALWAYS_LOGGED = "metrics.jsonl always has it"
 
@@ -570,7 +570,6 @@ TABLE: tuple[tuple[str, Answer], ...] = (
             overrides=True,
         ),
     ),
-    ("eval_on_start", no_effect("validation data is always evaluated before the first step")),
     ("eval_delay", only("0", "evaluations begin with the run")),
     (
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
@@ -581,10 +580,6 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "include_for_metrics include_inputs_for_metrics compute_accuracy acc_strategy eval_metric",
         Answer({"false": "", "[]": "", "": ""}, SUMS),
     ),
-    (
-        "logging_first_step",
-        only("false", "every logging_steps-th step is logged, and the last", "pass --logging_steps 1"),
-    ),
     ("logging_nan_inf_filter", no_effect("a loss that is not finite is logged as it is, and its step skipped")),
     (
         "include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second "
@@ -592,13 +587,35 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         no_effect(ALWAYS_LOGGED),
     ),
     ("env", refused("options set no variables of the environment", "export them before the start")),
-    ("run_name project wandb_project wandb_run_name wandb_entity", no_effect(TRACKER)),
-    ("trackio_ swanlab_", no_effect(TRACKER)),
-    ("use_swanlab use_wandb", only("false", TRACKER)),
+    ("wandb_run_name wandb_name swanlab_run_name swanlab_exp_name", alias("run_name")),
+    ("tensorboard_dir", alias("logging_dir")),
+    ("use_wandb", Answer({"true": "--report_to wandb", "false": ""}, "--report_to decides")),
+    ("use_swanlab", Answer({"true": "--report_to swanlab", "false": ""}, "--report_to decides")),
+    ("use_tensorboard", Answer({"true": "--report_to tensorboard", "false": ""}, "--report_to decides")),
     (
-        "logging_dir tensorboard_dir",
-        refused("events are in OUTPUT_DIR/tensorboard", "pass --report_to tensorboard and --output_dir"),
+        "project",
+        Answer({"huggingface": ""}, TRACKER, "set WANDB_PROJECT or SWANLAB_PROJ_NAME"),
     ),
+    ("wandb_project", refused(TRACKER, "set WANDB_PROJECT")),
+    ("wandb_entity", refused(TRACKER, "set WANDB_ENTITY")),
+    (
+        "wandb_mode",
+        Answer({"online": ""}, TRACKER, "set WANDB_MODE"),
+    ),
+    (
+        "wandb_watch wandb_log_model",
+        only("false", "weights are not sent"),
+    ),
+    ("swanlab_mode", Answer({"cloud": "", "online": ""}, TRACKER, "set SWANLAB_MODE")),
+    (
+        "swanlab_",
+        refused(TRACKER, "set SWANLAB_PROJ_NAME or SWANLAB_WORKSPACE"),
+    ),
+    (
+        "swanlab_api_key wandb_api_key swanlab_lark_secret swanlab_token",
+        dataclasses.replace(refused("keys are not options", "run `swanlab login` or `wandb login`"), secret=True),
+    ),
+    ("trackio_", no_effect("there is no Trackio; --report_to names the trackers")),
     ("log_level log_level_replica print_param_status verbose", no_effect(ONE_LEVEL)),
     (
         "debug",

@@ -1,0 +1,101 @@
+"""Proves runtime/garbage.py: garbage is collected at set steps, and none of it is a tensor."""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import garbage
+from runtime.garbage import INTERVAL, collect_at_set_steps
+from runtime.workers import begin_worker
+from tests.launch import train
+
+
+def test_only_at_set_steps() -> None:
+    """Within the loop Python collects nothing by itself; after it, also after a break, as before."""
+    collections: list[int] = []
+    steps = [0]
+
+    def note(phase: str, info: dict[str, Any]) -> None:
+        if phase == "stop":
+            collections.append(steps[-1])
+
+    gc.callbacks.append(note)
+    try:
+        for step in collect_at_set_steps(range(INTERVAL - 5, 2 * INTERVAL + 1)):
+            steps.append(step)
+            assert not gc.isenabled()
+            cycles: list[Any] = [[] for _ in range(2000)]  # more than Python's threshold
+            for cycle in cycles:
+                cycle.append(cycle)
+        assert collections == [0, INTERVAL, 2 * INTERVAL]
+        assert gc.get_freeze_count() == 0
+        for _ in collect_at_set_steps(range(1, 9)):
+            break
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
+
+
+def test_workers_of_the_loader_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are forked within the loop."""
+    monkeypatch.setattr("runtime.workers.ignore_signals", lambda worker: None)
+    monkeypatch.setattr("multiprocessing.queues.Queue._on_queue_feeder_error", None)
+    gc.disable()
+    try:
+        begin_worker(0)
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def keep_garbage(file: Path, leak: bool) -> None:
+    """Collect after each step, and write how many objects and how many tensors that freed, if step 1 is over."""
+    collect: Callable[[], int] = gc.collect
+    calls = 0
+
+    def collect_and_look() -> None:
+        nonlocal calls
+        calls += 1
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        collect()
+        gc.set_debug(0)
+        tensors = sum(isinstance(each, torch.Tensor) and each.numel() > 1 for each in gc.garbage)
+        with open(file, "a") as lines:
+            lines.write(f"{calls} {len(gc.garbage)} {tensors}\n")
+        gc.garbage.clear()
+        if leak:
+            cycle: list[Any] = [torch.ones(2)]
+            cycle.append(cycle)
+
+    garbage.INTERVAL = 1
+    garbage.gc.collect = collect_and_look  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "leak"),
+    [
+        (1, [], False),
+        (1, [], True),
+        pytest.param(2, ["--strategy", "fsdp", "--gradient_checkpointing"], False, marks=pytest.mark.slow),
+        pytest.param(2, ["--gradient_accumulation_steps", 2, "--packing", "documents"], False, marks=pytest.mark.slow),
+        pytest.param(1, ["--torch_compile", "true", "--optim", "muon"], False, marks=pytest.mark.slow),
+    ],
+)
+def test_no_tensor_waits(
+    world_size: int, options: list[object], leak: bool, tiny: list[object], tmp_path: Path
+) -> None:
+    """A step leaves no tensor that only a collection frees. So memory does not grow between two of them."""
+    file = tmp_path / "garbage"
+    argv = [*tiny, "--output_dir", tmp_path / "run", "--max_steps", 4, "--eval_steps", 2, *options]
+    outcome = train(world_size, argv, before=partial(keep_garbage, file, leak))
+    assert outcome.exit_codes == [0] * world_size, outcome.output
+    rows = [list(map(int, line.split())) for line in file.read_text().splitlines()]
+    assert len(rows) >= 4 * world_size
+    # The first collection is before the loop, the second after a step that has built what later steps use.
+    tensors = [count for call, _, count in rows if call > 2]
+    assert (max(tensors) > 0) == leak, rows
