@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
-    if data.validation and (progress.step == 0 or options.evaluates_only):
+    if data.evaluated and (progress.step == 0 or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
-        if data.validation and (ended or is_due(step, options.eval_steps)):
+        if data.evaluated and (ended or is_due(step, options.eval_steps)):
             evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
             recorder.evaluation(step, evaluation)
             selection.evaluated(step, evaluation)

@@ -43,6 +43,11 @@ With --objective dpo, it has these instead of the last four:
     eval_pairs                 pairs evaluated
 
 With several validation sets (--validation_file code=a.jsonl,web=b.jsonl), each set has its own: eval_code_loss, ...
+
+With --sample_prompts, each evaluation adds a record of what the model writes (loss/samples.py):
+
+    step, epoch, tokens_seen   as for training
+    samples                    a list of {"prompt": text, "completion": text}
 """
 
 import contextlib
@@ -208,7 +213,9 @@ class Recorder:
         self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a record of an evaluation: the metrics of all validation sets, by name."""
+        """Write a record of an evaluation: the metrics of all validation sets, by name; no record without any."""
+        if not metrics:
+            return
         self._write(step, **metrics)
         for name in (name.removesuffix("_loss") for name in metrics if name.endswith("_loss")):
             line = f"step {step}: validation{name[4:].replace('_', ' ', 1)} loss {metrics[f'{name}_loss']:.4f}"
@@ -218,6 +225,12 @@ class Recorder:
             perplexity, bits = metrics[f"{name}_perplexity"], metrics[f"{name}_bits_per_byte"]
             known = "" if math.isnan(bits) else f", {bits:.3f} bits per byte"
             self.print(f"{line}, perplexity {perplexity:,.2f}{known}, {metrics[f'{name}_tokens']:,} tokens")
+
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        """Write a record of what the model writes at this step, and print it, a line for each prompt."""
+        self._append(self.steps_done, {"samples": samples})
+        for sample in samples:  # as literals, because a control character could write over a terminal
+            self.print(f"step {self.steps_done}: {sample['prompt'][:60]!r} -> {sample['completion']!r}")
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
@@ -240,18 +253,20 @@ class Recorder:
             self.activity.micro_step += 1
 
     def _write(self, step: int, **values: Any) -> None:
-        if not self.writes:
-            return
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
-        record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
-        with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(step, values)
         if self.board is not None:
             with noting(self.failures, self.path.parent / "tensorboard"):
                 for name, value in values.items():
                     if value is not None:
                         self.board.add_scalar(name, value, step)
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        if self.writes:
+            epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
+            record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
+            with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _tensorboard(output_dir: Path) -> Any:
