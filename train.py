@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     # === 4. Batches, logging, saving. ===============================================================================
     checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
-    recorder.print(description)
+    recorder.describe(description)
     recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
             recorder.print(generate_completion(options))
     elif not finished:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
-    recorder.close()
+    recorder.close(finished)
     saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
     return 0 if finished else signals.exit_code()
 

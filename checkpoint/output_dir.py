@@ -27,7 +27,7 @@ from runtime.files import regular_file
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
 # ... and all that a run creates or opens.
-WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"
+WRITTEN = rf"{REPLACED}|events\.jsonl|report\.html|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -35,6 +35,7 @@ EXPORTED = (
 )
 LOGS = (
     *("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json"),
+    *("events.jsonl", "report.html", "report.png"),
     *("hang*/rank-*", "hang*/nccl-trace-rank-*"),
 )
 

@@ -1,4 +1,4 @@
-"""The reports of a run: progress, metrics.jsonl and TensorBoard. Only rank 0 writes.
+"""The reports of a run: progress, metrics.jsonl, events.jsonl and TensorBoard. Only rank 0 writes.
 
 Each line of metrics.jsonl is a record, one JSON object; null stands for a number that is not finite. A record of
 training comes every `logging_steps` optimizer steps:
@@ -48,9 +48,13 @@ With --sample_prompts, each evaluation adds a record of what the model writes (l
 
     step, epoch, tokens_seen   as for training
     samples                    a list of {"prompt": text, "completion": text}
+
+events.jsonl has a record of each start (ranks, options, start block), trace, end and failure, with `time` in seconds
+since 1970. A start that was killed has no end.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -65,7 +69,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config.errors import OptionError, noting
+from config.errors import OptionError, first_line, noting
 from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
@@ -90,6 +94,7 @@ class Recorder:
         self.writes = rank == 0
         self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.path = Path(options.output_dir) / "metrics.jsonl"
+        self.options, self.description = options, ""
         self.device = device
         self.plan = plan
         self.objective = options.objective
@@ -130,8 +135,17 @@ class Recorder:
         if self.writes:
             with noting(self.failures, self.path):
                 drop_records_beyond(self.path, step)
+            ranks, options = dist.get_world_size(), dataclasses.asdict(self.options)
+            plan = {"ranks": ranks, "total_steps": self.plan.total_steps, "options": options}
+            self._event("start", **plan, description=self.description)
+            self.activity.report_failure = lambda message: self._event("failure", message=message)
         if self.trace:
             self.trace.start(step)
+
+    def describe(self, description: str) -> None:
+        """Print the start block, and keep it for the record of the start in events.jsonl."""
+        self.description = description
+        self.print(description)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """Yield `batches`, and measure the time to get each."""
@@ -168,6 +182,7 @@ class Recorder:
         self.bar.update(1)
         if self.trace and (report := self.trace.step()):
             self.print(report)
+            self._event("trace", **self.trace.summary)
 
     def log(
         self,
@@ -239,14 +254,19 @@ class Recorder:
                 self.bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def close(self) -> None:
-        """Close the progress bar and TensorBoard."""
+    def close(self, finished: bool) -> None:
+        """Close the progress bar and TensorBoard, and write the report if --report asks for it."""
         if self.trace and not self.trace.done:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
         if self.board is not None:
             with noting(self.failures, self.path.parent / "tensorboard"):
                 self.board.close()
+        early = self.steps_done < self.plan.total_steps
+        self._event("end", reason=("stopped early" if early else "finished") if finished else "stopped by a signal")
+        self.activity.report_failure = None
+        if self.options.report and self.writes:
+            self.print(_report(self.path.parent))
 
     def _micro_step(self, *_: object) -> None:
         if torch.is_grad_enabled():
@@ -267,6 +287,26 @@ class Recorder:
             record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
             with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
                 file.write(json.dumps(record) + "\n")
+
+    def _event(self, event: str, **facts: Any) -> None:
+        """Write a record to events.jsonl. Unlike metrics.jsonl, it keeps what a resumed run has replaced."""
+        if self.writes:
+            path = self.path.with_name("events.jsonl")
+            record = {"event": event, "time": time.time(), "step": self.steps_done, **facts}
+            with noting(self.failures, path), open(path, "a", opener=regular_file) as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _report(output_dir: Path) -> str:
+    """Write the report, and return the path of it in words. Whatever goes wrong is said, and does not end the run."""
+    try:
+        from metrics.report import PAGE, write_report
+
+        (page,) = write_report([output_dir], output_dir / PAGE)
+        return f"wrote {page}"
+    except Exception as error:
+        command = f"python -m metrics.report {output_dir}"
+        return f"report true: it could not be written: {first_line(error)}; run {command}"
 
 
 def _tensorboard(output_dir: Path) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from config.options import Options
 from metrics.report.charts import MOST_RUNS, make_charts
-from metrics.report.plots import RUN_COLORS, to_svg
+from metrics.report.plots import RUN_COLORS, Chart, to_svg
 from metrics.report.runs import Columns, Numbers, Run
 
 # A second wall behind the escapes: no script, and nothing from elsewhere.
@@ -30,10 +30,7 @@ def render(runs: list[Run]) -> str:
     """The HTML of the page for one run, or for several beside one another."""
     title = ", ".join(run.name for run in runs)
     charts = "\n".join(
-        f'<figure id="chart-{chart.name}">{to_svg(chart, for_page=True)}'
-        + (f"<figcaption>{escape(chart.caption)}</figcaption>" if chart.caption else "")
-        + "</figure>"
-        for chart in make_charts(runs)
+        figure(chart) for chart in make_charts(runs)
     )
     sections = {
         "curves": ("Curves", f'<div class="charts">{charts}</div>' if charts else "<p>No records yet.</p>"),
@@ -68,6 +65,19 @@ def render(runs: list[Run]) -> str:
 """
 
 
+def figure(chart: Chart) -> str:
+    """A chart with its title, unit, legend and caption as text of the page, where they wrap."""
+    unit = "" if chart.bars else f" <small>{escape(chart.unit)}</small>"
+    entries = [
+        f'<li class="{series.kind}" style="--color:var({series.color})">{escape(series.label)}</li>'
+        for series in chart.series
+    ]
+    legend = f'<ul class="legend">{"".join(entries)}</ul>' if len(entries) > 1 else ""
+    caption = f"<figcaption>{escape(chart.caption)}</figcaption>" if chart.caption else ""
+    title = f"<h3>{escape(chart.title)}{unit}</h3>"
+    return f'<figure id="chart-{chart.name}">{title}{legend}{to_svg(chart, for_page=True)}{caption}</figure>'
+
+
 def heading(runs: list[Run]) -> str:
     """The names of the runs; for one run also its state, its model and its ranks."""
     if len(runs) > 1:
@@ -97,7 +107,7 @@ def state(run: Run) -> tuple[str, str]:
 
 def summary(runs: list[Run]) -> str:
     """The most important numbers: tiles for one run, and a table for several."""
-    rows = [facts(run) for run in runs]
+    rows = [facts(run, alone=len(runs) == 1) for run in runs]
     if len(runs) == 1:
         tiles = "".join(
             f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
@@ -113,22 +123,21 @@ def summary(runs: list[Run]) -> str:
     return f'<div class="card scroll" style="margin-top:20px">{table(head, body, numeric=range(1, len(head)))}</div>'
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: Run, alone: bool) -> dict[str, str]:
     """Name and value of the important numbers; "" for one that the run does not have."""
     training, evaluations = run.training, run.evaluations
     plan = next((event for event in reversed(run.events) if event["event"] == "start"), {})
     total = plan.get("total_steps")
-    steps = f"{run.last_step:,}" + (f" of {total:,}" if isinstance(total, int) and total else "")
-    result = {"steps": steps, "training loss, last": last(training, "loss", "{:.4f}")}
+    of = "" if not alone else f" of {total:,}" if is_count(total) and total else ""
+    result = {f"steps{of}": f"{run.last_step:,}", "training loss, last": last(training, "loss", "{:.4f}")}
     losses = sorted(name for name in evaluations.values if re.fullmatch(r"eval_(.+_)?loss", name))
     for name in losses[:4]:
         values = evaluations[name]
         if np.isfinite(values).any():
             best = int(np.nanargmin(values))
             which = name.removeprefix("eval_").removesuffix("loss").strip("_")
-            at = f" (step {evaluations.steps[best]:,})" if len(runs_of(values)) > 1 else ""
-            label = f"validation loss{f' {which}' if which else ''}, best"
-            result[label] = f"{values[best]:.4f}{at}"
+            at = f", step {evaluations.steps[best]:,}" if alone else ""
+            result[f"{f'{which}: ' if which else ''}best validation loss{at}"] = f"{values[best]:.4f}"
     tokens = training["tokens_seen"][np.isfinite(training["tokens_seen"])]
     result["tokens"] = short(float(tokens[-1])) if len(tokens) else ""
     result["tokens / s, median"] = median(training, "tokens_per_second", short)
@@ -141,7 +150,7 @@ def facts(run: Run) -> dict[str, str]:
     return result
 
 
-def runs_of(values: Numbers) -> Numbers:
+def finite(values: Numbers) -> Numbers:
     return values[np.isfinite(values)]
 
 
@@ -153,7 +162,7 @@ def last(columns: Columns, name: str, form: str) -> str:
 
 
 def median(columns: Columns, name: str, form: Any) -> str:
-    values = runs_of(columns[name])
+    values = finite(columns[name])
     return form(float(np.median(values))) if len(values) else ""
 
 
@@ -191,13 +200,13 @@ def samples(runs: list[Run]) -> str:
             chosen = thinned(of_prompt, MOST_SAMPLES) if len(runs) == 1 else of_prompt[-1:]
             for step, completion in chosen:
                 name = swatch(number) + escape(f"{run.name}, step {step:,}") if len(runs) > 1 else f"step {step:,}"
-                rows.append(f'<tr><td class="step">{name}</td><td><pre>{escape(completion)}</pre></td></tr>')
+                rows.append(f'<tr><td class="step">{name}</td><td><pre>\n{escape(completion)}</pre></td></tr>')
             if len(chosen) < len(of_prompt) and len(runs) == 1:
                 rows.append(
                     f'<tr><td class="step"></td><td><p>{len(chosen)} of {len(of_prompt)} evaluations are shown; '
                     "metrics.jsonl has all.</p></td></tr>"
                 )
-        cards.append(f'<div class="card"><h3>Prompt</h3><pre>{escape(prompt)}</pre><table>{"".join(rows)}</table></div>')
+        cards.append(f'<div class="card"><h3>Prompt</h3><pre>\n{escape(prompt)}</pre><table>{"".join(rows)}</table></div>')
     if len(prompts) > 32:
         cards.append(f"<p>32 of {len(prompts):,} prompts are shown.</p>")
     return "\n".join(cards)
@@ -249,7 +258,7 @@ def history(run: Run) -> list[tuple[str, str]]:
                 rows.append((when, escape(f"{event.get('reason', 'ended')} after step {step}")))
             case "failure":
                 before = None
-                text = escape(f"failed in step {step}: {event.get('message', '')}")
+                text = escape(f"failed after step {step}: {event.get('message', '')}")
                 rows.append((when, f'<span class="bad">{text}</span>'))
             case "trace":
                 rows.append((when, escape(f"traced steps {event.get('first')} to {event.get('last')}: {event.get('path')}")))

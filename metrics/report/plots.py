@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 # Colors by their names in metrics/report/style.css: for a light page, for a PNG, and for docs/.
@@ -44,11 +44,10 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: small, sharp, and in the font of the page
     "text.parse_math": False,  # a name with two dollar signs is no formula
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 26,
     "axes.titlecolor": COLORS["--text"],
     "axes.labelcolor": COLORS["--soft"],
     "axes.edgecolor": COLORS["--grid"],
@@ -109,45 +108,26 @@ class Chart:
     percent: bool = False  # values are fractions
 
 
-def draw(axes: Axes, chart: Chart) -> None:
-    """Draw a chart. The legend is above the plot, so that it covers no curve."""
-    axes.set_title(chart.title)
-    axes.set_axisbelow(True)
+def draw(axes: Axes, chart: Chart, bare: bool = False) -> None:
+    """Draw a chart. With `bare`, the page has its title, unit and legend; else they are above the plot and cover nothing."""
     if chart.bars:
         _draw_bars(axes, chart)
-        return
-    for series in chart.series:
-        _draw_series(axes, series)
-    axes.set_xlabel(chart.across)
-    axes.set_ylabel(chart.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    values = np.concatenate([np.ravel(np.asarray(series.y, dtype=np.float64)) for series in chart.series] or [[]])
-    values = values[np.isfinite(values)]
-    if chart.log and len(values) and values.min() > 0 and values.max() > 20 * values.min():
-        axes.set_yscale("log")
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if chart.percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-        else:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        if chart.from_zero and len(values):
-            axes.set_ylim(0, max(values.max() * 1.12, 1e-12))
-    if not len(values):
-        axes.set_ylim(0, 1)
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=COLORS["--soft"])
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1 or (labels and chart.series[0].kind != "line"):
+        for series in chart.series:
+            _draw_series(axes, series)
+        _scale(axes, chart)
+        axes.set_xlabel(chart.across)
+        axes.set_ylabel("" if bare else chart.unit)
+    labels = [series.label for series in chart.series]
+    if bare:
+        return
+    lines = 0
+    if len(labels) > 1:
         columns = 1 if max(map(len, labels)) > 30 else 2 if max(map(len, labels)) > 16 else 3
         lines = math.ceil(len(labels) / columns)
-        axes.set_title(chart.title, pad=8 + 13 * lines)
         axes.legend(
-            handles,
-            labels,
             loc="lower left",
-            bbox_to_anchor=(0, 1.0, 1, 0),
+            bbox_to_anchor=(0, 1),
             ncols=columns,
             borderaxespad=0.2,
             borderpad=0,
@@ -155,8 +135,30 @@ def draw(axes: Axes, chart: Chart) -> None:
             columnspacing=1.4,
             labelspacing=0.3,
         )
+    axes.set_title(chart.title, pad=8 + 13 * lines)
+
+
+def _scale(axes: Axes, chart: Chart) -> None:
+    """Round ticks, a logarithmic axis where values differ much, and a word where there is nothing to see."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    values = np.concatenate([np.ravel(np.asarray(series.y, dtype=np.float64)) for series in chart.series] or [[]])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        axes.set_ylim(0, 1)
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=COLORS["--soft"])
+        return
+    if chart.log and values.min() > 0 and values.max() > 20 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if values.max() < 300 * values.min() else (1,), numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.set_title(chart.title, pad=10)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if chart.from_zero:
+            axes.set_ylim(0, max(values.max() * 1.12, 1e-12))
+    sign, factor = ("%", 100) if chart.percent else ("", 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(factor * value) + sign))
 
 
 def _draw_series(axes: Axes, series: Series) -> None:
@@ -191,7 +193,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
                 y,
                 color=color,
                 linewidth=0.8 if faint else series.width,
-                alpha=0.35 if faint else 1,
+                alpha=0.4 if faint else 1,
                 linestyle=(0, (4, 2)) if series.kind == "dashed" else "-",
                 label=series.label,
             )
@@ -201,26 +203,26 @@ def _draw_series(axes: Axes, series: Series) -> None:
 
 def _draw_bars(axes: Axes, chart: Chart) -> None:
     names, values = [name for name, _ in chart.bars], [value for _, value in chart.bars]
-    places = range(len(values))
-    axes.barh(places, values, color=COLORS["--c1"], height=0.62)
+    places = list(range(len(values)))
+    axes.barh(places, values, color=COLORS["--c1"], height=0.6)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.tick_params(axis="y", labelcolor=COLORS["--text"])
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.set_xlim(0, max([*values, 1e-12]) * 1.28)
+    axes.set_xlim(0, max([*values, 1e-12]) * 1.4)
     total = sum(values) or 1
     for place, value in zip(places, values, strict=True):
-        axes.text(value, place, f"  {value:,.3g} {chart.unit} ({value / total:.0%})", va="center", fontsize=8.5)
-    axes.set_title(chart.title, pad=10)
+        text = f"{value:,.3g} {chart.unit} ({value / total:.0%})"
+        axes.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 
-def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 3.0), for_page: bool = False) -> str:
+def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: bool = False) -> str:
     """A chart as SVG: a file by itself, or for the page, where variables are its colors and the page its background."""
     with _style(chart.name):
         figure = _figure(inches)
-        draw(figure.subplots(), chart)
+        draw(figure.subplots(), chart, bare=for_page)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=for_page, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -271,10 +273,12 @@ def _style(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _short(value: float) -> str:
-    """A number of an axis: 1.5k, 20M, 0.003, 5e-05."""
+def short_number(value: float) -> str:
+    """A number of an axis: 1,500, 20k, 5M, 0.003, 5e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 10_000:
         return EngFormatter(sep="")(value)
-    return f"{value:.4g}"
+    if abs(value) < 1e-3:
+        return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}" if abs(value) < 1e-4 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e"))
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
