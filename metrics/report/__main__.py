@@ -11,7 +11,9 @@ from metrics.report import PAGE, write_report
 def main(argv: list[str]) -> None:
     """Write the page for the directories that `argv` names, and print the paths of what was written."""
     parser = argparse.ArgumentParser(prog="python -m metrics.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="output_dir", help="directory of a run; several to compare")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="output_dir", help="directory of a run; several to compare"
+    )
     parser.add_argument("--output", type=Path, help=f"the page; default: {PAGE} in the first directory")
     parser.add_argument("--png", action="store_true", help="also write a picture of the charts, next to the page")
     arguments = parser.parse_args(argv)

@@ -23,15 +23,18 @@ MOST_EVENTS = 60
 MOST_ROWS = 12  # of the table of numbers
 LONGEST = 4000  # characters of a text of the run
 
-Cells = list[str]  # of a row, escaped
+
+class Html(str):
+    """A text that is HTML already. A table escapes all others, so that a forgotten one is safe."""
+
+
+Cells = list[str]  # of a row
 
 
 def render(runs: list[Run]) -> str:
     """The HTML of the page for one run, or for several beside one another."""
     title = ", ".join(run.name for run in runs)
-    charts = "\n".join(
-        figure(chart) for chart in make_charts(runs)
-    )
+    charts = "\n".join(figure(chart) for chart in make_charts(runs))
     sections = {
         "curves": ("Curves", f'<div class="charts">{charts}</div>' if charts else "<p>No records yet.</p>"),
         "samples": ("Samples of the model", samples(runs)),
@@ -119,7 +122,7 @@ def summary(runs: list[Run]) -> str:
     head = ["run", *names]
     body = []
     for number, (run, row) in enumerate(zip(runs, rows, strict=True)):
-        body.append([swatch(number) + escape(run.name), *(escape(row.get(name) or "–") for name in names)])
+        body.append([named(run, number), *(row.get(name) or "-" for name in names)])
     return f'<div class="card scroll" style="margin-top:20px">{table(head, body, numeric=range(1, len(head)))}</div>'
 
 
@@ -199,14 +202,16 @@ def samples(runs: list[Run]) -> str:
             ]
             chosen = thinned(of_prompt, MOST_SAMPLES) if len(runs) == 1 else of_prompt[-1:]
             for step, completion in chosen:
-                name = swatch(number) + escape(f"{run.name}, step {step:,}") if len(runs) > 1 else f"step {step:,}"
+                name = named(run, number, f", step {step:,}") if len(runs) > 1 else f"step {step:,}"
                 rows.append(f'<tr><td class="step">{name}</td><td><pre>\n{escape(completion)}</pre></td></tr>')
             if len(chosen) < len(of_prompt) and len(runs) == 1:
                 rows.append(
                     f'<tr><td class="step"></td><td><p>{len(chosen)} of {len(of_prompt)} evaluations are shown; '
                     "metrics.jsonl has all.</p></td></tr>"
                 )
-        cards.append(f'<div class="card"><h3>Prompt</h3><pre>\n{escape(prompt)}</pre><table>{"".join(rows)}</table></div>')
+        cards.append(
+            f'<div class="card"><h3>Prompt</h3><pre>\n{escape(prompt)}</pre><table>{"".join(rows)}</table></div>'
+        )
     if len(prompts) > 32:
         cards.append(f"<p>32 of {len(prompts):,} prompts are shown.</p>")
     return "\n".join(cards)
@@ -216,22 +221,22 @@ def events(runs: list[Run]) -> str:
     """Starts, resumes, stops and failures, and where a start ended without a last word."""
     cards = []
     for run in runs:
-        rows = [[escape(when), text] for when, text in history(run)]
+        rows: list[Cells] = [list(row) for row in history(run)]
         if not rows:
             continue
         more = len(rows) - MOST_EVENTS
-        rows = [*rows[:10], ["", f"… {more:,} more"], *rows[-MOST_EVENTS + 10 :]] if more > 0 else rows
+        rows = [*rows[:10], ["", f"… {more:,} more …"], *rows[-MOST_EVENTS + 10 :]] if more > 0 else rows
         name = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         cards.append(f'<div class="card scroll">{name}{table(["time (UTC)", "event"], rows, step=True)}</div>')
     return "\n".join(cards)
 
 
 def history(run: Run) -> list[tuple[str, str]]:
-    """Time and text (escaped) of each event."""
+    """Time and text of each event."""
     rows: list[tuple[str, str]] = []
     before: dict[str, Any] | None = None  # the start that has not ended yet
     options: dict[str, Any] = {}
-    lost = '<span class="bad">no last word: killed, or its node or another rank failed</span>'
+    lost = Html('<span class="bad">no last word: killed, or its node or another rank failed</span>')
     for event in run.events:
         when, step = date(event.get("time")), f"{event.get('step', 0):,}" if is_count(event.get("step")) else "?"
         match event["event"]:
@@ -252,18 +257,19 @@ def history(run: Run) -> list[tuple[str, str]]:
                 ]
                 other = f"; changed: {', '.join(changed)}" if options and changed else ""
                 options = now
-                rows.append((when, escape(f"{began}{on}{other}")))
+                rows.append((when, f"{began}{on}{other}"))
             case "end":
                 before = None
-                rows.append((when, escape(f"{event.get('reason', 'ended')} after step {step}")))
+                rows.append((when, f"{event.get('reason', 'ended')} after step {step}"))
             case "failure":
                 before = None
                 text = escape(f"failed after step {step}: {event.get('message', '')}")
-                rows.append((when, f'<span class="bad">{text}</span>'))
+                rows.append((when, Html(f'<span class="bad">{text}</span>')))
             case "trace":
-                rows.append((when, escape(f"traced steps {event.get('first')} to {event.get('last')}: {event.get('path')}")))
+                steps = f"{event.get('first')} to {event.get('last')}"
+                rows.append((when, f"traced steps {steps}: {event.get('path')}"))
     if before is not None:
-        rows.append(("", f"no end yet: it runs, or {lost} (last record: step {run.last_step:,})"))
+        rows.append(("", Html(f"no end yet: it runs, or {lost} (last record: step {run.last_step:,})")))
     return rows
 
 
@@ -276,16 +282,13 @@ def options(runs: list[Run]) -> str:
     if len(runs) > 1:
         differ = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
         heading = "Options that differ between the runs"
-        columns = [swatch(number) + escape(run.name) for number, run in enumerate(runs)]
+        columns: Cells = [named(run, number) for number, run in enumerate(runs)]
     else:
         differ = [name for name in names if known[0].options[name] != getattr(Options, name, None)]
         heading, columns = "Options that are not the default", ["value"]
 
     def rows(chosen: list[str]) -> list[Cells]:
-        return [
-            [escape(name), *(value(run.options[name]) if name in run.options else "–" for run in runs)]
-            for name in chosen
-        ]
+        return [[name, *(value(run.options[name]) if name in run.options else "-" for run in runs)] for name in chosen]
 
     first = table(["option", *columns], rows(differ)) if differ else "<p>None.</p>"
     return (
@@ -301,10 +304,10 @@ def descriptions(runs: list[Run]) -> str:
     if not known:
         return ""
     names = list(dict.fromkeys(name for run in known for name in run.description))
-    columns = [swatch(number) + escape(run.name) for number, run in enumerate(runs)] if len(runs) > 1 else ["value"]
+    columns: Cells = [named(run, number) for number, run in enumerate(runs)] if len(runs) > 1 else ["value"]
     if len(runs) > 1:
         names.sort(key=lambda name: len({run.description.get(name) for run in runs}) == 1)
-    rows = [[escape(name), *(escape(run.description.get(name, "–")) for run in runs)] for name in names]
+    rows = [[name, *(run.description.get(name, "-") for run in runs)] for name in names]
     return f'<div class="card scroll">{table(["", *columns], rows)}</div>'
 
 
@@ -324,7 +327,7 @@ def numbers(runs: list[Run]) -> str:
             rows = [[f"{columns.steps[at]:,}", *(number(values[name][at]) for name in names)] for at in chosen]
             of = f"{len(chosen)} of {len(columns):,}" if len(chosen) < len(columns) else f"{len(chosen)}"
             name = f"{run.name}: " if len(runs) > 1 else ""
-            shown = table(["step", *map(escape, names)], rows, numeric=range(len(names) + 1))
+            shown = table(["step", *names], rows, numeric=range(len(names) + 1))
             cards.append(
                 f"<details><summary>{escape(name)}{of} records of {kind}</summary>"
                 f'<div class="card scroll">{shown}</div></details>'
@@ -333,9 +336,10 @@ def numbers(runs: list[Run]) -> str:
 
 
 def table(head: Cells, rows: list[Cells], numeric: Any = (), step: bool = False) -> str:
-    """A table of cells that are escaped already. `numeric` columns are aligned to the right."""
+    """A table. `numeric` columns are aligned to the right."""
 
     def cell(tag: str, column: int, text: str) -> str:
+        text = text if isinstance(text, Html) else escape(text)
         kind = "number" if column in numeric else "step" if step and column == 0 else "name" if column == 0 else ""
         return f'<{tag} class="{kind}">{text}</{tag}>' if kind else f"<{tag}>{text}</{tag}>"
 
@@ -351,18 +355,20 @@ def thinned(entries: list[Any], most: int) -> list[Any]:
     return [entries[round(index * (len(entries) - 1) / (most - 1))] for index in range(most)]
 
 
-def swatch(number: int) -> str:
-    return f'<span class="swatch" style="background:var({RUN_COLORS[number % MOST_RUNS]})"></span>'
+def named(run: Run, number: int, more: str = "") -> Html:
+    """The name of a run with its color in the charts."""
+    color = f'<span class="swatch" style="background:var({RUN_COLORS[number % MOST_RUNS]})"></span>'
+    return Html(color + escape(run.name + more))
 
 
 def value(option: Any) -> str:
-    """The value of an option, escaped. A password in an address is masked."""
-    text = str(option).lower() if isinstance(option, bool) else "–" if option is None else str(option)
-    return escape(re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text))
+    """The value of an option. A password in an address is masked."""
+    text = str(option).lower() if isinstance(option, bool) else "-" if option is None else str(option)
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
 def number(value: float) -> str:
-    return f"{value:,.4g}" if np.isfinite(value) else "–"
+    return f"{value:,.4g}" if np.isfinite(value) else "-"
 
 
 def short(value: float) -> str:

@@ -75,6 +75,8 @@ STYLE = {
     "axes.facecolor": "none",
 }
 
+LONGEST = 80  # characters of a label
+
 Kind = Literal["line", "faint", "points", "dashed", "level", "marks"]
 
 
@@ -90,6 +92,9 @@ class Series:
     width: float = 1.6
     low: ArrayLike | None = None  # a band from low to high, around the line
     high: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        self.label = plain(self.label)
 
 
 @dataclass
@@ -107,9 +112,19 @@ class Chart:
     from_zero: bool = False
     percent: bool = False  # values are fractions
 
+    def __post_init__(self) -> None:
+        self.title = plain(self.title)
+        self.bars = [(plain(name), value) for name, value in self.bars]
+
+
+def plain(text: str) -> str:
+    """A text for a picture: on one line, not too long, without characters that have no shape."""
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+
 
 def draw(axes: Axes, chart: Chart, bare: bool = False) -> None:
-    """Draw a chart. With `bare`, the page has its title, unit and legend; else they are above the plot and cover nothing."""
+    """Draw a chart. With `bare`, the page has its title, unit and legend; else they are above the plot."""
     if chart.bars:
         _draw_bars(axes, chart)
     else:
@@ -168,9 +183,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
     alone = np.isfinite(y) & ~np.isfinite(np.r_[np.nan, y[:-1]]) & ~np.isfinite(np.r_[y[1:], np.nan])
     match series.kind:
         case "points":
-            axes.plot(
-                x, y, color=color, linewidth=1.1, marker="o", markersize=4, markeredgewidth=0, label=series.label
-            )
+            axes.plot(x, y, color=color, linewidth=1.1, marker="o", markersize=4, markeredgewidth=0, label=series.label)
         case "level":
             axes.axhline(float(y[0]), color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=series.label)
         case "marks":
@@ -227,14 +240,15 @@ def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: boo
         figure.savefig(buffer, format="svg", transparent=for_page, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r"font: ([^;\"]*?)'?DejaVu Sans'?[^;\"]*", r"font: \1sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", text)
     if not for_page:
         return text
     for name, color in COLORS.items():
         text = text.replace(color, f"var({name})")
     width, height = (72 * inch for inch in inches)
     label = html.escape(f"{chart.title}, {chart.unit}", quote=True)
-    return re.sub(r"<svg [^>]*>", f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">', text, 1)
+    start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
+    return start + text[text.index(">") + 1 :]
 
 
 def to_png(charts: Sequence[Chart], title: str, columns: int = 2) -> bytes:
@@ -242,7 +256,7 @@ def to_png(charts: Sequence[Chart], title: str, columns: int = 2) -> bytes:
     rows = max(1, math.ceil(len(charts) / columns))
     with _style("png"):
         figure = _figure((5.4 * columns, 3.2 * rows + 0.5))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(plain(title), x=0.01, ha="left", fontsize=14, fontweight="bold")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, chart in zip(grid.flat, charts, strict=False):
             draw(axes, chart)
@@ -280,5 +294,9 @@ def short_number(value: float) -> str:
     if abs(value) >= 10_000:
         return EngFormatter(sep="")(value)
     if abs(value) < 1e-3:
-        return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}" if abs(value) < 1e-4 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e"))
+        return re.sub(
+            r"e([+-])0",
+            r"e\1",
+            f"{value:.3g}" if abs(value) < 1e-4 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e"),
+        )
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
