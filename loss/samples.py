@@ -150,9 +150,9 @@ def _last_logits(
         rows.append(Sequence(number, tokens_T, torch.ones_like(tokens_T, dtype=torch.bool), [padded]))
     inputs = to_device(collate(rows, padded if documents else None), device)
     last_B = torch.tensor([len(tokens) - 1 for tokens in sequences], device=device)
-    with _last_logits_of(objective, last_B) as results:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            wrapped(**inputs)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+    with _last_logits_of(objective, last_B) as results, autocast:
+        wrapped(**inputs)
     return results[0]
 
 

@@ -10,13 +10,14 @@ from metrics.report.runs import Numbers, Run
 MOST_POINTS = 600  # of a curve; a chart is 400 to 600 pixels wide
 SMOOTHED = 50  # a smoothed curve averages over 1 / 50 of a run, ...
 FEWEST = 40  # ... if the run has so many records
+SMOOTH = f"The line is the mean of 1/{SMOOTHED} of the records around it."
 MOST_RUNS = len(RUN_COLORS)
 
 
 def make_charts(runs: list[Run]) -> list[Chart]:
     """All charts for which the runs have something to show. With several runs, each has a color."""
     charts = [
-        loss(runs),
+        *loss(runs),
         *([] if len(runs) > 1 else [bits_per_byte(runs)]),
         learning_rate(runs),
         gradient_norm(runs),
@@ -32,30 +33,40 @@ def make_charts(runs: list[Run]) -> list[Chart]:
     return [chart for chart in charts if chart.bars or any(np.size(series.y) for series in chart.series)]
 
 
-def loss(runs: list[Run]) -> Chart:
-    """Training loss, smoothed, and the loss of each validation set."""
-    per = "pair" if runs[0].options.get("objective") == "dpo" else "token"
-    chart = Chart("loss", "Loss", f"nats per {per}")
-    for number, run in enumerate(runs):
-        color, label = RUN_COLORS[number % MOST_RUNS], f"{run.name}: " if len(runs) > 1 else ""
-        steps, values = run.training.step, run.training["loss"]
-        width = smoothing(len(values))
-        if width > 1:
-            if len(runs) <= 2:
-                raw = curve(steps, values, f"{label}each record", color, "faint")
-                chart.series.append(raw)
-            chart.series.append(curve(steps, smooth(values, width), f"{label}training", color))
-            chart.caption = "The line is the mean of a fiftieth of the records around it."
-        elif len(values):
-            chart.series.append(curve(steps, values, f"{label}training", color))
-        _note_downsampling(chart, len(values))
-        for index, name in enumerate(_losses(run)):
-            column, at = run.evaluations[name], run.evaluations.step
-            which = name.removeprefix("eval_").removesuffix("loss").strip("_").replace("_", " ")
-            its_color = color if len(runs) > 1 else RUN_COLORS[(index + 1) % MOST_RUNS]
-            text = f"{label}validation {which}".strip()
-            chart.series.append(curve(at[np.isfinite(column)], column[np.isfinite(column)], text, its_color, "points"))
-    return chart
+def loss(runs: list[Run]) -> list[Chart]:
+    """Training loss, smoothed, and the loss of each validation set: for one run in one chart, for several in more."""
+    unit = f"nats per {'pair' if runs[0].options.get('objective') == 'dpo' else 'token'}"
+    if len(runs) > 1:
+        names = list(dict.fromkeys(name for run in runs for name in _losses(run)))
+        charts = [simple(runs, "loss", "Training loss", unit, "loss", smoothed=True)]
+        for number, name in enumerate(names):
+            chart = Chart(f"validation-{number}", f"Validation loss{_set(name)}", unit)
+            for index, run in enumerate(runs):
+                if name in _losses(run):
+                    chart.series.append(_points(run, name, run.name, RUN_COLORS[index % MOST_RUNS]))
+            charts.append(chart)
+        return charts
+    (run,) = runs
+    chart = simple(runs, "loss", "Loss", unit, "loss", smoothed=True)
+    if len(chart.series) == 1:
+        chart.series[0].label = "training"
+        if smoothing(len(run.training)) > 1:
+            raw = curve(run.training.step, run.training["loss"], "each record", RUN_COLORS[0], "faint")
+            chart.series.insert(0, raw)
+    for index, name in enumerate(_losses(run)):
+        chart.series.append(_points(run, name, f"validation{_set(name)}", RUN_COLORS[(index + 1) % MOST_RUNS]))
+    return [chart]
+
+
+def _set(name: str) -> str:
+    """The name of a validation set in that of its loss, after a space; "" for eval_loss."""
+    which = name.removeprefix("eval_").removesuffix("loss").strip("_")
+    return f" {which}" if which else ""
+
+
+def _points(run: Run, name: str, label: str, color: str) -> Series:
+    known = np.isfinite(run.evaluations[name])
+    return curve(run.evaluations.step[known], run.evaluations[name][known], label, color, "points")
 
 
 def bits_per_byte(runs: list[Run]) -> Chart:
@@ -76,7 +87,7 @@ def learning_rate(runs: list[Run]) -> Chart:
 
 def gradient_norm(runs: list[Run]) -> Chart:
     """The norm before clipping, where clipping begins, and the steps that were skipped."""
-    chart = simple(runs, "grad_norm", "Gradient norm", "L2 norm before clipping", "norm")
+    chart = simple(runs, "grad_norm", "Gradient norm", "L2 norm before clipping", "norm", smoothed=len(runs) > 1)
     chart.log = True
     limits = {run.options.get("max_grad_norm") for run in runs}
     if len(limits) == 1 and isinstance(limit := limits.pop(), int | float) and limit > 0 and chart.series:
@@ -134,9 +145,10 @@ def waiting(runs: list[Run]) -> Chart:
             if np.isfinite(values).any():
                 label = run.name if len(runs) > 1 else name
                 color = RUN_COLORS[number % MOST_RUNS if len(runs) > 1 else index]
-                chart.series.append(curve(training.step, np.minimum(values, 1), label, color))
+                width = smoothing(len(values)) if len(runs) > 1 else 1
+                chart.series.append(curve(training.step, smooth(np.minimum(values, 1), width), label, color))
     if len(runs) > 1:
-        chart.title = "Waiting for data"
+        chart.title, chart.caption = "Waiting for data", SMOOTH
     elif any(series.label == "for the slowest rank" for series in chart.series):
         chart.caption = "The lag of the slowest rank is an estimate."
     _note_downsampling(chart, max((len(run.training) for run in runs), default=0))
@@ -165,14 +177,19 @@ def traces(runs: list[Run]) -> list[Chart]:
     return charts
 
 
-def simple(runs: list[Run], field: str, title: str, unit: str, name: str, **settings: Any) -> Chart:
+def simple(
+    runs: list[Run], field: str, title: str, unit: str, name: str, smoothed: bool = False, **settings: Any
+) -> Chart:
     """A chart of one field of the training records, a line for each run."""
     chart = Chart(name, title, unit, **settings)
     for number, run in enumerate(runs):
         if run.training.has(field):
             label = run.name if len(runs) > 1 else title.lower()
             color = RUN_COLORS[number % MOST_RUNS]
-            chart.series.append(curve(run.training.step, run.training[field], label, color))
+            width = smoothing(len(run.training)) if smoothed else 1
+            chart.series.append(curve(run.training.step, smooth(run.training[field], width), label, color))
+            if width > 1:
+                chart.caption = SMOOTH
             _note_downsampling(chart, len(run.training))
     return chart
 
@@ -198,7 +215,9 @@ def smoothing(records: int) -> int:
 
 
 def smooth(values: Numbers, width: int) -> Numbers:
-    """The mean over `width` records around each, of those that are finite. NaN where none is."""
+    """The mean over `width` records around each, of those that are finite. NaN where it is not finite itself."""
+    if width == 1:
+        return values
     ones = np.isfinite(values)
     half = width // 2
     padded = np.pad(np.c_[np.nan_to_num(values), ones], ((half + 1, half), (0, 0)))

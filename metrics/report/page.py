@@ -129,7 +129,7 @@ def summary(runs: list[Run]) -> str:
 def facts(run: Run, alone: bool) -> dict[str, str]:
     """Name and value of the important numbers; "" for one that the run does not have."""
     training, evaluations = run.training, run.evaluations
-    plan = next((event for event in reversed(run.events) if event["event"] == "start"), {})
+    plan: dict[str, Any] = next((event for event in reversed(run.events) if event["event"] == "start"), {})
     total = plan.get("total_steps")
     of = "" if not alone else f" of {total:,}" if is_count(total) and total else ""
     result = {f"steps{of}": f"{run.last_step:,}", "training loss, last": last(training, "loss", "{:.4f}")}
@@ -203,7 +203,8 @@ def samples(runs: list[Run]) -> str:
             chosen = thinned(of_prompt, MOST_SAMPLES) if len(runs) == 1 else of_prompt[-1:]
             for step, completion in chosen:
                 name = named(run, number, f", step {step:,}") if len(runs) > 1 else f"step {step:,}"
-                rows.append(f'<tr><td class="step">{name}</td><td><pre>\n{escape(completion)}</pre></td></tr>')
+                kind = "name" if len(runs) > 1 else "step"
+                rows.append(f'<tr><td class="{kind}">{name}</td><td><pre>\n{escape(completion)}</pre></td></tr>')
             if len(chosen) < len(of_prompt) and len(runs) == 1:
                 rows.append(
                     f'<tr><td class="step"></td><td><p>{len(chosen)} of {len(of_prompt)} evaluations are shown; '

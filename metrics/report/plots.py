@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -40,7 +40,7 @@ COLORS = {
 }
 RUN_COLORS = [name for name in COLORS if re.fullmatch(r"--c\d", name)]
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, sharp, and in the font of the page
     "text.parse_math": False,  # a name with two dollar signs is no formula
     "font.family": "sans-serif",
@@ -157,7 +157,9 @@ def _scale(axes: Axes, chart: Chart) -> None:
     """Round ticks, a logarithmic axis where values differ much, and a word where there is nothing to see."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    values = np.concatenate([np.ravel(np.asarray(series.y, dtype=np.float64)) for series in chart.series] or [[]])
+    values = np.concatenate(
+        [np.ravel(np.asarray(series.y, dtype=np.float64)) for series in chart.series] or [np.zeros(0)]
+    )
     values = values[np.isfinite(values)]
     if not len(values):
         axes.set_ylim(0, 1)
@@ -236,6 +238,8 @@ def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: boo
     with _style(chart.name):
         figure = _figure(inches)
         draw(figure.subplots(), chart, bare=for_page)
+        if chart.caption and not for_page:
+            figure.supxlabel(chart.caption, fontsize=8, color=COLORS["--soft"])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=for_page, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -249,6 +253,18 @@ def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: boo
     label = html.escape(f"{chart.title}, {chart.unit}", quote=True)
     start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
     return start + text[text.index(">") + 1 :]
+
+
+def overlaid(name: str, title: str, unit: str, curves: dict[str, Sequence[float]]) -> Chart:
+    """Curves of steps 1, 2, ... that cover one another: each is thinner than the one below it."""
+    difference = max(max(step) - min(step) for step in zip(*curves.values(), strict=True))
+    caption = f"largest difference between the curves at one step: {difference:.1e} {unit.split()[0]}"
+    chart = Chart(name, title, unit, caption=caption)
+    colors, last = ("--c8", "--c3", "--c1", "--c5", "--c2"), len(curves) - 1
+    for number, (label, curve) in enumerate(curves.items()):
+        steps, width = range(1, len(curve) + 1), 1.2 + 9 * (1 - number / max(last, 1))
+        chart.series.append(Series(label, steps, curve, colors[number % len(colors)], width=width))
+    return chart
 
 
 def to_png(charts: Sequence[Chart], title: str, columns: int = 2) -> bytes:
