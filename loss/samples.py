@@ -163,7 +163,7 @@ def _last_logits_of(objective: nn.Module, last_B: Tensor) -> Iterator[list[tuple
     It runs within the wrapped forward pass, where FSDP has gathered the head. `last_B` is the index in the full
     sequence. With context parallelism, this rank has a local sequence, and `position_ids` say which.
     """
-    model: PreTrainedModel = objective.model  # type: ignore[assignment]
+    model: PreTrainedModel = objective.model
     head = model.get_output_embeddings()
     results: list[tuple[Tensor, Tensor]] = []
 

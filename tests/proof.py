@@ -326,7 +326,7 @@ def plot(curves: dict[str, list[float]]) -> str:
     """An SVG of the loss over steps: a curve for each label."""
     from metrics.report.plots import overlaid, to_svg  # matplotlib, which the other tests do without
 
-    return to_svg(overlaid("proof", "The same training on five topologies", "nats per token", dict(curves)), (6.7, 3.8))
+    return to_svg(overlaid("proof", "The same training on five topologies", "nats per token", curves), (6.7, 3.8))
 
 
 def _summary(deviations: list[tuple[float, ...]]) -> str:

@@ -40,6 +40,7 @@ from metrics.recorder import Recorder
 from metrics.records import read_records
 from model.layers import decoder_layers
 from optim import build_optimizer
+from runtime.hang.explain import Activity
 from tests.faults.test_storage import mount_on_rank_1
 from tests.launch import train, train_ok
 
@@ -302,10 +303,11 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     recorder = Recorder.__new__(Recorder)
     recorder.writes, recorder.path, recorder.tokens_seen, recorder.trace = True, tmp_path / "metrics.jsonl", 1, None
-    recorder.plan = SimpleNamespace(steps_per_epoch=1)  # type: ignore[assignment]
+    recorder.plan = SimpleNamespace(steps_per_epoch=1, total_steps=1)  # type: ignore[assignment]
+    recorder.steps_done, recorder.options, recorder.activity = 1, Options(), Activity()
     recorder.board = SimpleNamespace(add_scalar=fails, close=fails)
     recorder.bar = tqdm(disable=True)
-    for write in (partial(recorder._write, 1, loss=1.0), recorder.close):
+    for write in (partial(recorder._write, 1, loss=1.0), partial(recorder.close, True)):
         recorder.failures = []
         write()
         (failure,) = recorder.failures

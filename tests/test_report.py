@@ -136,7 +136,7 @@ def fail_in_step_3() -> None:
             raise RuntimeError("a <broken> schedule")
         return rate(step, *others)
 
-    optim.learning_rate = broken
+    optim.learning_rate = broken  # type: ignore[assignment]
 
 
 def fail_to_write() -> None:
@@ -162,8 +162,8 @@ def test_a_report_that_fails_does_not_end_the_run(tiny: list[object], tmp_path: 
 
 def test_what_happened(tmp_path: Path) -> None:
     """A start without an end was killed, unless it is the last one, which may still run."""
-    start = {"event": "start", "time": 0, "ranks": 8, "options": {"seed": 1}}
-    events = [
+    start: dict[str, Any] = {"event": "start", "time": 0, "ranks": 8, "options": {"seed": 1}}
+    events: list[dict[str, Any]] = [
         {**start, "step": 0},
         {**start, "step": 500, "ranks": 1, "options": {"seed": 1, "resume_from_checkpoint": "auto"}},
         {"event": "end", "time": 86400.5, "step": 700, "reason": "stopped by a signal"},
@@ -242,10 +242,17 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     """Nothing that a run wrote becomes a tag or an attribute, in the page and in its pictures."""
     hostile = HOSTILE.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     options = {"learning_rate": HOSTILE, HOSTILE: 1, "max_grad_norm": HOSTILE}
-    start = {"event": "start", "time": 1, "step": HOSTILE, "ranks": HOSTILE, "total_steps": HOSTILE, "options": options}
+    start: dict[str, Any] = {
+        "event": "start",
+        "time": 1,
+        "step": HOSTILE,
+        "ranks": HOSTILE,
+        "total_steps": HOSTILE,
+        "options": options,
+    }
     start["description"] = f"ranks         {HOSTILE}\nmodel         {HOSTILE}\nmemory        predicted {HOSTILE}"
     trace = {"event": "trace", "first": HOSTILE, "last": HOSTILE, "path": HOSTILE, "times": {HOSTILE: 1.0}}
-    events = [start, trace, {"event": "end", "step": 1, "reason": HOSTILE}]
+    events: list[dict[str, Any]] = [start, trace, {"event": "end", "step": 1, "reason": HOSTILE}]
     sample = {"prompt": HOSTILE, "completion": HOSTILE}
     lines = [record(1), {"step": 1, f"eval_{HOSTILE}_loss": 1.0}, {"step": 1, "samples": [sample]}]
     name = hostile.replace("/", "").replace("\x1b", "")[:90]

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ COLORS = {
     "--c6": "#0e7490",
     "--c7": "#c2255c",
     "--c8": "#5c6b7a",
+    "--base": "#c3c9d1",
     "--bad": "#d6202f",
     "--text": "#24292f",
     "--soft": "#6a737d",
@@ -255,15 +256,15 @@ def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: boo
     return start + text[text.index(">") + 1 :]
 
 
-def overlaid(name: str, title: str, unit: str, curves: dict[str, Sequence[float]]) -> Chart:
+def overlaid(name: str, title: str, unit: str, curves: Mapping[str, Sequence[float]]) -> Chart:
     """Curves of steps 1, 2, ... that cover one another: each is thinner than the one below it."""
     difference = max(max(step) - min(step) for step in zip(*curves.values(), strict=True))
     caption = f"largest difference between the curves at one step: {difference:.1e} {unit.split()[0]}"
     chart = Chart(name, title, unit, caption=caption)
-    colors, last = ("--c8", "--c3", "--c1", "--c5", "--c2"), len(curves) - 1
+    colors = ["--base", *("--c3", "--c5", "--c1", "--c2")[-len(curves) + 1 :]]
     for number, (label, curve) in enumerate(curves.items()):
-        steps, width = range(1, len(curve) + 1), 1.2 + 9 * (1 - number / max(last, 1))
-        chart.series.append(Series(label, steps, curve, colors[number % len(colors)], width=width))
+        steps, width = range(1, len(curve) + 1), 1.0 + 2 * (len(curves) - 1 - number)
+        chart.series.append(Series(label, steps, curve, colors[number], width=width))
     return chart
 
 

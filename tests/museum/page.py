@@ -65,8 +65,8 @@ def plot(label: str, right: list[tuple[int, float]], wrong: list[tuple[int, floa
     """An SVG of two curves over steps, [(step, value), ...]: right, and with the bug."""
     from metrics.report.plots import Chart, Series, to_svg  # matplotlib, which the other tests do without
 
-    series = [
-        Series(f"{name} (at the end {points[-1][1]:.4g})", *zip(*points, strict=True), color=color, width=2.0)
-        for name, color, points in (("right", "--c8", right), ("with the bug", "--bad", wrong))
-    ]
+    series = []
+    for name, color, points in (("right", "--c8", right), ("with the bug", "--bad", wrong)):
+        steps, values = zip(*points, strict=True)
+        series.append(Series(f"{name} (at the end {values[-1]:.4g})", steps, values, color, width=2.0))
     return to_svg(Chart(label, label, "", series), (5.8, 2.5))
