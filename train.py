@@ -100,14 +100,14 @@ def main(argv: list[str]) -> int:
     # === 4. Batches, logging, saving. ===============================================================================
     checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
-    recorder.print(description)
+    recorder.describe(description)
     recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
     signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
-    if data.validation and ((options.eval_on_start and progress.step == 0) or options.evaluates_only):
+    if data.evaluated and ((options.eval_on_start and progress.step == 0) or options.evaluates_only):
         recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
             mean_loss = loss_sum.item() / max(1, targets)  # item() waits for the GPU
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
-        if data.validation and (ended or is_due(step, options.eval_steps)):
+        if data.evaluated and (ended or is_due(step, options.eval_steps)):
             evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
             recorder.evaluation(step, evaluation)
             selection.evaluated(step, evaluation)
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
             recorder.print(generate_completion(options))
     elif not finished:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")
-    recorder.close()
+    recorder.close(finished)
     saver.wait()  # without a last collective, a rank that is still busy may find that its peers have exited
     return 0 if finished else signals.exit_code()
 

@@ -28,7 +28,9 @@ from runtime.files import regular_file
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
 # ... and all that a run creates or opens.
 TRACKED = r"trackers\.json|tensorboard|wandb|swanlab"
-WRITTEN = rf"{REPLACED}|{TRACKED}|\.lock|ledger|trace|hang|memory|\.(saving|exporting|meeting)-.*"
+WRITTEN = (
+    rf"{REPLACED}|{TRACKED}|events\.jsonl|report\.html|\.lock|ledger|trace|hang|memory|\.(saving|exporting|meeting)-.*"
+)
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -37,7 +39,8 @@ EXPORTED = (
 )
 LOGS = (
     *("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json"),
-    *("hang*/rank-*", "hang*/nccl-trace-rank-*", "trackers.json", "memory/rank-*.pickle"),
+    *("events.jsonl", "report.html", "report.png", "trackers.json"),
+    *("hang*/rank-*", "hang*/nccl-trace-rank-*", "memory/rank-*.pickle"),
 )
 
 NOT_SHARED = "not shared"

@@ -306,6 +306,8 @@ def _check_machine(options: Options) -> None:
     """Refuse what this machine cannot do. Without a compiler, switch torch_compile off and say so."""
     if os.environ.get("RANK", "0") == "0":
         _check_trackers(options)
+    if options.report and importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("report true: it needs matplotlib, which is not installed here\npip install matplotlib")
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     # Under srun, or with CUDA_VISIBLE_DEVICES, the only GPU that a process sees may be its own: runtime/gpus.py.
     own = gpus == 1 and ("CUDA_VISIBLE_DEVICES" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ)

@@ -54,7 +54,7 @@ MAY_DIFFER_BETWEEN_NODES = {
     "torch_compile",
     *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "disable_tqdm", "show_examples", "trace_steps"),
-    *("prompt", "run_name", "logging_dir", "memory_snapshot"),
+    *("prompt", "sample_prompts", "report", "run_name", "logging_dir", "memory_snapshot"),
 }
 
 # Old names of options, still accepted on the command line and in a run file, with a line that says the new name.
@@ -272,6 +272,10 @@ class Options:
     trace_steps: int = option(LOGGING, 0, "Steps to trace with the profiler on rank 0, after two others.")
     memory_snapshot: bool = option(LOGGING, False, "Out of GPU memory: write each allocation into output_dir/memory.")
     prompt: str | None = option(LOGGING, None, "Text that the trained model completes at the end.")
+    sample_prompts: str | None = option(
+        LOGGING, None, "Text, or file with a prompt on each line, to complete at each evaluation."
+    )
+    report: bool = option(LOGGING, False, "Write report.html at the end, as `python -m metrics.report` does.")
 
     seed: int = option(SEED, 42, "Seed of the initial weights, the data order and dropout.")
     full_determinism: bool = option(SEED, False, "Only algorithms with the same bits each time; slower on a GPU.")

@@ -17,11 +17,13 @@ from itertools import groupby, islice
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from chat.messages import brief
 from chat.template import DATE, check_variables, names_in
 from config.checks import check_data
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
+from config.prompts import read_prompts
 from config.validation import check_validation
 from data.cache import Prepared, cache_key, prepare_source
 from data.packing import Packing
@@ -29,7 +31,7 @@ from data.records import RawRecord, Source, read
 from data.sequences import Mixture, PreparedDataset, Split, total
 from data.sources import cache_directory, find_sources
 from data.stream import StreamingDataset
-from data.tokens import Rendering, detect_shape, encoder, stop_tokens
+from data.tokens import Prompt, Rendering, detect_shape, encode_prompt, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
 from model.documents.trial import document_obstacle
 
@@ -54,6 +56,12 @@ class Data:
     train: PreparedDataset | Mixture | StreamingDataset
     validation: dict[str, PreparedDataset | Mixture]  # by the start of the names of its metrics: eval, or eval_NAME
     counts: dict[str, Split]  # of train, and of all validation sets together
+    prompts: tuple[Prompt, ...] = ()  # to complete at each evaluation
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether an evaluation has anything to do."""
+        return bool(self.validation or self.prompts)
 
 
 def prepare_data(
@@ -108,7 +116,23 @@ def prepare_data(
             "pass a --chat_template that ends a turn with a special token",
             file=sys.stderr,
         )
-    return replace(data, stop_tokens=sorted(stops))
+    prompts: tuple[Prompt, ...] = ()
+    if options.sample_prompts:  # of a mixture, as its first conversations
+        number = next((index for index, rendering in enumerate(renderings) if rendering.shape != "text"), 0)
+        prompts = _prompts(options.sample_prompts, renderings[number], firsts[sources[number].name])
+    return replace(data, stop_tokens=sorted(stops), prompts=prompts)
+
+
+def _prompts(value: str, rendering: Rendering, first: RawRecord | None) -> tuple[Prompt, ...]:
+    """The prompts of --sample_prompts. Half of a sequence is left for what the model writes."""
+    prompts = tuple(encode_prompt(text, rendering, first) for text in read_prompts(value))
+    for prompt in prompts:
+        if not 0 < len(prompt.tokens) <= rendering.block_size // 2:
+            raise OptionError(
+                f"sample_prompts {value}: {brief(prompt.text)} has {len(prompt.tokens)} tokens\n"
+                f"pass prompts of 1 to {rendering.block_size // 2} tokens, which is half of block_size"
+            )
+    return prompts
 
 
 def tokens_per_sequence(data: Data, block_size: int) -> int:

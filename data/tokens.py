@@ -219,6 +219,30 @@ def stop_tokens(rendering: Rendering, first: RawRecord | None) -> list[int]:
     return sorted({token for token in found if can_stop(tokenizer, token)})
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of --sample_prompts, and the tokens that the model sees of it."""
+
+    text: str
+    tokens: list[int]
+
+
+def encode_prompt(text: str, rendering: Rendering, first: RawRecord | None) -> Prompt:
+    """A prompt as the model is trained to see it, by the `first` record: a message of the user, or the start of a text.
+
+    Raises OptionError if the chat template refuses it.
+    """
+    tokenizer, record = rendering.tokenizer, None
+    if rendering.shape != "text" and first is not None:
+        record = read_record(rendering.shape, parsed(first), first.place)[0][0]
+    if isinstance(record, Conversation):
+        messages = [{"role": "user", "content": text}]
+        rendered = render(tokenizer, messages, None, add_generation_prompt=True, **rendering.variables)
+        return Prompt(text, tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(text, (rendering.prefix if ids[: len(rendering.prefix)] != rendering.prefix else []) + ids)
+
+
 def can_stop(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether a token may end what the model writes: an added token, but not one of white space, as Gemma has them."""
     added = tokenizer.added_tokens_decoder.get(token)

@@ -69,7 +69,7 @@ def describe_run(
         "output": str(options.output_dir),
         "start": start_line(options, plan, resumed_from),
     }
-    if options.eval_steps and not data.validation:
+    if options.eval_steps and not data.evaluated:
         lines["validation"] = f"none, so eval_steps {options.eval_steps} has no effect"
     block = "\n".join(f"{key:<13} {value}" for key, value in lines.items())
     if options.show_examples:

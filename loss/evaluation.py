@@ -18,6 +18,7 @@ from data.batches import IGNORE_INDEX, Batch, next_tokens, to_device, validation
 from data.loader import ReadableBatches, collate_function, make_loader
 from data.prepare import Data
 from data.sequences import Mixture, PreparedDataset
+from loss.samples import sample
 from loss.token_bytes import bytes_of_tokens
 from metrics.recorder import Recorder
 
@@ -27,8 +28,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of each validation set (metrics/recorder.py defines them) by name. Every rank must call.
 
-    They are equal on all ranks. A set in which nothing is a target has NaN. Raises OptionError if the metric that
-    chooses the best model cannot be computed.
+    They are equal on all ranks. A set in which nothing is a target has NaN. Also completes the prompts of the data, and
+    records what the model writes. Raises OptionError if the metric that chooses the best model cannot be computed.
     """
     metrics: dict[str, float] = {}
     bytes_of_token = bytes_of_tokens(tokenizer) if options.objective == "sft" else None
@@ -57,6 +58,10 @@ def evaluate(
         metrics[f"{name}_perplexity"] = math.exp(min(mean, 700.0))
         metrics[f"{name}_bits_per_byte"] = loss_sum / math.log(2) / text if text else math.nan
         metrics[f"{name}_tokens"] = int(targets)
+    if data.prompts:
+        with recorder.pause("evaluate"):
+            samples = sample(wrapped, data, tokenizer, options, recorder.device)
+        recorder.samples(samples)
     return metrics
 
 

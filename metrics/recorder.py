@@ -1,4 +1,4 @@
-"""The reports of a run: progress, metrics.jsonl and trackers. Only rank 0 writes.
+"""The reports of a run: progress, metrics.jsonl, events.jsonl and trackers. Only rank 0 writes.
 
 Each line of metrics.jsonl is a record, one JSON object; null stands for a number that is not finite. A record of
 training comes every `logging_steps` optimizer steps:
@@ -43,6 +43,14 @@ With --objective dpo, it has these instead of the last four:
     eval_pairs                 pairs evaluated
 
 With several validation sets (--validation_file code=a.jsonl,web=b.jsonl), each set has its own: eval_code_loss, ...
+
+With --sample_prompts, each evaluation adds a record of what the model writes (loss/samples.py):
+
+    step, epoch, tokens_seen   as for training
+    samples                    a list of {"prompt": text, "completion": text}
+
+events.jsonl has a record of each start (ranks, options, start block), trace, end and failure, with `time` in seconds
+since 1970. A start that was killed has no end.
 """
 
 import contextlib
@@ -62,10 +70,11 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from config.errors import OptionError, noting
+from config.errors import OptionError, first_line, noting
 from config.options import Options
 from config.plan import Plan
 from metrics.hardware import peak_flops, peak_memory_gib
+from metrics.masking import masked_options
 from metrics.records import drop_records_beyond
 from metrics.stragglers import Stragglers
 from metrics.trace import Trace
@@ -88,6 +97,7 @@ class Recorder:
         self.writes = rank == 0
         self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.path = Path(options.output_dir) / "metrics.jsonl"
+        self.options, self.description = options, ""
         self.device = device
         self.plan = plan
         self.objective = options.objective
@@ -130,8 +140,17 @@ class Recorder:
                 with noting(self.failures, self.path.parent):
                     self.trackers = Trackers(self.options, self._facts(), step, self._warn)
                     at_exit(self.trackers.finish)
+            ranks, options = dist.get_world_size(), masked_options(self.options)
+            plan = {"ranks": ranks, "total_steps": self.plan.total_steps, "options": options}
+            self._event("start", **plan, description=self.description)
+            self.activity.report_failure = lambda message: self._event("failure", message=message)
         if self.trace:
             self.trace.start(step)
+
+    def describe(self, description: str) -> None:
+        """Print the start block, and keep it for the record of the start in events.jsonl."""
+        self.description = description
+        self.print(description)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """Yield `batches`, and measure the time to get each."""
@@ -170,6 +189,7 @@ class Recorder:
             self.trackers.start()
         if self.trace and (report := self.trace.step()):
             self.print(report)
+            self._event("trace", **self.trace.summary)
 
     def log(
         self,
@@ -215,7 +235,9 @@ class Recorder:
         self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a record of an evaluation: the metrics of all validation sets, by name."""
+        """Write a record of an evaluation: the metrics of all validation sets, by name; no record without any."""
+        if not metrics:
+            return
         self._write(step, **metrics)
         for name in (name.removesuffix("_loss") for name in metrics if name.endswith("_loss")):
             line = f"step {step}: validation{name[4:].replace('_', ' ', 1)} loss {metrics[f'{name}_loss']:.4f}"
@@ -226,6 +248,14 @@ class Recorder:
             known = "" if math.isnan(bits) else f", {bits:.3f} bits per byte"
             self.print(f"{line}, perplexity {perplexity:,.2f}{known}, {metrics[f'{name}_tokens']:,} tokens")
 
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        """Write a record of what the model writes at this step, and print it, a line for each prompt."""
+        self._append(self.steps_done, {"samples": samples})
+        if self.trackers:
+            self.trackers.text(self.steps_done, [(sample["prompt"], sample["completion"]) for sample in samples])
+        for sample in samples:  # as literals, because a control character could write over a terminal
+            self.print(f"step {self.steps_done}: {sample['prompt'][:60]!r} -> {sample['completion']!r}")
+
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
         if self.writes:
@@ -233,26 +263,44 @@ class Recorder:
                 self.bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def close(self) -> None:
-        """Close the progress bar."""
+    def close(self, finished: bool) -> None:
+        """Close the progress bar, and write the report if --report asks for it."""
         if self.trace and not self.trace.done:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()
+        early = self.steps_done < self.plan.total_steps
+        self._event("end", reason=("stopped early" if early else "finished") if finished else "stopped by a signal")
+        self.activity.report_failure = None
+        if self.options.report and self.writes:
+            self.print(_report(self.path.parent))
 
     def _micro_step(self, *_: object) -> None:
         if torch.is_grad_enabled():
             self.activity.micro_step += 1
 
     def _write(self, step: int, **values: Any) -> None:
-        if not self.writes:
-            return
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
-        record = {"step": step, "epoch": epoch, "tokens_seen": self.tokens_seen, **values}
-        with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(step, values)
         if self.trackers:
-            self.trackers.log(step, {"epoch": epoch, "tokens_seen": self.tokens_seen, **values})
+            self.trackers.log(step, {**self._place(step), **values})
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        if self.writes:
+            record = {"step": step, **self._place(step), **values}
+            with noting(self.failures, self.path), open(self.path, "a", opener=regular_file) as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _place(self, step: int) -> dict[str, float | None]:
+        epoch = step / self.plan.steps_per_epoch if self.plan.steps_per_epoch else None
+        return {"epoch": epoch, "tokens_seen": self.tokens_seen}
+
+    def _event(self, event: str, **facts: Any) -> None:
+        """Write a record to events.jsonl. Unlike metrics.jsonl, it keeps what a resumed run has replaced."""
+        if self.writes:
+            path = self.path.with_name("events.jsonl")
+            record = {"event": event, "time": time.time(), "step": self.steps_done, **facts}
+            with noting(self.failures, path), open(path, "a", opener=regular_file) as file:
+                file.write(json.dumps(record) + "\n")
 
     def _facts(self) -> dict[str, Any]:
         """What trackers get with the options: the plan, the machine and the versions."""
@@ -265,3 +313,15 @@ class Recorder:
         with contextlib.suppress(OSError):
             self.bar.write(text, file=sys.stderr)
             sys.stderr.flush()
+
+
+def _report(output_dir: Path) -> str:
+    """Write the report, and return the path of it in words. Whatever goes wrong is said, and does not end the run."""
+    try:
+        from metrics.report import PAGE, write_report
+
+        (page,) = write_report([output_dir], output_dir / PAGE)
+        return f"wrote {page}"
+    except Exception as error:
+        command = f"python -m metrics.report {output_dir}"
+        return f"report true: it could not be written: {first_line(error)}; run {command}"

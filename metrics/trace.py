@@ -58,6 +58,7 @@ class Trace:
         self.failures = failures
         self.folder = output_dir / "trace"
         self.report = ""
+        self.summary: dict[str, Any] = {}  # for events.jsonl: seconds of a step by kind of kernel
         self.done = False
         self.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=self.WARMUP, active=steps, repeat=1),
@@ -91,8 +92,11 @@ class Trace:
             for kind, (count, size) in sorted(collectives(profiler).items())
         ]
         lines += ["milliseconds of a step, by kind:"]
-        for kind, seconds in sorted(kernel_times(profiler).items(), key=lambda item: -item[1]):
-            lines += [f"  {kind:<24}{1000 * seconds / self.steps:>11,.2f}"]
+        times = {kind: seconds / self.steps for kind, seconds in kernel_times(profiler).items()}
+        for kind, seconds in sorted(times.items(), key=lambda item: -item[1]):
+            lines += [f"  {kind:<24}{1000 * seconds:>11,.2f}"]
+        last = self.first + self.steps - 1
+        self.summary = {"first": self.first, "last": last, "path": f"trace/{path.name}", "times": times}
         self.report = "\n".join([f"traced {path}; collectives of a step:", *lines])
 
 

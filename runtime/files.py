@@ -36,12 +36,17 @@ def regular_file(path: str, flags: int) -> int:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one rename: readers see the old content or the new one, and a link is replaced."""
+    """Write a text file as `replace_file` does."""
+    replace_file(path, text.encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one rename: readers see the old content or the new one, and a link is replaced."""
     beside = path.with_suffix(".tmp")
     beside.unlink(missing_ok=True)
     try:
-        with open(beside, "x") as file:  # x never opens what stands there already
-            file.write(text)
+        with open(beside, "xb") as file:  # x never opens what stands there already
+            file.write(content)
         os.replace(beside, path)
     except OSError:
         beside.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
-from runtime.hang.watch import explain_failure
+from runtime.hang.watch import ACTIVITY, explain_failure
 from runtime.launcher import rank_from_environment
 from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
@@ -55,6 +55,7 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
         exit_code = main(sys.argv[1:])
     except Exception as error:
         if explain_failure(error):  # another rank is the cause, and a message names it
+            _tell("another rank failed, or was not reached")
             exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
         if signals.stop and not mistake and isinstance(error, RuntimeError) and dist.is_initialized():
@@ -64,6 +65,7 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
             exit_process(signals.exit_code())
         explanation = f"error: {mistake}" if mistake else explain_out_of_memory(sys.argv[1:], error)
         exit_code = 2 if mistake else 1
+        _tell(str(mistake or explanation) or f"{type(error).__name__}: {first_line(error)}")
         if peers:
             peers.report(str(mistake or explanation) or f"{type(error).__name__}: {first_line(error)}", exit_code)
         if os.environ.get("RANK", "0") != "0":
@@ -75,6 +77,13 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
         if peers:
             peers.linger()
     exit_process(exit_code)
+
+
+def _tell(failure: str) -> None:
+    """Tell what records the run of its failure, in a few words; it has begun if rank 0 has begun to write."""
+    if ACTIVITY.report_failure is not None:
+        with contextlib.suppress(Exception):  # the failure itself may be a disk that cannot be written
+            ACTIVITY.report_failure(failure[:1000])
 
 
 def _mistake(error: Exception) -> OptionError | None:

@@ -29,7 +29,6 @@ from data.batches import IGNORE_INDEX, next_tokens
 from metrics.records import read_records
 from tests import world
 from tests.launch import ROOT, train
-from tests.museum.page import ticks
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ BF16_CASES = [
 ]
 
 PLOTTED = {("DDP", 4, 4), ("FSDP", 2, 8), ("FSDP x tensor parallel", 4, 8), ("FSDP x context parallel", 2, 8)}
-STYLES = (("#ccc", 12), ("#9c9", 8.5), ("#4a90d9", 5.5), ("#fc3", 3), ("#c33", 1))  # of the curves, from below
 
 GATES = Deviation(gradient=1e-6, loss=1e-5, grad_norm=1e-5, evaluation=1e-6, parameters=1e-5)
 BF16_GRADIENT_GATE = 2e-2
@@ -325,47 +323,10 @@ def main() -> None:
 
 
 def plot(curves: dict[str, list[float]]) -> str:
-    """An SVG of the loss (nats per token) over steps: a curve for each label, thinner than the one below it."""
-    width, height, left, right, top, bottom = 640, 320, 64, 624, 16, 256
-    values = [value for curve in curves.values() for value in curve]
-    across, up = ticks(0, max(map(len, curves.values()))), ticks(min(values), max(values))
-    difference = max(max(step) - min(step) for step in zip(*curves.values(), strict=True))
+    """An SVG of the loss over steps: a curve for each label."""
+    from metrics.report.plots import overlaid, to_svg  # matplotlib, which the other tests do without
 
-    def x(step: float) -> float:
-        return left + (right - left) * step / across[-1]
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - up[0]) / (up[-1] - up[0])
-
-    def line(points: list[tuple[float, float]], color: str, thickness: float) -> str:
-        places = " ".join(f"{at:.1f},{at_height:.1f}" for at, at_height in points)
-        return f'<polyline fill="none" stroke="{color}" stroke-width="{thickness}" points="{places}"/>'
-
-    def text(at: float, at_height: float, words: str, anchor: str = "middle", turned: str = "") -> str:
-        return f'<text x="{at:.1f}" y="{at_height:.1f}" text-anchor="{anchor}"{turned}>{words}</text>'
-
-    middle = (top + bottom) / 2
-    caption = f"largest difference between the curves at one step: {difference:.1e} nats ({datetime.date.today()})"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12" fill="#333">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        text((left + right) / 2, height - 30, "step"),
-        text((left + right) / 2, height - 8, caption),
-        text(16, middle, "loss (nats per token)", turned=f' transform="rotate(-90 16 {middle})"'),
-    ]
-    for value in up:
-        parts.append(line([(left, y(value)), (right, y(value))], "#eee", 1))
-        parts.append(text(left - 8, y(value) + 4, f"{value:g}", "end"))
-    for step in across:
-        parts += [line([(x(step), bottom), (x(step), bottom + 5)], "#333", 1), text(x(step), bottom + 18, f"{step:g}")]
-    parts.append(line([(left, top), (left, bottom), (right, bottom)], "#333", 1))
-    for index, ((label, curve), (color, thickness)) in enumerate(zip(curves.items(), STYLES, strict=True)):
-        parts.append(line([(x(step), y(value)) for step, value in enumerate(curve, 1)], color, thickness))
-        at_height = top + 20 + 20 * index
-        parts.append(line([(right - 250, at_height), (right - 220, at_height)], color, thickness))
-        parts.append(text(right - 212, at_height + 4, label, "start"))
-    return "\n".join([*parts, "</svg>\n"])
+    return to_svg(overlaid("proof", "The same training on five topologies", "nats per token", curves), (6.7, 3.8))
 
 
 def _summary(deviations: list[tuple[float, ...]]) -> str:

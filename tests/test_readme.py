@@ -191,6 +191,17 @@ def test_prepare(place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(cache.glob("*/about.json")) == prepared
 
 
+def test_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/report.md: the page of one run, and of two."""
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    for name in ("output", "other-output"):
+        (place / name).mkdir()
+        (place / name / "metrics.jsonl").write_text('{"step": 1, "tokens_seen": 64, "loss": 5.9}\n')
+    for words, written in (("output", "output/report.html"), ("--png", "compared.html\ncompared.png")):
+        command = next(line for page, line in COMMANDS if page == "report.md" and line.endswith(words))
+        assert run_module(command, shlex.split(command)[3:], capsys) == f"{written}\n"
+
+
 def test_table_of_a_deepspeed_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = find("python -m config")
     shown = run_module(command, shlex.split(command)[3:], capsys)

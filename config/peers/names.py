@@ -29,7 +29,7 @@ DDP_DETAILS = "it only moves communication or memory of DDP"
 
 SUMS = "evaluation keeps the sums of loss and targets only"
 
-NOTHING_GENERATED = "training generates no text, and --prompt TEXT is completed greedily at the end"
+NOTHING_GENERATED = "only --sample_prompts and --prompt generate text, both with settings of their own"
 
 KERNEL = "the GPU and the packing decide on the kernel of attention"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from runtime.hang import stacks
 
@@ -17,6 +18,7 @@ class Activity:
     phase: str = "before the first step"
     micro_step: int = 0  # 0: outside forward and backward
     micro_steps: int = 1
+    report_failure: Callable[[str], None] | None = None  # what an error that ends the process is also told to
 
     def __str__(self) -> str:
         phase = f"forward and backward, micro-step {self.micro_step} of {self.micro_steps}"
