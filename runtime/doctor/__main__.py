@@ -1,7 +1,6 @@
 """Print what a bug report needs about this machine: python -m runtime.doctor [options of train.py]."""
 
 import sys
-import warnings
 
 from config.command_line import parse
 from config.errors import OptionError
@@ -12,7 +11,6 @@ INDENT = 15
 
 def main(argv: list[str]) -> None:
     """Print the report, for the directories that `argv` names. Raises OptionError."""
-    warnings.simplefilter("ignore")  # of torch about a driver: the report says it
     options = parse(argv)
     for name, value, limit in rows(options):
         first, *more = (value or "none").splitlines()

@@ -272,7 +272,8 @@ def _disks(options: Options, root: Path) -> Iterator[Row]:
         limits = []
         if name == "output_dir":
             limits.append(
-                f"a checkpoint has {CHECKPOINT} bytes for each parameter: room for {_parameters(space.free / CHECKPOINT)}"
+                f"a checkpoint has {CHECKPOINT} bytes for each parameter: room for "
+                f"{_parameters(space.free / CHECKPOINT)}"
             )
         if kind == "overlay" and name in ("output_dir", "data_cache_dir"):
             limits.append("inside the container: its files are lost with it, so mount a directory")
