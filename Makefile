@@ -21,7 +21,7 @@ ON_CPU = CUDA_VISIBLE_DEVICES=
 SEED ?=
 MINUTES ?= 30
 
-.PHONY: help train test test-all test-gpu soak proof families curves bench museum lint format clean
+.PHONY: help train doctor test test-all test-gpu soak proof families curves bench museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -30,6 +30,9 @@ help: ## list every target
 train: $(RUNTIME) ## train the demo into output/, replacing an earlier run (NPROC=processes ARGS="options of train.py")
 	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
 	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
+
+doctor: $(RUNTIME) ## print what a bug report needs: versions, GPUs, memory, limits, disks (ARGS="options of train.py")
+	@$(BIN)/python -m runtime.doctor $(ARGS)
 
 test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about six minutes on two cores (ARGS="options of pytest")
 	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(IN_PARALLEL) $(ARGS)

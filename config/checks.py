@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import torch
 
 from config.errors import OptionError
+from config.gpus import BF16, TRITON, lacking
 from config.options import EPOCH, INTERVALS, TRACKERS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
 from config.schedule import check_schedule
@@ -317,9 +318,15 @@ def _check_machine(options: Options) -> None:
             "ranks share a GPU with --ddp_backend gloo"
         )
     if options.ddp_backend == "nccl" and not torch.cuda.is_available():
-        raise OptionError("ddp_backend nccl: there is no GPU here; pass --ddp_backend gloo, or remove it")
+        raise OptionError(
+            "ddp_backend nccl: there is no GPU here that torch can use; `make doctor` says what is here\n"
+            "pass --ddp_backend gloo, or remove it"
+        )
     if options.memory_snapshot and not torch.cuda.is_available():
         raise OptionError("memory_snapshot true: it records the memory of a GPU, and none is here\nremove it")
+    if (gpu := lacking(BF16)) and os.environ.get("RANK", "0") == "0":
+        chosen = "bf16 is emulated, and slow; pass --bf16 false" if options.bf16 else "fp32 is used, not bf16"
+        print(f"bf16 {str(options.bf16).lower()}: {gpu} has no bf16 arithmetic: {chosen}", file=sys.stderr)
     missing = _missing_for_compilation() if options.torch_compile else None
     if missing:
         options.torch_compile = False
@@ -400,6 +407,8 @@ def _missing_for_compilation() -> str | None:
     """The tool that torch.compile needs and this machine does not have, or None."""
     if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
         return "the package triton"
+    if gpu := lacking(TRITON):
+        return f"a GPU of compute capability 7.0, instead of {gpu},"
     return None if any(map(shutil.which, ("cc", "gcc", "clang", "g++"))) else "a C compiler"
 
 

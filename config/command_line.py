@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from config.demo import DEMO_RECIPE
 from config.errors import OptionError
+from config.gpus import BF16, lacking
 from config.options import EPOCH, GROUPS, INTERVALS, PATHS, RENAMED, TRACKERS, Options
 from config.peers.answers import ANY, FALSE, TRUE, accepted_words, check_accelerate, parse_words
 from config.peers.deepspeed import read_deepspeed_file
@@ -56,6 +57,8 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
             del defaults["prompt"]  # no trained model completes it
         if given.get("lr_scheduler_type") == "constant":
             del defaults["warmup_steps"]  # the warmup of the demo belongs to its own schedule
+    if lacking(BF16):
+        defaults = {"bf16": False} | defaults
     options = Options(**defaults | given)
     check_accelerate(options, given)
     if options.deepspeed:

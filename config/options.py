@@ -221,7 +221,7 @@ class Options:
     )
 
     bf16: bool = option(
-        PRECISION, torch.cuda.is_available(), "Compute in bf16 over fp32 parameters. With a GPU, the default is true."
+        PRECISION, torch.cuda.is_available(), "Compute in bf16 over fp32 parameters. Default: true with a GPU that can."
     )
     bf16_residual: bool = option(PRECISION, False, "bf16 with ddp: bf16 between layers, too. fsdp always does this.")
     float8: bool = option(PRECISION, False, "bf16: matrix products of the decoder layers in float8.")

@@ -1,6 +1,7 @@
-"""The GPU of a rank: which one it is, and that no other rank has it."""
+"""The GPU of a rank: that torch can use it, which one it is, and that no other rank has it."""
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,20 +9,41 @@ import torch
 import torch.distributed as dist
 
 from config.errors import OptionError, first_line
+from runtime.doctor.obstacle import find_obstacle
 
 ALLOCATIONS = 200_000  # newest allocations and frees that a memory snapshot holds, each with its stack
+
+
+def require_usable_gpu() -> None:
+    """Refuse to train on the CPU, or on other GPUs, if torch cannot use a GPU that this process was given.
+
+    Where the process may not have a GPU, rank 0 only says why the CPU is used. Raises OptionError.
+    """
+    obstacle = find_obstacle(int(os.environ["LOCAL_RANK"]))
+    if obstacle and obstacle.fatal:
+        raise OptionError(f"{obstacle.problem}\n{obstacle.remedy}")
+    if obstacle and os.environ["RANK"] == "0":
+        print(f"{obstacle.problem}; {obstacle.remedy}", file=sys.stderr)
 
 
 def choose_device(local_rank: int, record_memory: bool) -> torch.device:
     """The GPU of this rank, made the current one; the CPU without GPUs.
 
     A process may see all GPUs of its node, as under torchrun, or its own alone, as under `srun --gpus-per-task=1`.
-    With `record_memory`, torch records who allocates memory, for `write_memory_snapshot`.
+    With `record_memory`, torch records who allocates memory, for `write_memory_snapshot`. Raises OptionError if the
+    driver refuses the GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # creates the context of the process on this GPU
+    except RuntimeError as error:
+        raise OptionError(
+            f"{device}: the driver refuses it: {first_line(error)}\n"
+            "look in `nvidia-smi` at its processes, memory, compute mode and errors; or hide it: CUDA_VISIBLE_DEVICES"
+        ) from error
     if record_memory:
         torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
     return device

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import OptionError, first_line
+from runtime.gpus import require_usable_gpu
 from runtime.hang.watch import ACTIVITY, explain_failure
 from runtime.launcher import rank_from_environment
 from runtime.network import choose_interface, network_failure
@@ -23,11 +24,12 @@ from runtime.signals import answer_signals
 
 
 def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
-    """Choose gloo's network interface, silence transformers, and restrict torch to deterministic algorithms if asked.
+    """Require a usable GPU, choose gloo's interface, silence transformers, and make torch deterministic if asked.
 
     Call before the GPU is used and before the ranks meet. With a directory for `recordings`, NCCL writes its last
     collectives there when one times out (runtime/hang/watch.py).
     """
+    require_usable_gpu()
     choose_interface()
     transformers.utils.logging.disable_progress_bar()  # the training loop has one
     transformers.utils.logging.set_verbosity_error()  # they are expected, or our checks raise errors

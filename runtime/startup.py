@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,5 +114,6 @@ def _refuse(text: str) -> NoReturn:
     os._exit(2)
 
 
+warnings.filterwarnings("ignore", "CUDA initialization")  # torch says it in each rank, runtime/doctor/ once
 if Path(getattr(sys, "argv", [""])[0]).name == "train.py":
     start_process()
