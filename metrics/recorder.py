@@ -105,8 +105,10 @@ class Recorder:
         traces = options.trace_steps and self.writes
         self.trace = Trace(options.trace_steps, self.path.parent, self.failures) if traces else None
 
-    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
-        """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
+    def start(
+        self, step: int, tokens_seen: int, evaluation_due: bool, wrapped: nn.Module, layers: list[nn.Module]
+    ) -> None:
+        """Begin after `step` steps, whose evaluation may be due. Later records of an interrupted run are removed.
 
         The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/hang/watch.py). The
         decoder `layers` are timed, to find a slow rank.
@@ -124,7 +126,7 @@ class Recorder:
         self.started = time.perf_counter()
         if self.writes:
             with noting(self.failures, self.path):
-                drop_records_beyond(self.path, step)
+                drop_records_beyond(self.path, step, evaluation_due)
         if self.trace:
             self.trace.start(step)
 
@@ -208,7 +210,10 @@ class Recorder:
         self.waited = self.evaluating = self.saving = 0.0
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a record of an evaluation: the metrics of all validation sets, by name."""
+        """Write a record of an evaluation: the metrics of all validation sets, by name. {}: a signal has ended it."""
+        if not metrics:
+            self.print(f"step {step}: a signal ended the evaluation; the resumed run begins with it")
+            return
         self._write(step, **metrics)
         for name in (name.removesuffix("_loss") for name in metrics if name.endswith("_loss")):
             line = f"step {step}: validation{name[4:].replace('_', ' ', 1)} loss {metrics[f'{name}_loss']:.4f}"

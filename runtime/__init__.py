@@ -10,7 +10,7 @@ from runtime.hang.watch import ACTIVITY, node_of_rank, watch_ranks
 from runtime.launcher import rank_from_environment
 from runtime.peers import meet
 from runtime.process import configure_libraries, run
-from runtime.signals import defer_signals, ignore_signals
+from runtime.signals import defer_signals, ignore_signals, stop_requested
 
 __all__ = [
     "ACTIVITY",
@@ -25,5 +25,6 @@ __all__ = [
     "rank_from_environment",
     "require_own_gpu",
     "run",
+    "stop_requested",
     "watch_ranks",
 ]
