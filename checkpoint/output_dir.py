@@ -22,7 +22,7 @@ from checkpoint.ranks import broadcast_object, gather_objects, run_together
 from config.errors import OptionError, writing
 from config.options import Options
 from model.export import METADATA
-from runtime.files import regular_file
+from runtime.files import naming, regular_file
 
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
@@ -60,6 +60,11 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
     overwritten, or holds files of another program.
     """
     output_dir = Path(options.output_dir)
+    with naming("output_dir"):
+        return _claim_output_dir(options, output_dir, rank)
+
+
+def _claim_output_dir(options: Options, output_dir: Path, rank: int) -> IO[str] | None:
     _refuse_links(output_dir)
     lock = _lock(output_dir) if rank == 0 else None
     checkpoints = _checkpoints_of_others(output_dir)
@@ -109,7 +114,8 @@ def _lock(output_dir: Path) -> IO[str]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.fdopen(regular_file(str(output_dir / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
-        raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
+        path = error.filename or output_dir
+        raise OptionError(f"output_dir {path}: {error.strerror}; pass a directory that can be written") from error
     try:
         # A record lock ends with this process. A lock of flock would be inherited by forked loader workers.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,11 +234,14 @@ def _is_ours(path: Path) -> bool:
         return step_of(path) >= 0
     try:
         if path.suffix == ".safetensors":
+            open(path, "rb").close()  # safe_open says of any error that there is no file
             with safe_open(path, "pt") as file:
                 return METADATA.items() <= (file.metadata() or {}).items()
         with open(path, opener=regular_file) as file:
             first = file.readline(2**16)
             return "tokens_seen" in json.loads(first or '"tokens_seen"')  # an empty file has no records yet
+    except PermissionError:
+        raise  # it may be ours
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError):
         return False
 

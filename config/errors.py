@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "make room" if error.errno in FULL or error.errno is None else "let the run write there"
         raise OptionError(
-            f"{path}: it cannot be written: {error.strerror or error}\n"
+            f"{error.filename or path}: it cannot be written: {error.strerror or error}\n"
             f"{remedy}, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
         ) from error
 

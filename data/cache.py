@@ -37,7 +37,7 @@ from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
-from runtime import ignore_signals
+from runtime import ignore_signals, locked
 from runtime.files import require_trusted
 
 FORMAT = 7  # raise it when the files of an older version can no longer be read
@@ -90,7 +90,7 @@ def prepare_source(
     with suppress(DamagedError, FileNotFoundError):  # another process may remove what is damaged
         return _verified(folder)  # the usual case, without the lock, so that the ranks verify at the same time
     try:
-        with FileLock(cache / f"{key}.lock"):
+        with locked(cache / f"{key}.lock"):
             try:
                 return _verified(folder)  # another process has prepared it meanwhile
             except DamagedError as error:

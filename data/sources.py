@@ -8,13 +8,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock
 from tqdm import tqdm
 
 from config.demo import demo_files
@@ -26,7 +25,8 @@ from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.files.bounded import COMPRESSIONS
 from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, status_of
-from runtime.files import replace_text, require_trusted
+from runtime import locked
+from runtime.files import naming, replace_text, require_readable, require_trusted
 
 DATA_SUFFIXES = tuple(
     suffix + compression
@@ -108,6 +108,11 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
 
     The key of a streamed source covers only the names, sizes and times of its files.
     """
+    with naming(option):
+        return _find_readable_files(option, value, options, streaming)
+
+
+def _find_readable_files(option: str, value: str, options: Options, streaming: bool) -> Source:
     files: list[Path] = []
     for name in [value] if Path(value).expanduser().exists() else value.split(","):
         path = Path(name).expanduser()
@@ -133,6 +138,7 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
         for file in files:
             if file.exists() and not file.is_file():
                 raise OptionError(f"{option} {file}: is a pipe or a device\nwrite its content to a file, and pass that")
+            require_readable(option, file)
         statuses = {file: status_of(file) for file in files}
         key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
         empty = all(file.stat().st_size == 0 for file in files)
@@ -147,7 +153,7 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
 def _walk(directory: Path) -> Iterator[Path]:
     """The files below a directory, also those of directories that symbolic links point to."""
     seen = set()
-    for folder, folders, names in os.walk(directory, followlinks=True):
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=_raise):
         if (place := os.path.realpath(folder)) in seen:
             folders.clear()  # a link to a directory that was read already, perhaps to one above it
             continue
@@ -155,9 +161,20 @@ def _walk(directory: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _match(pattern: Path) -> Iterator[Path]:
+    """The files that match. Raises PermissionError for a directory that must be searched: `glob` leaves it out."""
     root = Path(pattern.anchor)
-    return (path for path in root.glob(str(pattern.relative_to(root))) if not path.is_dir())
+    parts = pattern.relative_to(root).parts
+    for number, part in enumerate(parts):
+        if {"*", "?"} & set(part):
+            for directory in root.glob("/".join(parts[:number])) if number else [root]:
+                if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+    return (path for path in root.glob("/".join(parts)) if not path.is_dir())
 
 
 def _choose(origin: Path, paths: Iterable[Path], options: Options) -> tuple[list[Path], list[str]]:
@@ -309,9 +326,9 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     path = cache_dir / "hashes.json"
     if path.exists():
         require_trusted(path, cache_dir)
-    with _writing(cache_dir):
-        lock = FileLock(cache_dir / "hashes.lock").acquire()
-    with lock:
+    with ExitStack() as lock:
+        with _writing(cache_dir):
+            lock.enter_context(locked(cache_dir / "hashes.lock"))
         known: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
             known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_bytes()).items()}

@@ -38,6 +38,7 @@ from parallel.checks import (
     check_tensor_parallel,
 )
 from parallel.group import map_hidden_states
+from runtime.files import require_readable
 from runtime.limits import limited
 from runtime.signals import stop_requested
 
@@ -55,6 +56,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     """
     option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
+    for path in {Path(each).expanduser() for each in (name, options.tokenizer_name) if each}:
+        require_readable(option if str(path) == name else "tokenizer_name", path)
     config = _load_config(option, name, options.trust_remote_code) if name else None
     tokenizer = _load_tokenizer(options)
     if config is None:

@@ -6,6 +6,7 @@ Nothing here knows what a run trains, or reads its options.
 import runtime.startup  # isort: skip  # noqa: F401  # before the others, because they import torch
 from runtime.gpus import choose_device, require_own_gpu
 from runtime.hang.explain import TRAINING, WAITING_FOR_DATA
+from runtime.hang.waiting import locked
 from runtime.hang.watch import ACTIVITY, node_of_rank, watch_ranks
 from runtime.launcher import rank_from_environment
 from runtime.peers import meet
@@ -20,6 +21,7 @@ __all__ = [
     "configure_libraries",
     "defer_signals",
     "ignore_signals",
+    "locked",
     "meet",
     "node_of_rank",
     "rank_from_environment",

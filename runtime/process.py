@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -20,6 +21,9 @@ from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
 from runtime.signals import answer_signals
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN)  # of a disk, of a network file system, of FUSE
 
 
 def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
@@ -52,8 +56,11 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
     try:
         rank_from_environment()
         peers = join()
+        signals.tell_ranks = peers.report
         exit_code = main(sys.argv[1:])
     except Exception as error:
+        if peers:
+            peers.end_if_signaled()
         if explain_failure(error):  # another rank is the cause, and a message names it
             exit_process(1)
         mistake = error if isinstance(error, OptionError) else _mistake(error)
@@ -87,6 +94,17 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{error.filename or 'a file'}: {error.strerror}\n"
             "make room in output_dir, in data_cache_dir and for temporary files"
         )
+    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+        return OptionError(
+            f"{_option_of(str(error.filename))}{error.filename}: {error.strerror}\n"
+            f"let user {os.geteuid()} read and write it, or pass another path"
+        )
+    if isinstance(error, OSError) and error.errno in BROKEN:
+        path = str(error.filename or "")
+        return OptionError(
+            f"{_option_of(path)}{path or 'a file'}: {error.strerror}\n"
+            "look at the disk or the network file system, and in the kernel's log (dmesg); then run the command again"
+        )
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not dist.is_initialized():
         place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -98,6 +116,14 @@ def _mistake(error: Exception) -> OptionError | None:
     if isinstance(error, RuntimeError) and not dist.is_initialized() and (failure := network_failure(error)):
         return OptionError(failure)
     return None
+
+
+def _option_of(path: str) -> str:
+    """The option of the command line whose value is `path` or a directory above it, before a space; "" if none is."""
+    for word, value in zip(sys.argv[1:], sys.argv[2:], strict=False):
+        if word.startswith("--") and Path(path).absolute().is_relative_to(Path(value).absolute()):
+            return f"{word.removeprefix('--')} "
+    return ""
 
 
 def exit_process(exit_code: int) -> NoReturn:

@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from runtime.parent import follow_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+TELLING = 2.0  # seconds in which a rank that ends tells the others
 FORWARDED = 1.0  # seconds: a second SIGINT within them is the first one again, forwarded by torchrun
 
 
@@ -30,6 +32,7 @@ class Signals:
         self.stop = self.save = False
         self.deferred = False  # the loop runs, so signals wait for the end of a step
         self.finishing = False  # the finished model is exported, which no signal interrupts
+        self.tell_ranks: Callable[[str, int], None] | None = None  # that this one ends, and with which exit code
         self.stopped_by, self.stopped_at = signal.SIGTERM, 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -62,7 +65,12 @@ class Signals:
     def _ask_to_stop(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if not self.deferred:
-            _tell(f"{number.name}: ended before the first step, there is nothing to save")
+            text = f"{number.name}: ended before the first step, there is nothing to save"
+            _tell(text)
+            if self.tell_ranks:
+                telling = threading.Thread(target=self.tell_ranks, args=(text, 128 + number), daemon=True)
+                telling.start()
+                telling.join(TELLING)
             os._exit(128 + number)
         if not self.stop:
             self.stopped_by, self.stopped_at, self.stop = number, now, True

@@ -5,6 +5,7 @@ tests/test_signals.py and test_saving.py have the phases of the loop: steps, eva
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -156,6 +157,36 @@ def wait_for_cpp(pid: int) -> None:
         assert time.monotonic() < deadline
         asleep = asleep + 1 if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S" else 0
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        pytest.param("train.py", "model = build_model(", id="the other waits for it"),
+        pytest.param("train.py", "load_weights(model", id="weights", marks=pytest.mark.slow),
+        pytest.param("loss/evaluation.py", "totals[0] +=", id="the evaluation before the first step"),
+    ],
+)
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank alone before the first step, without a launcher that ends the others",
+    "all ranks end within seconds with the exit code of the signal, and say which rank had it",
+)
+def test_one_rank_before_the_loop(tiny: list[object], tmp_path: Path, file: str, line: str, rank: int) -> None:
+    outcome = train(
+        2, [*tiny, "--output_dir", tmp_path, "--max_steps", 2], before=partial(signal_rank, rank, file, line)
+    )
+    assert outcome.exit_codes == [128 + TERM] * 2, outcome.output
+    assert "Traceback" not in outcome.output
+    if rank == 1:
+        host = socket.gethostname()
+        assert outcome.output.endswith(f"train.py: error: rank 1 on {host}: SIGTERM: {NOTHING_TO_SAVE}")
+
+
+def signal_rank(rank: int, file: str, line: str) -> None:
+    """Patch a rank: it gets SIGTERM at that line."""
+    at_line(file, line, 1, rank, lambda: os.kill(os.getpid(), TERM))
 
 
 def keep_waiting(waiting: Path, ended: Path) -> None:
