@@ -8,21 +8,21 @@ import re
 import shutil
 import socket
 import stat
+import struct
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from checkpoint.files import UNFINISHED, is_ours, list_checkpoints, prune, step_of
 from checkpoint.ranks import broadcast_object, gather_objects, run_together
-from config.errors import OptionError, writing
+from config.errors import OptionError, naming, writing
 from config.options import Options
 from model.export import METADATA
-from runtime.files import naming, regular_file
+from runtime.files import regular_file
 
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
@@ -37,6 +37,8 @@ LOGS = (
     *("ledger/rank-*.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.*", "trace/steps-*.json"),
     *("hang*/rank-*", "hang*/nccl-trace-rank-*"),
 )
+
+MOST_HEADER = 100_000_000  # bytes of the header of a safetensors file, as safetensors limits it
 
 NOT_SHARED = "not shared"
 APPEARS = 5.0  # the seconds that a new file may take to appear on another node, whose file system caches directories
@@ -60,7 +62,7 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
     overwritten, or holds files of another program.
     """
     output_dir = Path(options.output_dir)
-    with naming("output_dir"):
+    with naming("output_dir", output_dir):
         return _claim_output_dir(options, output_dir, rank)
 
 
@@ -234,16 +236,19 @@ def _is_ours(path: Path) -> bool:
         return step_of(path) >= 0
     try:
         if path.suffix == ".safetensors":
-            open(path, "rb").close()  # safe_open says of any error that there is no file
-            with safe_open(path, "pt") as file:
-                return METADATA.items() <= (file.metadata() or {}).items()
+            return METADATA.items() <= _metadata(path).items()
         with open(path, opener=regular_file) as file:
             first = file.readline(2**16)
             return "tokens_seen" in json.loads(first or '"tokens_seen"')  # an empty file has no records yet
-    except PermissionError:
-        raise  # it may be ours
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file. Raises OSError, where safetensors maps the file and dies of a broken disk."""
+    with open(path, "rb", opener=regular_file) as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8))
+        return json.loads(file.read(length) if length < MOST_HEADER else b"{}").get("__metadata__") or {}
 
 
 def _checkpoints_of_others(output_dir: Path) -> list[Path]:

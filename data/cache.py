@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from config.errors import OptionError
+from config.errors import OptionError, other_place
 from data.files.bounded import COMPRESSIONS
 from data.files.checked import VERIFIED_AT_START, CheckedWriter, Content, DamagedError, read_checked, write_checked
 from data.packing import Packing, pack_in_parts
@@ -109,9 +109,7 @@ def prepare_source(
             partial.rename(folder)
             return _verified(folder)
     except OSError as error:
-        raise OptionError(
-            f"data_cache_dir {cache}: {error.strerror or error}; pass a directory with more room"
-        ) from error
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror or error}; pass {other_place(error)}") from error
 
 
 def _verified(folder: Path) -> Prepared:

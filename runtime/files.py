@@ -12,11 +12,11 @@ import os
 import pwd
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.errors import OptionError
+from config.errors import OptionError, naming
 
 
 def regular_file(path: str, flags: int) -> int:
@@ -42,20 +42,9 @@ def require_readable(option: str, path: Path, pattern: str = "*") -> None:
     Libraries say of such a file that it does not exist, or leave it out. A path that does not exist is not refused.
     """
     for each in (path, *path.glob(pattern)):
-        with contextlib.suppress(FileNotFoundError), naming(option):
+        with contextlib.suppress(FileNotFoundError), naming(option, each):
             if not os.access(each, os.R_OK):
                 os.close(os.open(each, os.O_RDONLY | os.O_NONBLOCK))
-
-
-@contextlib.contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Raise OptionError with `option` if the block may not read a file. Other errors stay as they are."""
-    try:
-        yield
-    except PermissionError as error:
-        raise OptionError(
-            f"{option} {error.filename}: {error.strerror}\nlet user {os.geteuid()} read it, or pass another path"
-        ) from error
 
 
 def replace_text(path: Path, text: str) -> None:

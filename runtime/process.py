@@ -14,16 +14,13 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from config.errors import OptionError, first_line
+from config.errors import BROKEN, DENIED, OptionError, first_line, unusable
 from runtime.hang.watch import explain_failure
 from runtime.launcher import rank_from_environment
 from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
 from runtime.signals import answer_signals
-
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN)  # of a disk, of a network file system, of FUSE
 
 
 def configure_libraries(full_determinism: bool, recordings: str | None) -> None:
@@ -94,17 +91,8 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{error.filename or 'a file'}: {error.strerror}\n"
             "make room in output_dir, in data_cache_dir and for temporary files"
         )
-    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
-        return OptionError(
-            f"{_option_of(str(error.filename))}{error.filename}: {error.strerror}\n"
-            f"let user {os.geteuid()} read and write it, or pass another path"
-        )
-    if isinstance(error, OSError) and error.errno in BROKEN:
-        path = str(error.filename or "")
-        return OptionError(
-            f"{_option_of(path)}{path or 'a file'}: {error.strerror}\n"
-            "look at the disk or the network file system, and in the kernel's log (dmesg); then run the command again"
-        )
+    if isinstance(error, OSError) and (error.errno in BROKEN or (error.errno in DENIED and error.filename)):
+        return unusable(_option_of(str(error.filename or "")), "a file", error)
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not dist.is_initialized():
         place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -119,10 +107,10 @@ def _mistake(error: Exception) -> OptionError | None:
 
 
 def _option_of(path: str) -> str:
-    """The option of the command line whose value is `path` or a directory above it, before a space; "" if none is."""
+    """The option of the command line whose value is `path` or a directory above it; "" if none is."""
     for word, value in zip(sys.argv[1:], sys.argv[2:], strict=False):
         if word.startswith("--") and Path(path).absolute().is_relative_to(Path(value).absolute()):
-            return f"{word.removeprefix('--')} "
+            return word.removeprefix("--")
     return ""
 
 
