@@ -93,22 +93,22 @@ def main(argv: list[str]) -> int:
     data = prepare_objective(objective, data, wrapped, options, device)
     checkpoint.seed_rank(options.seed, step=0, rank=rank)  # from here on each rank its own: dropout must differ
     identity = checkpoint.identify_run(options, plan, data.fingerprint, model, weights)  # again: dpo added to the data
-    progress = checkpoint.Progress()
+    progress = checkpoint.Progress(evaluation_due=options.eval_on_start)
     if resumed_from:
         progress = checkpoint.load_checkpoint(resumed_from, model, optimizer, identity)
 
     # === 4. Batches, logging, saving. ===============================================================================
     checkpoint.clean_output_dir(options, progress.step, progress.best.step)
     recorder = metrics.Recorder(options, plan, rank, device, estimate.flops_per_token(model, plan.block_size))
-    recorder.describe(description)
-    recorder.start(progress.step, progress.tokens_seen, wrapped, layers)
+    recorder.start(description, progress.step, progress.tokens_seen, progress.evaluation_due, wrapped, layers)
     selection = checkpoint.Selection(options, progress)
     ledger = Ledger(options, rank, plan, data.train, progress.step)
     saver = checkpoint.Saver(options, recorder.failures, ledger.failures)
-    signals = runtime.defer_signals()
     batches = ReadableBatches(recorder.timed(training_batches(data.train, plan, options, progress)))
-    if data.evaluated and ((options.eval_on_start and progress.step == 0) or options.evaluates_only):
-        recorder.evaluation(progress.step, evaluate(wrapped, data, tokenizer, options, recorder))
+    if data.evaluated and (progress.evaluation_due or options.evaluates_only):
+        recorder.evaluation(progress.step, evaluation := evaluate(wrapped, data, tokenizer, options, recorder))
+        selection.evaluated(progress.step, evaluation)
+    signals, stop, evaluation_due = runtime.defer_signals(), False, False
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
@@ -169,13 +169,13 @@ def main(argv: list[str]) -> int:
             recorder.log(step, mean_loss, grad_norm.item(), rate, int(skipped.item()), router_metrics(objective))
             config.check_skipped(options, step, int(skipped_in_a_row.item()))
         if data.evaluated and (ended or is_due(step, options.eval_steps)):
-            evaluation = evaluate(wrapped, data, tokenizer, options, recorder)
-            recorder.evaluation(step, evaluation)
+            recorder.evaluation(step, evaluation := evaluate(wrapped, data, tokenizer, options, recorder))
             selection.evaluated(step, evaluation)
+            stop = evaluation_due = evaluation is None  # a signal on any rank has ended the evaluation
         if ended or stop or save or selection.over or is_due(step, options.save_steps):
             cursor = gather_cursor(step_batches, options)
             skips, best = int(skipped.item()), selection.saved(step)
-            progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best)
+            progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best, evaluation_due)
             if options.save_steps or stop or save:  # with save_steps 0, only a signal asks for a checkpoint
                 with recorder.pause("save"):
                     saver.save(model, optimizer, progress, identity)
@@ -186,12 +186,12 @@ def main(argv: list[str]) -> int:
     saver.wait()
 
     # === 6. The finished model, for from_pretrained. ================================================================
-    finished = progress.step >= plan.total_steps or selection.over
+    finished = signals.finishing = not stop and (progress.step >= plan.total_steps or selection.over)
     if finished and plan.total_steps:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer and metrics.jsonl")
-        if options.prompt and rank == 0:
+        if options.prompt and rank == 0 and not signals.stop:
             recorder.print(generate_completion(options))
     elif not finished:
         recorder.print(f"stopped by a signal after step {progress.step}; continue with --resume_from_checkpoint auto")

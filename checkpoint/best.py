@@ -28,6 +28,7 @@ class Selection:
         self.options, self.metric = options, best_metric(options)
         self.best = dataclasses.replace(progress.best)
         self.evaluation = 0, math.nan  # the step of the last evaluation, and its value
+        self.resumed = progress.step  # whose checkpoint exists
         path, warning = _path(options, self.best), ""
         if self.best.metric != self.metric:
             self.best = Best(self.metric)
@@ -50,9 +51,12 @@ class Selection:
         than = "" if self.best.lowest is None else f" than {self.best.lowest:.4f}"
         return f"stopped early: {self.best.without_improvement} evaluations in a row had no lower {self.metric}{than}"
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Compare an evaluation with those before it. NaN is no improvement."""
-        if not self.metric:
+    def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Compare an evaluation with those before it. NaN is no improvement.
+
+        The evaluation before the first step is not compared, nor None, one that a signal has ended.
+        """
+        if not self.metric or not step or not metrics:
             return
         value, lowest = metrics[self.metric], self.best.lowest
         lowest = math.inf if lowest is None else lowest
@@ -61,6 +65,8 @@ class Selection:
         if value < lowest:
             self.best.lowest = value
         self.evaluation = step, value
+        if step == self.resumed:
+            self.saved(step)
 
     def saved(self, step: int) -> Best:
         """The best evaluations, for a checkpoint of `step`. It is the best one if its evaluation is."""

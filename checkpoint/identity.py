@@ -67,6 +67,7 @@ class Progress:
     cursor: list[list[int]] = dataclasses.field(default_factory=list)
     learning_rate: float | None = None  # of this step
     best: Best = dataclasses.field(default_factory=Best)
+    evaluation_due: bool = False  # the evaluation after this step comes first, because a signal ended it
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -116,8 +117,8 @@ def _is_place(value: Any) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a JSON value is of the type of a field. Numbers are finite, and integers from 0 to 2^63 - 1."""
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
     if isinstance(value, int):
         return 0 <= value < 2**63 and (isinstance(value, kind) or isinstance(0.0, kind))
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

@@ -25,7 +25,7 @@ from checkpoint.state import named_parameters, optimizer_state
 from config.errors import OptionError, first_line
 from config.options import Options
 from model.export import checkpoint_tensors
-from runtime.files import regular_file
+from runtime.files import regular_file, require_readable
 
 OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
 
@@ -51,10 +51,17 @@ def choose_checkpoint(options: Options) -> Path | None:
 
 
 def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
-    wanted = options.resume_from_checkpoint
+    try:
+        return _look(options, options.resume_from_checkpoint)
+    except OptionError as error:
+        return None, str(error)
+
+
+def _look(options: Options, wanted: str | None) -> tuple[str | None, str | None]:
     if wanted is None:
         return None, None
     if wanted != "auto":
+        require_readable("resume_from_checkpoint", Path(wanted), "**/*")
         found = problems(Path(wanted))
         remedy = OTHER_CHECKPOINT
         if found and Path(wanted).is_dir() and not is_ours(Path(wanted)):
@@ -62,6 +69,7 @@ def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
         return wanted, f"resume_from_checkpoint {wanted}: no valid checkpoint: {found[0]}\n{remedy}" if found else None
     candidates = list_checkpoints(Path(options.output_dir))
     for path in candidates:
+        require_readable("resume_from_checkpoint", path, "**/*")  # `problems` would take it for damaged
         found = problems(path)
         if not found:
             return str(path), None

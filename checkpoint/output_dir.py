@@ -8,18 +8,18 @@ import re
 import shutil
 import socket
 import stat
+import struct
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from checkpoint.files import UNFINISHED, is_ours, list_checkpoints, prune, step_of
 from checkpoint.ranks import broadcast_object, gather_objects, run_together
-from config.errors import OptionError, writing
+from config.errors import OptionError, naming, writing
 from config.options import Options
 from model.export import METADATA
 from runtime.files import regular_file
@@ -43,6 +43,8 @@ LOGS = (
     *("hang*/rank-*", "hang*/nccl-trace-rank-*", "memory/rank-*.pickle"),
 )
 
+MOST_HEADER = 100_000_000  # bytes of the header of a safetensors file, as safetensors limits it
+
 NOT_SHARED = "not shared"
 APPEARS = 5.0  # the seconds that a new file may take to appear on another node, whose file system caches directories
 
@@ -65,6 +67,11 @@ def claim_output_dir(options: Options, rank: int) -> IO[str] | None:
     overwritten, or holds files of another program.
     """
     output_dir = Path(options.output_dir)
+    with naming("output_dir", output_dir):
+        return _claim_output_dir(options, output_dir, rank)
+
+
+def _claim_output_dir(options: Options, output_dir: Path, rank: int) -> IO[str] | None:
     _refuse_links(output_dir)
     lock = _lock(output_dir) if rank == 0 else None
     checkpoints = _checkpoints_of_others(output_dir)
@@ -117,7 +124,8 @@ def _lock(output_dir: Path) -> IO[str]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.fdopen(regular_file(str(output_dir / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
-        raise OptionError(f"output_dir {output_dir}: {error.strerror}; pass a directory that can be written") from error
+        path = error.filename or output_dir
+        raise OptionError(f"output_dir {path}: {error.strerror}; pass a directory that can be written") from error
     try:
         # A record lock ends with this process. A lock of flock would be inherited by forked loader workers.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,13 +244,19 @@ def _is_ours(path: Path) -> bool:
         return step_of(path) >= 0
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return METADATA.items() <= (file.metadata() or {}).items()
+            return METADATA.items() <= _metadata(path).items()
         with open(path, opener=regular_file) as file:
             first = file.readline(2**16)
             return "tokens_seen" in json.loads(first or '"tokens_seen"')  # an empty file has no records yet
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file. Raises OSError, where safetensors maps the file and dies of a broken disk."""
+    with open(path, "rb", opener=regular_file) as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8))
+        return json.loads(file.read(length) if length < MOST_HEADER else b"{}").get("__metadata__") or {}
 
 
 def _checkpoints_of_others(output_dir: Path) -> list[Path]:

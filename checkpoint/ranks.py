@@ -88,10 +88,10 @@ def run_together(work: Callable[[], Any], group: dist.ProcessGroup | None = None
     try:
         result = work()
     except OSError as failure:
-        error = str(failure)
+        error = (failure.errno, failure.strerror, failure.filename) if failure.strerror else (str(failure),)
     results, errors = zip(*gather_objects((result, error), group), strict=True)
     if failures := [error for error in errors if error]:
-        raise OSError(failures[0])
+        raise OSError(*failures[0])
     return list(results)
 
 

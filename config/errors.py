@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST = 2000  # characters of a line
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN)  # a disk, a network file system, or FUSE fails
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, and a limit on the size of files
 
 
@@ -23,6 +26,33 @@ class OptionError(ValueError):
         super().__init__("\n".join(_printable(line) for line in [*lines, last]))
 
 
+def unusable(option: str, path: object, error: OSError) -> OptionError:
+    """The OptionError for an error of the operating system in DENIED or BROKEN. `option` may be ""."""
+    remedy = f"let user {os.geteuid()} read and write it, or pass another path"
+    if error.errno in BROKEN:
+        remedy = "look at the disk or the network, and in the kernel's log (dmesg); then run the command again"
+    return OptionError(f"{option} {error.filename or path}: {error.strerror}\n{remedy}")
+
+
+def other_place(error: OSError) -> str:
+    """Where data can be prepared after an error of the cache, in words."""
+    return "a directory on another disk" if error.errno in BROKEN else "a directory with more room"
+
+
+@contextlib.contextmanager
+def naming(option: str, path: object) -> Iterator[None]:
+    """Raise OptionError with `option` if the block may not read or write a file, or its disk fails.
+
+    Other errors stay as they are. The error of a read has no file name, so `path` is named then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DENIED + BROKEN:
+            raise unusable(option, path, error) from error
+        raise
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise OptionError with `path` for an OSError of the block, because the error of a write has no file name."""
@@ -30,8 +60,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "make room" if error.errno in FULL or error.errno is None else "let the run write there"
+        remedy = "look at the disk, and in the kernel's log (dmesg)" if error.errno in BROKEN else remedy
         raise OptionError(
-            f"{path}: it cannot be written: {error.strerror or error}\n"
+            f"{error.filename or path}: it cannot be written: {error.strerror or error}\n"
             f"{remedy}, or pass another --output_dir; the checkpoints are intact: --resume_from_checkpoint auto"
         ) from error
 

@@ -30,14 +30,14 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from config.errors import OptionError
+from config.errors import OptionError, other_place
 from data.files.bounded import COMPRESSIONS
 from data.files.checked import VERIFIED_AT_START, CheckedWriter, Content, DamagedError, read_checked, write_checked
 from data.packing import Packing, pack_in_parts
 from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
-from runtime import ignore_signals
+from runtime import ignore_signals, locked
 from runtime.files import require_trusted
 
 FORMAT = 7  # raise it when the files of an older version can no longer be read
@@ -90,7 +90,7 @@ def prepare_source(
     with suppress(DamagedError, FileNotFoundError):  # another process may remove what is damaged
         return _verified(folder)  # the usual case, without the lock, so that the ranks verify at the same time
     try:
-        with FileLock(cache / f"{key}.lock"):
+        with locked(cache / f"{key}.lock"):
             try:
                 return _verified(folder)  # another process has prepared it meanwhile
             except DamagedError as error:
@@ -109,9 +109,7 @@ def prepare_source(
             partial.rename(folder)
             return _verified(folder)
     except OSError as error:
-        raise OptionError(
-            f"data_cache_dir {cache}: {error.strerror or error}; pass a directory with more room"
-        ) from error
+        raise OptionError(f"data_cache_dir {cache}: {error.strerror or error}; pass {other_place(error)}") from error
 
 
 def _verified(folder: Path) -> Prepared:

@@ -8,17 +8,16 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock
 from tqdm import tqdm
 
 from config.demo import demo_files
-from config.errors import OptionError
+from config.errors import OptionError, naming, other_place
 from config.options import Options
 from config.plan import mixture_weights
 from config.text import load_json
@@ -26,7 +25,8 @@ from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.files.bounded import COMPRESSIONS
 from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, status_of
-from runtime.files import replace_text, require_trusted
+from runtime import locked
+from runtime.files import replace_text, require_readable, require_trusted
 
 DATA_SUFFIXES = tuple(
     suffix + compression
@@ -39,6 +39,7 @@ SUFFIXES = (*DATA_SUFFIXES, *SOURCE_SUFFIXES)
 FORMATS = f"{', '.join(suffix for suffix in READERS if suffix not in SOURCE_SUFFIXES)}, or source files (.py, .md, ...)"
 
 SETTLED = 2.0  # seconds; a file that changed less than this ago is hashed again next time
+SETTLED_ELSEWHERE = 3600.0  # the same for a file system with another clock than the cache
 
 NOT_DATA = {
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -108,6 +109,11 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
 
     The key of a streamed source covers only the names, sizes and times of its files.
     """
+    with naming(option, value):
+        return _find_readable_files(option, value, options, streaming)
+
+
+def _find_readable_files(option: str, value: str, options: Options, streaming: bool) -> Source:
     files: list[Path] = []
     for name in [value] if Path(value).expanduser().exists() else value.split(","):
         path = Path(name).expanduser()
@@ -133,6 +139,7 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
         for file in files:
             if file.exists() and not file.is_file():
                 raise OptionError(f"{option} {file}: is a pipe or a device\nwrite its content to a file, and pass that")
+            require_readable(option, file)
         statuses = {file: status_of(file) for file in files}
         key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
         empty = all(file.stat().st_size == 0 for file in files)
@@ -147,7 +154,7 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
 def _walk(directory: Path) -> Iterator[Path]:
     """The files below a directory, also those of directories that symbolic links point to."""
     seen = set()
-    for folder, folders, names in os.walk(directory, followlinks=True):
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=_raise):
         if (place := os.path.realpath(folder)) in seen:
             folders.clear()  # a link to a directory that was read already, perhaps to one above it
             continue
@@ -155,9 +162,20 @@ def _walk(directory: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _match(pattern: Path) -> Iterator[Path]:
+    """The files that match. Raises PermissionError for a directory that must be searched: `glob` leaves it out."""
     root = Path(pattern.anchor)
-    return (path for path in root.glob(str(pattern.relative_to(root))) if not path.is_dir())
+    parts = pattern.relative_to(root).parts
+    for number, part in enumerate(parts):
+        if {"*", "?"} & set(part):
+            for directory in root.glob("/".join(parts[:number])) if number else [root]:
+                if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+    return (path for path in root.glob("/".join(parts)) if not path.is_dir())
 
 
 def _choose(origin: Path, paths: Iterable[Path], options: Options) -> tuple[list[Path], list[str]]:
@@ -304,25 +322,33 @@ def _hash_once(files: list[Path], cache_dir: Path) -> str:
     """SHA-256 over the contents of files. A file with the status of an earlier call is not read again.
 
     The status is device, inode, size and both times. The system sets ctime at every change, and no program can set it
-    back. A file that changed a moment ago is not remembered, because its next change might get the same time.
+    back. A file that changed a moment ago is not remembered, because its next change might get the same time. Its times
+    are of the clock of its file system, which may be a server's. That clock is known only if the cache is on it, too.
     """
     path = cache_dir / "hashes.json"
     if path.exists():
         require_trusted(path, cache_dir)
-    with _writing(cache_dir):
-        lock = FileLock(cache_dir / "hashes.lock").acquire()
-    with lock:
+    with ExitStack() as lock:
+        with _writing(cache_dir):
+            lock.enter_context(locked(cache_dir / "hashes.lock"))
         known: dict[str, Any] = {}
-        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # a damaged file counts as none
+        with (
+            _writing(cache_dir),
+            suppress(FileNotFoundError, ValueError, TypeError, AttributeError),
+        ):  # a damaged file counts as none
             known = {name: (facts, str(content)) for name, (facts, content) in load_json(path.read_bytes()).items()}
         hashes = []
+        with _writing(cache_dir):
+            os.utime(cache_dir / "hashes.lock")  # sets the time of the clock of this file system
+            clock = (cache_dir / "hashes.lock").stat()
+        now, device = min(clock.st_mtime, time.time()), clock.st_dev
         for file in tqdm(files, "Hashing files", unit="file", delay=1, disable=None):
-            now, status = time.time(), file.stat()
+            status = file.stat()
             facts = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             before, content = known.get(str(file.resolve()), ([], ""))
             if before != facts:
                 content = _hash([file])
-                if now - status.st_ctime > SETTLED:
+                if now - status.st_ctime > (SETTLED if status.st_dev == device else SETTLED_ELSEWHERE):
                     known[str(file.resolve())] = facts, content
             hashes.append(content)
         with _writing(cache_dir):
@@ -337,7 +363,7 @@ def _writing(cache_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OptionError(
-            f"data_cache_dir {cache_dir}: {error.strerror or error}; pass a directory with more room"
+            f"data_cache_dir {cache_dir}: {error.strerror or error}; pass {other_place(error)}"
         ) from error
 
 
@@ -350,6 +376,10 @@ def _hash(files: list[Path]) -> str:
     """SHA-256 over the suffixes and contents of files."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{file_format(path)} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+        try:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # that of a read does not name its file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        digest.update(f"{file_format(path)} {content}".encode())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ Shapes: B prompts, T tokens of a sequence, D hidden size, V vocabulary, K candid
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,18 @@ MULTIPLE = 16  # of tokens: float8 needs it
 
 
 def sample(
-    wrapped: nn.Module, data: Data, tokenizer: PreTrainedTokenizerBase, options: Options, device: torch.device
+    wrapped: nn.Module,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+    device: torch.device,
+    stop: Callable[[], bool],
 ) -> list[dict[str, str]]:
     """The completions of `data.prompts`, as {"prompt", "completion"}; equal on all ranks. Every rank must call.
 
     Each evaluation draws with the same random numbers, of a generator of its own: texts differ because the model does,
     on any topology up to rounding, and training draws what it would draw without samples. `wrapped` is left in training
-    mode.
+    mode. Ends early once `stop` is true, which must be equal on all ranks; the completions are cut then.
     """
     prompts: tuple[Prompt, ...] = broadcast_object(data.prompts)  # a file may differ between nodes
     stops = {*data.stop_tokens, tokenizer.eos_token_id}
@@ -47,7 +52,8 @@ def sample(
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            written = _generate(wrapped, [prompt.tokens for prompt in batch], start, stops, data, options, device)
+            inputs = [prompt.tokens for prompt in batch]
+            written = _generate(wrapped, inputs, start, stops, data, options, device, stop)
             for prompt, tokens in zip(batch, written, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 samples.append({"prompt": prompt.text, "completion": text})
@@ -63,6 +69,7 @@ def _generate(
     data: Data,
     options: Options,
     device: torch.device,
+    stop: Callable[[], bool],
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt, without the token that stopped it. `first` is their number.
 
@@ -80,7 +87,7 @@ def _generate(
     written: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     for position in range(new_tokens):
-        if all(done):
+        if all(done) or stop():
             break
         sequences = [prompt + tokens for prompt, tokens in zip(prompts, written, strict=True)]
         values_BK, tokens_BK = _candidates(wrapped, sequences, padded, data.packing == "documents", options, device)

@@ -97,7 +97,6 @@ class Recorder:
         self.writes = rank == 0
         self.failures: list[OptionError] = []  # of writes; the loop tells the other ranks
         self.path = Path(options.output_dir) / "metrics.jsonl"
-        self.options, self.description = options, ""
         self.device = device
         self.plan = plan
         self.objective = options.objective
@@ -116,12 +115,22 @@ class Recorder:
         traces = options.trace_steps and self.writes
         self.trace = Trace(options.trace_steps, self.path.parent, self.failures) if traces else None
 
-    def start(self, step: int, tokens_seen: int, wrapped: nn.Module, layers: list[nn.Module]) -> None:
-        """Begin after `step` steps. Later records, which an interrupted run has left, are removed.
+    def start(
+        self,
+        description: str,
+        step: int,
+        tokens_seen: int,
+        evaluation_due: bool,
+        wrapped: nn.Module,
+        layers: list[nn.Module],
+    ) -> None:
+        """Print the start block and begin after `step` steps, whose evaluation may be due.
 
+        Later records, which an interrupted run has left, are removed.
         The forward passes of `wrapped` count as micro-steps, for the report of a hang (runtime/hang/watch.py). The
         decoder `layers` are timed, to find a slow rank.
         """
+        self.print(description)
         self.stragglers = Stragglers(layers, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)
         self.steps_done = self.activity.step = step
@@ -135,22 +144,17 @@ class Recorder:
         self.started = time.perf_counter()
         if self.writes:
             with noting(self.failures, self.path):
-                drop_records_beyond(self.path, step)
+                drop_records_beyond(self.path, step, evaluation_due)
             if self.options.trackers:
                 with noting(self.failures, self.path.parent):
                     self.trackers = Trackers(self.options, self._facts(), step, self._warn)
                     at_exit(self.trackers.finish)
             ranks, options = dist.get_world_size(), masked_options(self.options)
             plan = {"ranks": ranks, "total_steps": self.plan.total_steps, "options": options}
-            self._event("start", **plan, description=self.description)
+            self._event("start", **plan, description=description)
             self.activity.report_failure = lambda message: self._event("failure", message=message)
         if self.trace:
             self.trace.start(step)
-
-    def describe(self, description: str) -> None:
-        """Print the start block, and keep it for the record of the start in events.jsonl."""
-        self.description = description
-        self.print(description)
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """Yield `batches`, and measure the time to get each."""
@@ -234,8 +238,13 @@ class Recorder:
         self.started, self.tokens_at_last_record, self.step_at_last_record = now, self.tokens_seen, step
         self.waited = self.evaluating = self.saving = 0.0
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a record of an evaluation: the metrics of all validation sets, by name; no record without any."""
+    def evaluation(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Write a record of an evaluation: the metrics of all validation sets, by name; no record without any.
+
+        None: a signal has ended it.
+        """
+        if metrics is None:
+            self.print(f"step {step}: a signal ended the evaluation; the resumed run begins with it")
         if not metrics:
             return
         self._write(step, **metrics)

@@ -19,10 +19,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def drop_records_beyond(path: Path, step: int) -> None:
+def drop_records_beyond(path: Path, step: int, evaluation_due: bool = False) -> None:
     """Keep only the records of the first `step` steps; none for step 0. The file is replaced in one rename.
 
-    Raises OSError.
+    With `evaluation_due`, the evaluation after `step` comes again, and its record goes, too. Raises OSError.
     """
     kept = [record for record in read_records(path) if record["step"] <= step] if step else []
+    if evaluation_due:
+        kept = [record for record in kept if record["step"] < step or "loss" in record]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

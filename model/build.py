@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
+    StoppingCriteriaList,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,7 +39,9 @@ from parallel.checks import (
     check_tensor_parallel,
 )
 from parallel.group import map_hidden_states
+from runtime.files import require_readable
 from runtime.limits import limited
+from runtime.signals import stop_requested
 
 SECONDS, GIBIBYTES = (
     100.0,
@@ -54,6 +57,8 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     """
     option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
+    for path in {Path(each).expanduser() for each in (name, options.tokenizer_name) if each}:
+        require_readable(option if str(path) == name else "tokenizer_name", path)
     config = _load_config(option, name, options.trust_remote_code) if name else None
     tokenizer = _load_tokenizer(options)
     if config is None:
@@ -229,14 +234,17 @@ def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
 def generate_completion(options: Options, new_tokens: int = 48) -> str:
     """The completion of `options.prompt` by the exported model, which is loaded with transformers.
 
-    Sampled with a fixed seed, on the CPU, because the GPU may have no memory for a second model.
+    Sampled with a fixed seed, on the CPU, because the GPU may have no memory for a second model. A signal ends it.
     """
     tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
     model = load_finished(options.output_dir, options.trust_remote_code)
     prompt_BT = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
+    stopped = StoppingCriteriaList([lambda ids_BT, _: torch.full(ids_BT.shape[:1], stop_requested())])
     output_BT = model.generate(
-        **prompt_BT, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0
+        **prompt_BT,
+        **{"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.7, "top_k": 50, "pad_token_id": 0},
+        stopping_criteria=stopped,
     )
     completion = tokenizer.decode(output_BT[0], skip_special_tokens=True)
     return f"--- completion of {options.prompt!r} ---\n{completion}\n---"

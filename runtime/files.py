@@ -3,6 +3,7 @@
 Others may write to the directory, too. A link would lead a write elsewhere, and a pipe or a device would never end.
 """
 
+import contextlib
 import errno
 import functools
 import grp
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.errors import OptionError
+from config.errors import OptionError, naming
 
 
 def regular_file(path: str, flags: int) -> int:
@@ -33,6 +34,17 @@ def regular_file(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
     return descriptor
+
+
+def require_readable(option: str, path: Path, pattern: str = "*") -> None:
+    """Refuse a path, or one of those below it that match, which this user may not read. Raises OptionError.
+
+    Libraries say of such a file that it does not exist, or leave it out. A path that does not exist is not refused.
+    """
+    for each in (path, *path.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError), naming(option, each):
+            if not os.access(each, os.R_OK):
+                os.close(os.open(each, os.O_RDONLY | os.O_NONBLOCK))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -8,6 +8,8 @@ restarted rank is another process. The keys of the store:
     group/CALL               the processes of all ranks, in order of rank: they form a process group of this name
     stop/CALL                why this process group is broken
     failed                   why a rank that belongs to no process group has failed, and will not be restarted
+    place/RANK               where a rank is that has not met the others yet
+    waiting                  the process that says that rank 0 is waited for
 """
 
 import json
@@ -23,10 +25,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from runtime.hang import waiting
+from runtime.hang.stacks import place_of_main
+
 INTERVAL = 1.0  # seconds between two looks at the store
 GRACE = 6.0  # seconds from hearing of a failure to the end of a rank, in which its launcher or its own error may end it
 LINGER = 10.0  # seconds in which a rank that fails waits until all others have heard of it
-PATIENCE = timedelta(seconds=60)  # after which rank 0 names the ranks that it waits for
+NAMED = 8  # ranks that a message names; it counts the others
 RECONNECT = timedelta(seconds=5)
 
 
@@ -62,13 +67,15 @@ class Peers:
         if self.size == 1:
             return dist.HashStore()
         deadline = time.monotonic() + timeout.total_seconds()
-        if not self.connected.wait(timeout.total_seconds()):
-            raise dist.DistStoreError(f"no connection within {timeout.total_seconds():.0f} seconds")
+        with waiting.explained(self._who_hosts):
+            if not self.connected.wait(timeout.total_seconds()):
+                raise dist.DistStoreError(f"no connection within {timeout.total_seconds():.0f} seconds")
         if self.error:
             raise self.error
         self.store.set_timeout(timeout)
         try:
-            self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
+            with waiting.explained(self._who_is_missing):
+                self.group = self._call(timeout) if self.rank == 0 else self._answer(deadline)
         except dist.DistError:
             if self.heard:  # the store has ended with the rank that failed
                 self._end()
@@ -86,6 +93,14 @@ class Peers:
                 self._stop(self._key(), message, exit_code)
                 self.watched.add(f"{self._key()}/told", 1)
 
+    def end_if_signaled(self) -> None:
+        """End this rank if a signal has ended another one, as it has told. It is why a collective of this one fails."""
+        if self.size > 1 and self.connected.is_set() and not self.error:
+            with suppress(dist.DistError):
+                self.heard = self.heard or json.loads(_read(self.watched, self._key()) or "{}")
+            if self.heard.get("code", 0) > 128:
+                self._end(**self.heard)
+
     def linger(self) -> None:
         """Wait until all ranks know of the failure that this one has reported: the store may end with this process."""
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
@@ -102,18 +117,53 @@ class Peers:
         answers = [f"answer/{self.process}/{rank}" for rank in range(self.size)]
         self.store.set(answers[0], self.process)
         self.store.set("call", self.process)
-        if missing := self._missing(answers, min(PATIENCE, timeout)):
-            print(f"waiting for ranks {missing}: they still prepare data, or were killed", file=sys.stderr, flush=True)
-            if missing := self._missing(answers, timeout):
-                raise dist.DistStoreError(f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s")
+        with suppress(dist.DistStoreError):
+            self.store.wait(answers, timeout)
+        if missing := self._missing(self.store):
+            raise dist.DistStoreError(f"no answer from ranks {missing} within {timeout.total_seconds():.0f} s")
         self.store.set(f"group/{self.process}", json.dumps([self.store.get(answer).decode() for answer in answers]))
         return self.process
 
-    def _missing(self, answers: list[str], timeout: timedelta) -> list[int]:
-        """The ranks that have not answered within `timeout`."""
-        with suppress(dist.DistStoreError):
-            self.store.wait(answers, timeout)
-        return [rank for rank, answer in enumerate(answers) if not self.store.check([answer])]
+    def _missing(self, store: dist.Store) -> list[int]:
+        """The ranks that have not answered the call of this process, which is rank 0."""
+        return [rank for rank in range(self.size) if not store.check([f"answer/{self.process}/{rank}"])]
+
+    def _who_hosts(self) -> str:
+        """A message, once on each node: the store of the ranks cannot be reached."""
+        address, host = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", int(not _has_agent())
+        # On the node of rank 0, where rank 0 may be waited for, its next rank says it.
+        if os.environ["LOCAL_RANK"] != str(host if self.rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else 0):
+            return ""
+        return f"waiting for {'rank 0' if host else 'torchrun'}, which has not opened {address} yet"
+
+    def _who_is_missing(self) -> str:
+        """A message of rank 0, or of one rank that waits for it: who has not come, and what they do."""
+        with suppress(dist.DistError):
+            if self.rank == 0:
+                ranks = self._missing(self.watched)
+            elif (call := _read(self.watched, "call")) and not _read(self.watched, f"group/{call}"):
+                return ""  # rank 0 has come, and says who is waited for
+            else:
+                first = self.watched.compare_set("waiting", "", self.process).decode()
+                ranks = [0] if first == self.process else []
+            more = f"; and {len(ranks) - NAMED} more" if ranks[NAMED:] else ""
+            return f"waiting for {'; '.join(self._places(ranks[:NAMED]))}{more}" if ranks else ""
+        return ""
+
+    def _places(self, ranks: list[int]) -> list[str]:
+        """Where ranks are that have not met the others, in words. Takes some seconds, in which they say it."""
+        keys = [f"place/{rank}" for rank in ranks]
+        before = [_read(self.watched, key) for key in keys]
+        for key in keys:
+            self.watched.delete_key(key)
+        time.sleep(5 * INTERVAL)
+        words = []
+        for rank, key, was in zip(ranks, keys, before, strict=True):
+            place, gone = _read(self.watched, key), f"which does not run any more, or is stopped, and was in {was}"
+            words.append(
+                f"rank {rank}, {f'which is in {place}' if place else gone if was else 'which has not started'}"
+            )
+        return words
 
     def _answer(self, deadline: float) -> str:
         answered, pause = "", 0.01
@@ -139,6 +189,9 @@ class Peers:
         finally:
             self.connected.set()
         while not self.failing:
+            if not self.group:
+                with suppress(dist.DistError):
+                    self.watched.set(f"place/{self.rank}", f"{place_of_main()[0].where} on {socket.gethostname()}")
             time.sleep(INTERVAL)
             self.heard = self._failure()
             if self.heard:

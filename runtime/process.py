@@ -7,13 +7,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import transformers
 
-from config.errors import OptionError, first_line
+from config.errors import BROKEN, DENIED, OptionError, first_line, unusable
 from runtime.gpus import require_usable_gpu
 from runtime.hang.watch import ACTIVITY, explain_failure
 from runtime.launcher import rank_from_environment
@@ -54,8 +55,11 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
     try:
         rank_from_environment()
         peers = join()
+        signals.tell_ranks = peers.report
         exit_code = main(sys.argv[1:])
     except Exception as error:
+        if peers:
+            peers.end_if_signaled()
         if explain_failure(error):  # another rank is the cause, and a message names it
             _tell("another rank failed, or was not reached")
             exit_process(1)
@@ -98,6 +102,8 @@ def _mistake(error: Exception) -> OptionError | None:
             f"{error.filename or 'a file'}: {error.strerror}\n"
             "make room in output_dir, in data_cache_dir and for temporary files"
         )
+    if isinstance(error, OSError) and (error.errno in BROKEN or (error.errno in DENIED and error.filename)):
+        return unusable(_option_of(str(error.filename or "")), "a file", error)
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not dist.is_initialized():
         place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -117,6 +123,14 @@ def at_exit(function: Callable[[int], None]) -> None:
 
 
 _at_exit: list[Callable[[int], None]] = []
+
+
+def _option_of(path: str) -> str:
+    """The option of the command line whose value is `path` or a directory above it; "" if none is."""
+    for word, value in zip(sys.argv[1:], sys.argv[2:], strict=False):
+        if word.startswith("--") and Path(path).absolute().is_relative_to(Path(value).absolute()):
+            return word.removeprefix("--")
+    return ""
 
 
 def exit_process(exit_code: int) -> NoReturn:

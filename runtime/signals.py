@@ -5,22 +5,24 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from runtime.parent import follow_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+TELLING = 2.0  # seconds in which a rank that ends tells the others
 FORWARDED = 1.0  # seconds: a second SIGINT within them is the first one again, forwarded by torchrun
 
 
 class Signals:
     """What signals have asked of this process. The loop reads it in each step, and tells the other ranks.
 
-    SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP) stop the run after its step. Before the loop there is
-    nothing to save, so they end the process at once. SIGUSR1 and SIGUSR2 save a checkpoint after the step, and the loop
-    clears `save` then. Later signals change nothing, because a batch system sends SIGTERM to all processes, and
-    torchrun forwards its own to them. Only a second Ctrl-C ends the process.
+    SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP) stop the run after its step. They end an evaluation
+    (loss/evaluation.py). Before the loop there is nothing to save, so they end the process at once. SIGUSR1 and SIGUSR2
+    save a checkpoint after the step, and the loop clears `save` then. Later signals change nothing, because a batch
+    system sends SIGTERM to all processes, and torchrun forwards its own to them. Only a second Ctrl-C ends the process.
 
     A thread reads the signals. Python calls a handler only between two instructions of the main thread, which may wait
     for minutes in C++: for other ranks that have not started yet, or for a collective.
@@ -29,6 +31,8 @@ class Signals:
     def __init__(self) -> None:
         self.stop = self.save = False
         self.deferred = False  # the loop runs, so signals wait for the end of a step
+        self.finishing = False  # the finished model is exported, which no signal interrupts
+        self.tell_ranks: Callable[[str, int], None] | None = None  # that this one ends, and with which exit code
         self.stopped_by, self.stopped_at = signal.SIGTERM, 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -61,11 +65,17 @@ class Signals:
     def _ask_to_stop(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if not self.deferred:
-            _tell(f"{number.name}: ended before the first step, there is nothing to save")
+            text = f"{number.name}: ended before the first step, there is nothing to save"
+            _tell(text)
+            if self.tell_ranks:
+                telling = threading.Thread(target=self.tell_ranks, args=(text, 128 + number), daemon=True)
+                telling.start()
+                telling.join(TELLING)
             os._exit(128 + number)
         if not self.stop:
             self.stopped_by, self.stopped_at, self.stop = number, now, True
-            _tell(f"{number.name}: a checkpoint after this step, then the end; a second Ctrl-C ends the run at once")
+            what = "the finished model is written" if self.finishing else "a checkpoint after this step"
+            _tell(f"{number.name}: {what}, then the end; a second Ctrl-C ends the run at once")
         elif number == signal.SIGINT and now > self.stopped_at + FORWARDED:
             os._exit(128 + number)  # not by the signal itself, because the first process of a container ignores it
 
@@ -75,6 +85,11 @@ def answer_signals() -> Signals:
     global _signals
     _signals = _signals or Signals()
     return _signals
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to stop after its step. Other ranks may not know of it."""
+    return _signals is not None and _signals.stop
 
 
 def defer_signals() -> Signals:

@@ -6,6 +6,7 @@ are refused here.
 """
 
 import contextlib
+import faulthandler
 import io
 import os
 import resource
@@ -26,6 +27,7 @@ THREADS = 32  # and those of the tokenizer (one for each core) and of torch (OMP
 def start_process() -> None:
     """Open closed streams, answer signals, and raise the limits of this process. Exits with 2 if they are too low."""
     _open_streams()
+    faulthandler.enable()  # a bus error, as when the disk of a mapped file fails, prints the Python stack
     answer_signals()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):

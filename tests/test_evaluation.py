@@ -160,6 +160,7 @@ def evaluated(options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     data = prepare_data(options, tokenizer)
     recorder = Recorder(options, Plan(64, 1, 1, 1, 1), 0, torch.device("cpu"), None)
     metrics = evaluate(TwoNats(), data, tokenizer, options, recorder)
+    assert metrics is not None
     recorder.evaluation(0, metrics)
     return metrics
 

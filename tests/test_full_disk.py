@@ -135,7 +135,7 @@ def test_full_at_every_point(
 
     def log(number: int) -> None:
         recorder = Recorder(options, plan, 0, torch.device("cpu"), None)
-        recorder.start(1, 0, model, decoder_layers(model))
+        recorder.start("", 1, 0, False, model, decoder_layers(model))
         recorder.evaluation(2, {"eval_perplexity": 1.0, **{f"eval_{name}": 1.0 for name in range(400)}})
         Saver(options, recorder.failures).wait()
 

@@ -83,12 +83,12 @@ class Watch:
         self.patience = min(PATIENCE, timeout / 2)
         self.rank, world_size = dist.get_rank(), dist.get_world_size()
         machine = stacks.machine()
-        self.me = Peer(socket.gethostname(), machine, os.getpid(), stacks.started(os.getpid()), time.time())
+        self.me = Peer(socket.gethostname(), machine, os.getpid(), stacks.started(os.getpid()), time.monotonic())
         if self.rank == 0:
             self._prepare_directory()
         self.peers: list[Peer] = [self.me] * world_size
         dist.all_gather_object(self.peers, self.me)
-        self.met = time.time()
+        self.met = time.monotonic()
         self.store = dist.PrefixStore("watch", _get_default_store().clone())  # type: ignore[attr-defined]
         self.asking: threading.Thread | None = None  # waits for an answer of the store
         self.place, self.key = stacks.Place("", "", False), (0, 0)
@@ -188,7 +188,7 @@ class Watch:
         """Send a beat. Returns whether a rank has found a hang."""
         waited = time.monotonic() - self.since
         place, step, children = self.place, ACTIVITY.step, ", ".join(stacks.stuck_children().values())
-        beat = Beat(self.rank, step, str(ACTIVITY), *place, waited, time.time(), self.failure, children)
+        beat = Beat(self.rank, step, str(ACTIVITY), *place, waited, time.monotonic(), self.failure, children)
         text = json.dumps(dataclasses.asdict(beat))
 
         def send() -> bool:
@@ -260,8 +260,9 @@ class Watch:
         texts = self._ask(read)
         for rank, (text, peer) in enumerate(zip(texts or [""] * len(self.peers), self.peers, strict=True)):
             beat = Beat(**json.loads(text)) if text else Beat(rank, 0, "", "", "", False, 0.0, peer.time)
-            # The clocks of nodes differ. When the ranks met, all looked at their clocks.
-            beat.silent = time.time() - self.met + peer.time - beat.time
+            # Each node has a clock of its own. When the ranks met, all looked at their clocks. It is the monotonic one,
+            # because somebody may set the other one.
+            beat.silent = time.monotonic() - self.met + peer.time - beat.time
             if texts is None:
                 beat.silent = math.inf
             if self._sees(peer):

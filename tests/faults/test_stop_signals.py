@@ -5,6 +5,7 @@ tests/test_signals.py and test_saving.py have the phases of the loop: steps, eva
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoint.load import problems
+from metrics import Recorder
 from metrics.records import read_records
+from runtime import stop_requested
 from tests.faults.test_batch_systems import processes_of, same_curve, steps_of, wait_for
 from tests.kills import at_line
 from tests.launch import ROOT, Ranks, train, train_ok
+from tests.test_resume import equal_to_the_bit, trajectory
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 NOTHING_TO_SAVE = "ended before the first step, there is nothing to save\n"
@@ -154,6 +159,36 @@ def wait_for_cpp(pid: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        pytest.param("train.py", "model = build_model(", id="the other waits for it"),
+        pytest.param("train.py", "load_weights(model", id="weights", marks=pytest.mark.slow),
+        pytest.param("loss/evaluation.py", "totals[0] +=", id="the evaluation before the first step"),
+    ],
+)
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank alone before the first step, without a launcher that ends the others",
+    "all ranks end within seconds with the exit code of the signal, and say which rank had it",
+)
+def test_one_rank_before_the_loop(tiny: list[object], tmp_path: Path, file: str, line: str, rank: int) -> None:
+    outcome = train(
+        2, [*tiny, "--output_dir", tmp_path, "--max_steps", 2], before=partial(signal_rank, rank, file, line)
+    )
+    assert outcome.exit_codes == [128 + TERM] * 2, outcome.output
+    assert "Traceback" not in outcome.output
+    if rank == 1:
+        host = socket.gethostname()
+        assert outcome.output.endswith(f"train.py: error: rank 1 on {host}: SIGTERM: {NOTHING_TO_SAVE}")
+
+
+def signal_rank(rank: int, file: str, line: str) -> None:
+    """Patch a rank: it gets SIGTERM at that line."""
+    at_line(file, line, 1, rank, lambda: os.kill(os.getpid(), TERM))
+
+
 def keep_waiting(waiting: Path, ended: Path) -> None:
     """Patch the ranks: rank 1 writes `waiting` as it begins to wait; rank 0 does not come before `ended` exists."""
 
@@ -164,6 +199,67 @@ def keep_waiting(waiting: Path, ended: Path) -> None:
     for rank, act in ((0, hold), (1, waiting.touch)):
         if os.environ["RANK"] == str(rank):
             at_line("train.py", "dist.init_process_group(", 1, rank, act)
+
+
+def slow_evaluation(evaluation: int, batches: int, count: Path) -> None:
+    """Patch both ranks: rank 1 gets SIGTERM in the second micro-batch of an evaluation, whose later ones take a second.
+
+    `evaluation` counts from 1; each has `batches` micro-batches. Rank 0 writes a byte to `count` for each of them.
+    """
+    rank, seen = int(os.environ["RANK"]), 0
+
+    def hook(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal seen
+        if torch.is_grad_enabled():
+            return
+        seen += 1
+        if rank == 0:
+            with count.open("a") as file:
+                file.write(".")
+        into = seen - batches * (evaluation - 1)
+        if into == 2 and rank == 1:
+            os.kill(os.getpid(), TERM)
+        if into >= 2:
+            threading.Event().wait(1)
+
+    start = Recorder.start
+
+    def patched(self: Recorder, step: int, tokens: int, due: bool, wrapped: torch.nn.Module, *rest: Any) -> None:
+        wrapped.register_forward_pre_hook(hook)
+        start(self, step, tokens, due, wrapped, *rest)
+
+    Recorder.start = patched  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [pytest.param(2, id="in the middle"), pytest.param(4, id="after the last step", marks=pytest.mark.slow)],
+)
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank in an evaluation that takes longer than the grace of a launcher or a batch system",
+    "all ranks leave the evaluation and save the step; the resumed run evaluates first, and is the unbroken one",
+)
+def test_in_a_long_evaluation(tiny: list[object], tmp_path: Path, evaluation: int) -> None:
+    run, count = tmp_path / "run", tmp_path / "count"
+    argv = [*tiny, "--per_device_eval_batch_size", 1, "--max_steps", 12, "--eval_steps", 4, "--save_steps", 4]
+    argv += ["--load_best_model_at_end", "--resume_from_checkpoint", "auto", "--seed", 3]
+    train_ok(2, *argv, "--output_dir", tmp_path / "unbroken")
+    batches = 25  # of an evaluation, on each rank
+    outcome = train(2, [*argv, "--output_dir", run], before=partial(slow_evaluation, evaluation, batches, count))
+    last = 4 * (evaluation - 1)
+    assert outcome.exit_codes == [128 + TERM] * 2, outcome.output
+    assert f"step {last}: a signal ended the evaluation; the resumed run begins with it\n" in outcome.output
+    assert f"stopped by a signal after step {last}; continue with" in outcome.output
+    assert count.stat().st_size - batches * (evaluation - 1) <= 4, "the evaluation went on"
+    assert problems(run / f"checkpoint-{last}") == []
+    assert not list(run.glob("*.safetensors"))
+    for _ in range(2):  # a resumed run may be interrupted, too, and evaluate again
+        train_ok(2, *argv, "--output_dir", run)
+        assert trajectory(run) == trajectory(tmp_path / "unbroken")
+    if last < 12:
+        assert equal_to_the_bit(run / "checkpoint-12", tmp_path / "unbroken" / "checkpoint-12")
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "unbroken" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +281,31 @@ def test_after_the_loop(tiny: list[object], tmp_path: Path, line: str) -> None:
     assert "Traceback" not in outcome.output
     assert (tmp_path / "model.safetensors").exists()
     assert problems(tmp_path / "checkpoint-2") == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "process", "SIGTERM while the finished model completes `--prompt`", "the completion ends early, exit code 0"
+)
+def test_in_the_completion(tiny: list[object], tmp_path: Path) -> None:
+    argv = [*tiny, "--output_dir", tmp_path, "--max_steps", 2, "--prompt", "the"]
+    outcome = train(1, argv, before=signal_completion)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "SIGTERM: the finished model is written, then the end" in outcome.output
+    completion = outcome.output.partition("--- completion of 'the' ---\nthe")[2].partition("\n---")[0]
+    assert 0 < len(completion) < 30, "more than one token"
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def signal_completion() -> None:
+    """Patch a rank: it gets SIGTERM before the first token of the completion, and goes on once it has noted it."""
+
+    def act() -> None:
+        os.kill(os.getpid(), TERM)
+        while not stop_requested():
+            time.sleep(0.01)
+
+    at_line("model/build.py", "output_BT = model.generate(", 1, 0, act)
 
 
 @pytest.mark.slow
