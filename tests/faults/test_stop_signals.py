@@ -224,9 +224,11 @@ def slow_evaluation(evaluation: int, batches: int, count: Path) -> None:
 
     start = Recorder.start
 
-    def patched(self: Recorder, step: int, tokens: int, due: bool, wrapped: torch.nn.Module, *rest: Any) -> None:
+    def patched(
+        self: Recorder, text: str, step: int, tokens: int, due: bool, wrapped: torch.nn.Module, *rest: Any
+    ) -> None:
         wrapped.register_forward_pre_hook(hook)
-        start(self, step, tokens, due, wrapped, *rest)
+        start(self, text, step, tokens, due, wrapped, *rest)
 
     Recorder.start = patched  # type: ignore[assignment,method-assign]
 
