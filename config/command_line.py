@@ -36,6 +36,8 @@ SEE_HELP = "`python train.py --help` lists every option"
 
 TYPES = get_type_hints(Options)
 
+SEVERAL_WORDS = ("lora_target_modules", "target_modules")  # TRL and ms-swift take their values without commas, too
+
 
 def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Options:
     """Read options from `argv`: `--name value` pairs, and names of run files between them, also after --config.
@@ -117,6 +119,8 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             if not follows and not switch and name != "deepspeed":  # a switch beside deepspeed_config
                 raise OptionError(f"argument --{name}: expected one argument\n{SEE_HELP}")
             value = words.popleft() if follows else "true"
+            while name in SEVERAL_WORDS and words and _is_value(words[0]) and Path(words[0]).suffix not in RUN_FILES:
+                value += f",{words.popleft()}"
         if name == "config":
             files.append(value)
         else:
