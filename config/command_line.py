@@ -37,6 +37,9 @@ SEE_HELP = "`python train.py --help` lists every option"
 
 TYPES = get_type_hints(Options)
 
+# Options whose values peers separate by spaces, too.
+SEVERAL_WORDS = ("lora_target_modules", "target_modules", "report_to")
+
 
 def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Options:
     """Read options from `argv`: `--name value` pairs, and names of run files between them, also after --config.
@@ -120,7 +123,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             if not follows and not switch and name != "deepspeed":  # a switch beside deepspeed_config
                 raise OptionError(f"argument --{name}: expected one argument\n{SEE_HELP}")
             value = words.popleft() if follows else "true"
-            while name == "report_to" and words and words[0] in TRACKERS:  # transformers has spaces between them
+            while name in SEVERAL_WORDS and words and _is_value(words[0]) and Path(words[0]).suffix not in RUN_FILES:
                 value += f",{words.popleft()}"
         if name == "config":
             files.append(value)

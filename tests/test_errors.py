@@ -413,7 +413,11 @@ def test_resume_auto_among_checkpoints_of_another_trainer(model_dir: Path, tmp_p
 
 @pytest.mark.parametrize("more", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}], ids=str)
 @pytest.mark.parametrize(
-    "name", ["checkpoint-500/trainer_state.json", "model.safetensors", "config.json", "metrics.jsonl"]
+    "name",
+    [
+        *("checkpoint-500/trainer_state.json", "model.safetensors", "config.json", "metrics.jsonl"),
+        "adapter_model.safetensors",
+    ],
 )
 def test_files_of_another_program_stay(model_dir: Path, tmp_path: Path, name: str, more: dict[str, Any]) -> None:
     """A run would replace them, so it is refused, whatever is asked for; no remedy deletes them."""
@@ -446,7 +450,7 @@ def test_overwrite_deletes_what_this_trainer_wrote(finished: Path, tmp_path: Pat
     """All files of a run, also of one that is damaged or was deleted in part, and no file of the user."""
     mine = [
         *("notes.txt", "ledger/notes.txt", "checkpoint-2-backup/manifest.json", "checkpoint-x/a", "step-1/.metadata"),
-        *("pytorch_model.bin", "adapter_model.safetensors", "runs/events.out.tfevents.1"),
+        *("pytorch_model.bin", "adapter.safetensors", "runs/events.out.tfevents.1"),
     ]
     theirs = ["ledger/rank-0.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.1", "trace/steps-1-2.json"]
     run = tmp_path / "run"

@@ -203,6 +203,10 @@ def test_docs_have_the_table() -> None:
             ["--finetuning_type", "lora", "--lora_rank", 8, "--lora_target", "q_proj,v_proj"],
             {"use_peft": True, "lora_r": 8, "lora_target_modules": "q_proj,v_proj"},
         ),
+        (
+            ["--lora_target_modules", "q_proj", "v_proj", "--use_peft"],
+            {"use_peft": True, "lora_target_modules": "q_proj,v_proj"},
+        ),
         (["--packing"], {"packing": "documents"}),
         (["--packing", "true", "--packing_strategy", "wrapped"], {"packing": "concat"}),
         (["--packing", "False"], {"packing": "none"}),
