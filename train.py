@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
     # === 5. The loop: one optimizer step per iteration. =============================================================
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
-    for step in runtime.collect_at_set_steps(range(progress.step + 1, plan.total_steps + 1)):  # Python's garbage
+    for step in range(progress.step + 1, plan.total_steps + 1):
         if selection.over:
             recorder.print(selection.reason())
             break

@@ -11,13 +11,12 @@ import gc
 import runpy
 import statistics
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-import runtime
+import metrics.recorder
 from runtime.garbage import INTERVAL
 
 PYTHONS, OURS = "Python's own", "set steps"
@@ -27,7 +26,7 @@ class Meter:
     """The times of steps and of collections, for each way."""
 
     def __init__(self) -> None:
-        self.way, self.began = PYTHONS, 0.0
+        self.way, self.began, self.since = PYTHONS, 0.0, 0.0
         self.steps: dict[str, list[float]] = {PYTHONS: [], OURS: []}
         self.collections: dict[str, list[float]] = {PYTHONS: [], OURS: []}
         gc.callbacks.append(self._collection)
@@ -38,27 +37,27 @@ class Meter:
         else:
             self.collections[self.way].append(time.perf_counter() - self.began)
 
-    def take_turns(self, steps: Iterable[int]) -> Iterator[int]:
-        """Yield `steps`, with both ways in turns. The first block of each is not measured, because it warms up."""
-        numbers = list(steps)
-        blocks = [numbers[first : first + INTERVAL] for first in range(0, len(numbers), INTERVAL)]
-        gc.collect()
-        for index, block in enumerate(blocks):
-            self.way = (PYTHONS, OURS)[index % 2]
+    def step(self, step: int, first: int) -> None:
+        """In place of collect_at_set_steps: both ways take turns. Their first blocks, which warm up, do not count."""
+        now, block = time.perf_counter(), (step - first) // INTERVAL
+        if step == first:
+            gc.collect()
+        last = (step - first) % INTERVAL == INTERVAL - 1
+        if self.way == OURS and last:
+            gc.collect()
+            now = time.perf_counter()
+        if step != first:
+            self.steps[self.way].append(now - self.since)
+        if last and block < 2:
+            self.steps[self.way], self.collections[self.way] = [], []
+        if last:
+            gc.enable()
+            gc.unfreeze()
+            self.way = (PYTHONS, OURS)[(block + 1) % 2]
             if self.way == OURS:
                 gc.freeze()
                 gc.disable()
-            for step in block:
-                begun = time.perf_counter()
-                yield step
-                if self.way == OURS and step == block[-1]:
-                    gc.collect()
-                self.steps[self.way].append(time.perf_counter() - begun)
-            gc.enable()
-            gc.unfreeze()
-            if index < 2:
-                self.steps[self.way], self.collections[self.way] = [], []
-        self.report()
+        self.since = time.perf_counter()
 
     def report(self) -> None:
         """Print the comparison, on rank 0."""
@@ -83,5 +82,7 @@ class Meter:
 
 
 if __name__ == "__main__":
-    runtime.collect_at_set_steps = Meter().take_turns
+    meter = Meter()
+    metrics.recorder.collect_at_set_steps = meter.step
+    metrics.recorder.collect_as_usual = meter.report
     runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"), run_name="__main__")

@@ -238,14 +238,14 @@ class Options:
     overwrite_output_dir: bool = option(OUTPUT, False, "Replace the run in output_dir, unless it is resumed.")
     resume_from_checkpoint: str | None = option(OUTPUT, None, "A checkpoint directory, or auto: the newest valid one.")
     save_steps: float = option(
-        OUTPUT, 500, "Steps between checkpoints, a fraction of all, or epoch. 0: none, also at the end."
+        OUTPUT, 500, "Steps between checkpoints, a fraction, or epoch. 0: none, also at the end."
     )
     save_total_limit: int | None = option(OUTPUT, None, "Newest checkpoints to keep. Default: all.")
     save_dtype: Literal["bfloat16", "float32"] = option(OUTPUT, "bfloat16", "Dtype of the final model's files.")
     async_save: bool = option(OUTPUT, True, "Continue to train while a checkpoint is written.")
 
     logging_steps: float = option(
-        LOGGING, 10, "Steps between two records of metrics.jsonl. A record holds the loss of its own step."
+        LOGGING, 10, "Steps between records of metrics.jsonl, each with the loss of its step."
     )
     logging_first_step: bool = option(LOGGING, False, "A record of the first step, too.")
     eval_steps: float = option(LOGGING, 0, "Steps between evaluations. 0: only before and after training.")
@@ -255,18 +255,16 @@ class Options:
     )
     metric_for_best_model: str | None = option(LOGGING, None, "Metric that decides. Default: eval_loss.")
     early_stopping_patience: int | None = option(
-        LOGGING, None, "Evaluations in a row without improvement, after which training ends. Default: never."
+        LOGGING, None, "Evaluations in a row without improvement that end training. Default: never."
     )
     early_stopping_threshold: float = option(LOGGING, 0.0, "By how much the metric must fall to count as improved.")
-    report_to: str = option(
-        LOGGING, "none", "Trackers that get the metrics, too: tensorboard,wandb,swanlab, or all that are installed."
-    )
+    report_to: str = option(LOGGING, "none", "Trackers: tensorboard,wandb,swanlab, or all: those installed.")
     run_name: str | None = option(LOGGING, None, "Name of the run in the trackers. Default: output_dir.")
     logging_dir: str | None = option(LOGGING, None, "Directory of the trackers' files. Default: output_dir.")
     disable_tqdm: bool | None = option(
         LOGGING,
         None,
-        "No progress bar. Default: a bar on a terminal, a plain line every logging_steps elsewhere.",
+        "No progress bar, but lines every logging_steps. Default: off on a terminal.",
     )
     ledger: bool = option(LOGGING, False, "Record the sequences of each step, for `python -m data.ledger`.")
     trace_steps: int = option(LOGGING, 0, "Steps to trace with the profiler on rank 0, after two others.")

@@ -79,7 +79,7 @@ from metrics.records import drop_records_beyond
 from metrics.stragglers import Stragglers
 from metrics.trace import Trace
 from metrics.trackers import Trackers
-from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA, at_exit
+from runtime import ACTIVITY, TRAINING, WAITING_FOR_DATA, at_exit, collect_as_usual, collect_at_set_steps
 from runtime.files import regular_file
 
 
@@ -134,6 +134,7 @@ class Recorder:
         self.stragglers = Stragglers(layers, self.device)
         wrapped.register_forward_pre_hook(self._micro_step)
         self.steps_done = self.activity.step = step
+        self.first_step = step + 1
         self.activity.micro_steps = self.plan.accumulation
         self.tokens_seen = self.tokens_at_last_record = tokens_seen
         self.step_at_last_record = step
@@ -185,10 +186,14 @@ class Recorder:
             self.saving += time.perf_counter() - before
 
     def step(self, tokens: int) -> None:
-        """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU."""
+        """Count a step of `tokens` input tokens over all ranks. The CPU does not synchronize with the GPU.
+
+        Every rank must call, because Python's garbage is collected here, at set steps.
+        """
         self.tokens_seen += tokens
         self.steps_done, self.activity.micro_step = self.steps_done + 1, 0
         self.bar.update(1)
+        collect_at_set_steps(self.steps_done, self.first_step)
         if self.trackers:
             self.trackers.start()
         if self.trace and (report := self.trace.step()):
@@ -273,7 +278,8 @@ class Recorder:
                 sys.stdout.flush()
 
     def close(self, finished: bool) -> None:
-        """Close the progress bar, and write the report if --report asks for it."""
+        """Close the progress bar, end what `step` has begun, and write the report if --report asks for it."""
+        collect_as_usual()
         if self.trace and not self.trace.done:
             self.print(f"trace_steps {self.trace.steps}: the run ended before these steps; no trace was written")
         self.bar.close()

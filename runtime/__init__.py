@@ -4,7 +4,7 @@ Nothing here knows what a run trains, or reads its options.
 """
 
 import runtime.startup  # isort: skip  # noqa: F401  # before the others, because they import torch
-from runtime.garbage import collect_at_set_steps
+from runtime.garbage import collect_as_usual, collect_at_set_steps
 from runtime.gpus import choose_device, require_own_gpu
 from runtime.hang.explain import TRAINING, WAITING_FOR_DATA
 from runtime.hang.waiting import locked
@@ -20,6 +20,7 @@ __all__ = [
     "WAITING_FOR_DATA",
     "at_exit",
     "choose_device",
+    "collect_as_usual",
     "collect_at_set_steps",
     "configure_libraries",
     "defer_signals",

@@ -4,7 +4,6 @@ A worker sends its batches through shared memory and open files. Where there is 
 training loop wait for ever for a batch.
 """
 
-import gc
 import multiprocessing.queues
 import os
 import signal
@@ -51,7 +50,6 @@ def yield_batches(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
 def begin_worker(worker: int) -> None:
     """Set up a worker. If it cannot send a batch, it ends: torch would let the training loop wait for the batch."""
     ignore_signals(worker)
-    gc.enable()  # the loop collects at set steps (runtime/garbage.py), and a worker has none
 
     def end(error: Exception, batch: object) -> None:
         os.write(2, f"a worker of the data loader could not send a batch: {first_line(error)}\n".encode())

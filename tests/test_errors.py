@@ -451,8 +451,10 @@ def test_overwrite_deletes_what_this_trainer_wrote(finished: Path, tmp_path: Pat
     mine = [
         *("notes.txt", "ledger/notes.txt", "checkpoint-2-backup/manifest.json", "checkpoint-x/a", "step-1/.metadata"),
         *("pytorch_model.bin", "adapter.safetensors", "runs/events.out.tfevents.1"),
+        *("wandb/run-1.wandb", "swanlab/run-1.swanlab"),  # of another run of the tracker, perhaps not sent yet
     ]
     theirs = ["ledger/rank-0.jsonl", "ledger/about.json", "tensorboard/events.out.tfevents.1", "trace/steps-1-2.json"]
+    theirs += ["trackers.json", "memory/rank-0.pickle"]
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "checkpoint-2" / "manifest.json").unlink()  # pruning was interrupted

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from runtime import garbage
-from runtime.garbage import INTERVAL, collect_at_set_steps
-from runtime.workers import begin_worker
+from runtime.garbage import INTERVAL, collect_as_usual, collect_at_set_steps
 from tests.launch import train
 
 
 def test_only_at_set_steps() -> None:
-    """Within the loop Python collects nothing by itself; after it, also after a break, as before."""
+    """From the first step on, Python collects nothing by itself; at the end of the run, as before."""
     collections: list[int] = []
     steps = [0]
 
@@ -26,35 +25,24 @@ def test_only_at_set_steps() -> None:
 
     gc.callbacks.append(note)
     try:
-        for step in collect_at_set_steps(range(INTERVAL - 5, 2 * INTERVAL + 1)):
+        for step in range(INTERVAL - 5, 2 * INTERVAL + 1):
             steps.append(step)
-            assert not gc.isenabled()
-            cycles: list[Any] = [[] for _ in range(2000)]  # more than Python's threshold
+            cycles: list[Any] = [[] for _ in range(2000)] if step > INTERVAL - 5 else []  # more than Python's threshold
             for cycle in cycles:
                 cycle.append(cycle)
-        assert collections == [0, INTERVAL, 2 * INTERVAL]
-        assert gc.get_freeze_count() == 0
-        for _ in collect_at_set_steps(range(1, 9)):
-            break
-        assert gc.isenabled()
+            collect_at_set_steps(step, first=INTERVAL - 5)
+            assert not gc.isenabled()
+        assert collections == [INTERVAL - 5, INTERVAL, 2 * INTERVAL]
+        assert gc.get_freeze_count() > 0
     finally:
         gc.callbacks.remove(note)
-
-
-def test_workers_of_the_loader_collect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are forked within the loop."""
-    monkeypatch.setattr("runtime.workers.ignore_signals", lambda worker: None)
-    monkeypatch.setattr("multiprocessing.queues.Queue._on_queue_feeder_error", None)
-    gc.disable()
-    try:
-        begin_worker(0)
-        assert gc.isenabled()
-    finally:
-        gc.enable()
+        collect_as_usual()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def keep_garbage(file: Path, leak: bool) -> None:
-    """Collect after each step, and write how many objects and how many tensors that freed, if step 1 is over."""
+    """Collect after each step, and write how many objects and how many tensors that freed."""
     collect: Callable[[], int] = gc.collect
     calls = 0
 
@@ -96,6 +84,6 @@ def test_no_tensor_waits(
     assert outcome.exit_codes == [0] * world_size, outcome.output
     rows = [list(map(int, line.split())) for line in file.read_text().splitlines()]
     assert len(rows) >= 4 * world_size
-    # The first collection is before the loop, the second after a step that has built what later steps use.
-    tensors = [count for call, _, count in rows if call > 2]
+    # The first collection is after a step that has built what later steps use.
+    tensors = [count for call, _, count in rows if call > 1]
     assert (max(tensors) > 0) == leak, rows

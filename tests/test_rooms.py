@@ -296,6 +296,24 @@ def test_a_resume_says_if_its_schedule_does_not_continue(tmp_path: Path) -> None
     assert start_line(longer, plan, tmp_path) == f"resumed from {tmp_path}"
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--logging_first_step", "--no_eval_on_start"], [(1, "loss"), (3, "loss"), (4, "loss"), (4, "eval_loss")]),
+        pytest.param([], [(0, "eval_loss"), (3, "loss"), (4, "loss"), (4, "eval_loss")], marks=pytest.mark.slow),
+        pytest.param(["--num_train_epochs", 0, "--no_eval_on_start"], [(0, "eval_loss")], marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_records(more: list[object], expected: list[object], tiny: list[object], tmp_path: Path) -> None:
+    """--logging_first_step adds step 1, --eval_on_start false takes step 0 away, and evaluation alone stays."""
+    steps = -1 if "--num_train_epochs" in more else 4
+    train_ok(1, *tiny, "--output_dir", tmp_path, "--max_steps", steps, "--logging_steps", 3, *more)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [
+        (record["step"], name) for record in records for name in ("loss", "eval_loss") if name in record
+    ] == expected
+
+
 def test_epochs_win_over_the_recipe() -> None:
     """--num_train_epochs works in the demo, too, although its recipe sets max_steps."""
     assert parse(["--num_train_epochs", "1"]).max_steps == -1

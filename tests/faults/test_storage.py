@@ -209,7 +209,8 @@ def test_config_of_one_node(tiny: list[object], model_dir: Path, model_with_drop
 NAMES = [
     *(".lock", "metrics.jsonl", "checkpoint-20", "model.safetensors", "model-00001-of-00002.safetensors"),
     *("config.json", "tokenizer.json", "ledger", "ledger/rank-0.jsonl", "ledger/about.json", "trace/steps-3-4.json"),
-    *("tensorboard", ".saving-1", ".exporting-1", ".meeting-1"),
+    *("tensorboard", ".saving-1", ".exporting-1", ".meeting-1", "wandb", "swanlab", "trackers.json"),
+    *("memory", "memory/rank-0.pickle"),
 ]
 
 
