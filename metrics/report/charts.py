@@ -109,7 +109,7 @@ def gradient_norm(runs: list[Run]) -> Chart:
 
 
 def memory(runs: list[Run]) -> Chart:
-    """The peak so far, and the prediction of a run on a GPU. No prediction for a CPU, whose peak has all of the process."""
+    """The peak so far, and the prediction of a run on a GPU. On a CPU, the peak counts the whole process."""
     chart = simple(runs, "peak_memory_gib", "Peak memory of rank 0", "GiB", "memory", from_zero=True)
     predictions = {run.name: predicted_gib(run) for run in runs if on_gpu(run) and predicted_gib(run)}
     for number, run in enumerate(runs):

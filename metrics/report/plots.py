@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -277,6 +278,9 @@ def to_png(charts: Sequence[Chart], title: str, columns: int = 2) -> bytes:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, chart in zip(grid.flat, charts, strict=False):
             draw(axes, chart)
+            if chart.caption:
+                across = "" if chart.bars else f"{chart.across}\n"
+                axes.set_xlabel(across + textwrap.fill(chart.caption, 80), fontsize=8)
         for axes in grid.flat[len(charts) :]:
             axes.set_visible(False)
         buffer = io.BytesIO()
