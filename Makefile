@@ -1,4 +1,4 @@
-# Two commands: `make train` and `make test`. `make help` lists the others.
+# The first commands: `make train` and `make chat`. `make help` lists the others.
 
 PYTHON ?= python3
 # Number of ranks: one for each GPU, or two on the CPU.
@@ -21,7 +21,7 @@ ON_CPU = CUDA_VISIBLE_DEVICES=
 SEED ?=
 MINUTES ?= 30
 
-.PHONY: help train doctor test test-all test-gpu soak proof families curves bench museum lint format clean
+.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -30,6 +30,11 @@ help: ## list every target
 train: $(RUNTIME) ## train the demo into output/, replacing an earlier run (NPROC=processes ARGS="options of train.py")
 	@set -e; processes=$(NPROC); export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + processes - 1) / processes )); \
 	set -x; $(BIN)/torchrun --nproc_per_node=$$processes train.py --overwrite_output_dir $(ARGS)
+
+# Directory of the model to talk to.
+MODEL ?= output
+chat: $(RUNTIME) ## talk to a finished model in the terminal (MODEL=directory ARGS="options of model.chat")
+	@$(BIN)/python -m model.chat $(MODEL) $(ARGS)
 
 doctor: $(RUNTIME) ## print what a bug report needs: versions, GPUs, memory, limits, disks (ARGS="options of train.py")
 	@$(BIN)/python -m runtime.doctor $(ARGS)

@@ -329,7 +329,7 @@ def make(*words: str) -> str:
 
 def test_make_train_command() -> None:
     """What `make train` would run."""
-    assert [line for _, line in COMMANDS[:2]] == ["make train", "make test"]
+    assert [line for _, line in COMMANDS[:2]] == ["make train", "make chat"]
     shown = make("-n", "train", "ARGS=--max_steps 3")
     assert "torchrun --nproc_per_node=$processes train.py --overwrite_output_dir --max_steps 3" in shown
     assert "processes=2" in shown
