@@ -124,7 +124,7 @@ def _lock(output_dir: Path) -> IO[str]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.fdopen(regular_file(str(output_dir / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
-        path = error.filename or output_dir
+        path = error.filename if os.access(error.filename, os.F_OK) else output_dir  # .lock may belong to another user
         raise OptionError(f"output_dir {path}: {error.strerror}; pass a directory that can be written") from error
     try:
         # A record lock ends with this process. A lock of flock would be inherited by forked loader workers.

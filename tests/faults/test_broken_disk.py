@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import checkpoint.save
+import data.sources
+from config.errors import OptionError
+from config.options import Options
 from tests.launch import ROOT, train, train_ok
-
-LOOK = "look at the disk"
 
 
 class Disk:
@@ -35,8 +36,11 @@ class Disk:
             pytest.skip(f"needs a loop device: {mounted.stderr}")
 
     def fail(self) -> None:
-        """From now on, contents cannot be read. Names and sizes stay in memory."""
-        subprocess.run(["sync"], check=True)
+        """From now on, contents cannot be read. Names and sizes stay in memory.
+
+        The disk is read-only then: a write would make the image long again, and contents would be zeros.
+        """
+        subprocess.run(["mount", "-o", "remount,ro", str(self.root)], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("1")
         for path in self.root.rglob("*"):
             if path.is_file():
@@ -54,10 +58,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["train_file", "data_cache_dir", "resume_from_checkpoint"])
+@pytest.mark.parametrize("kind", ["train_file", "resume_from_checkpoint"])
 @pytest.mark.fault(
     "storage",
-    "a disk that cannot be read any more (EIO): training data, prepared data, a checkpoint",
+    "a disk that cannot be read any more (EIO): training data, a checkpoint",
     "one message with the option and the path, exit code 2",
 )
 def test_reads_that_fail(tiny: list[object], train_file: Path, tmp_path: Path, disk: Disk, kind: str) -> None:
@@ -65,9 +69,6 @@ def test_reads_that_fail(tiny: list[object], train_file: Path, tmp_path: Path, d
     if kind == "train_file":
         path = disk.root / "documents.jsonl"
         shutil.copy(train_file, path)
-    elif kind == "data_cache_dir":
-        path = disk.root / "cache"
-        train_ok(1, *tiny, "--data_cache_dir", path, "--max_steps", 1, "--output_dir", tmp_path / "first")
     else:
         train_ok(1, *tiny, "--max_steps", 2, "--save_steps", 2, "--output_dir", tmp_path / "first")
         path = disk.root / "checkpoint-2"
@@ -78,6 +79,23 @@ def test_reads_that_fail(tiny: list[object], train_file: Path, tmp_path: Path, d
     assert "Traceback" not in outcome.output
     assert f"train.py: error: {kind} {path}: " in outcome.output
     assert "Input/output error" in outcome.output
+
+
+@pytest.mark.fault(
+    "storage",
+    "the disk of prepared data cannot be read (EIO)",
+    "the message names data_cache_dir, and not the training file",
+)
+def test_cache_that_fails(train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hashes.json").touch()
+
+    def fail(text: bytes) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(data.sources, "load_json", fail)
+    options = Options(train_file=str(train_file), data_cache_dir=str(tmp_path))
+    with pytest.raises(OptionError, match=f"^data_cache_dir {tmp_path}: Input/output error; pass a .* on another disk"):
+        data.sources.find_sources(options)
 
 
 @pytest.mark.slow
