@@ -98,8 +98,8 @@ class Peers:
         if self.size > 1 and self.connected.is_set() and not self.error:
             with suppress(dist.DistError):
                 self.heard = self.heard or json.loads(_read(self.watched, self._key()) or "{}")
-            if self.heard.get("code", 0) > 128:
-                self._end(**self.heard)
+            if self.heard.get("exit_code", 0) > 128:
+                self._end()
 
     def linger(self) -> None:
         """Wait until all ranks know of the failure that this one has reported: the store may end with this process."""
