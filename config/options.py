@@ -54,7 +54,7 @@ MAY_DIFFER_BETWEEN_NODES = {
     "torch_compile",
     *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("resume_from_checkpoint", "overwrite_output_dir", "report_to", "disable_tqdm", "show_examples", "trace_steps"),
-    *("prompt", "sample_prompts", "report", "run_name", "logging_dir", "memory_snapshot"),
+    *("prompt", "report", "run_name", "logging_dir", "memory_snapshot"),
 }
 
 # Old names of options, still accepted on the command line and in a run file, with a line that says the new name.

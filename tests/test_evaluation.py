@@ -90,7 +90,7 @@ def test_evaluation_alone(tiny: list[object], train_file: Path, tmp_path: Path) 
     assert "stopped" not in output
     assert "complete" not in output
     assert read_records(evaluated / "metrics.jsonl") == [pytest.approx(first)]
-    assert [path.name for path in evaluated.iterdir() if path.name != ".lock"] == ["metrics.jsonl"]
+    assert {path.name for path in evaluated.iterdir()} == {".lock", "metrics.jsonl", "events.jsonl"}
     resumed = ["--resume_from_checkpoint", trained / "checkpoint-2", "--train_file", train_file]
     train_ok(1, *only, *resumed, "--validation_file", train_file, "--output_dir", trained)
     (*_, again) = read_records(trained / "metrics.jsonl")

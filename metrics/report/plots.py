@@ -119,10 +119,10 @@ class Chart:
         self.bars = [(plain(name), value) for name, value in self.bars]
 
 
-def plain(text: str) -> str:
+def plain(text: str, longest: int = LONGEST) -> str:
     """A text for a picture: on one line, not too long, without characters that have no shape."""
     text = "".join(character if character.isprintable() else "\ufffd" for character in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-longest // 2 :]}"
 
 
 def draw(axes: Axes, chart: Chart, bare: bool = False) -> None:
@@ -241,7 +241,7 @@ def to_svg(chart: Chart, inches: tuple[float, float] = (5.0, 2.6), for_page: boo
         figure = _figure(inches)
         draw(figure.subplots(), chart, bare=for_page)
         if chart.caption and not for_page:
-            figure.supxlabel(chart.caption, fontsize=8, color=COLORS["--soft"])
+            figure.supxlabel(plain(chart.caption, 400), fontsize=8, color=COLORS["--soft"])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=for_page, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -280,7 +280,7 @@ def to_png(charts: Sequence[Chart], title: str, columns: int = 2) -> bytes:
             draw(axes, chart)
             if chart.caption:
                 across = "" if chart.bars else f"{chart.across}\n"
-                axes.set_xlabel(across + textwrap.fill(chart.caption, 80), fontsize=8)
+                axes.set_xlabel(across + textwrap.fill(plain(chart.caption, 400), 80), fontsize=8)
         for axes in grid.flat[len(charts) :]:
             axes.set_visible(False)
         buffer = io.BytesIO()
