@@ -32,6 +32,8 @@ from runtime.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of PEFT
 PREFIX = "base_model.model."  # of the names in these files
+# Settings of PEFT that change what an adapter computes, or add other parameters. The files of this trainer lack them.
+OTHER_KINDS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
 
 
 class LoraLinear(nn.Linear):
@@ -176,19 +178,28 @@ def merged_weight(module: LoraLinear) -> Tensor:
     )
 
 
-def load_finished(directory: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_finished(directory: str, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
     """The finished model of a run, on the CPU; adapters are added to the weights of their base model. Needs no PEFT.
 
-    `directory` is the output directory of a run, with a model or with adapters. Raises OSError for missing files.
+    `directory` is the output directory of a run, with a model or with adapters. `settings` are those of
+    `from_pretrained`. Raises OSError for missing files, and OptionError for adapters of another kind.
     """
     folder = Path(directory)
     adapted = (folder / CONFIG).exists()
     config: dict[str, Any] = read_json(folder / CONFIG, 2**20) if adapted else {"base_model_name_or_path": directory}
-    model = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], trust_remote_code=trust_remote_code)
+    others = [name for name in OTHER_KINDS if config.get(name)] if adapted else []
+    if others or (adapted and config.get("peft_type") != "LORA"):
+        problem = ", ".join(f"{name} {config[name]}" for name in others) or f"peft_type {config.get('peft_type')}"
+        raise OptionError(
+            f"{folder / CONFIG}: {problem}: no adapters of this trainer\nmerge them with the package peft"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        config["base_model_name_or_path"], trust_remote_code=trust_remote_code, **settings
+    )
     use_grouped_products(model)  # the products of transformers may end the process on a CPU
     if not adapted:
         return model
-    root = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     tensors = load_file(folder / WEIGHTS)

@@ -6,17 +6,16 @@ conversation; a base model completes each text. Ctrl-C stops an answer, /reset f
 
 import argparse
 import contextlib
-import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from config.errors import OptionError, first_line
+from model.adapters import CONFIG, load_finished
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D ends"
 
@@ -37,14 +36,7 @@ class Answer(TextStreamer):
 
 def require_model(directory: Path) -> None:
     """Refuse a directory without a finished model, with what to do instead. Raises OptionError."""
-    if (directory / "adapter_config.json").exists():
-        if importlib.util.find_spec("peft") is None:
-            raise OptionError(
-                f"{directory}: it has adapters, which need the package peft\n"
-                "pip install peft, or export the merged model with --merge_lora"
-            )
-        return
-    if (directory / "config.json").exists():
+    if (directory / CONFIG).exists() or (directory / "config.json").exists():
         return
     if (directory / "state.json").exists():
         step = directory.name.partition("-")[2] or "STEP"
@@ -67,18 +59,13 @@ def load(directory: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Pre
     """The model on the GPU if there is one, else in fp32 on the CPU, and its tokenizer. Raises OptionError."""
     require_model(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base: Path | str = directory
+    dtype = "auto" if device == "cuda" else torch.float32
     try:
-        if (directory / "adapter_config.json").exists() and not list(directory.glob("tokenizer*")):
-            base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype="auto" if device == "cuda" else torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        model = load_finished(str(directory), trust_remote_code, dtype=dtype, use_safetensors=True)
         return model.to(device).eval(), tokenizer
+    except OptionError:
+        raise
     except Exception as error:
         raise OptionError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
 

@@ -131,9 +131,12 @@ def test_base_model_completes(
 
 
 def test_adapters(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A directory with adapters alone is loaded with its base model, and answers otherwise than the base."""
+    """A directory with adapters is loaded with its base model, and answers otherwise than the base."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(
@@ -141,6 +144,7 @@ def test_adapters(
         peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_alpha=4096, init_lora_weights=False),
     )
     wrapped.save_pretrained(tmp_path / "adapters")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "adapters")
     shown = []
     for path in (model_dir, tmp_path / "adapters"):
         run(path, ["Permission is"], monkeypatch)
@@ -158,8 +162,8 @@ def test_too_long_a_conversation(
     assert len(shown.out.strip()) > 100
 
 
-def test_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model, adapters without peft, files that are no model, and wrong options."""
+def test_no_model(tmp_path: Path, model_dir: Path) -> None:
+    """No model, adapters of another kind, files that are no model, and wrong options."""
     ended = subprocess.run([*COMMAND, tmp_path / "none"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
@@ -167,13 +171,13 @@ def test_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "train one with `make train`, or pass its directory: python -m model.chat DIR\n"
     )
     (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters/adapter_config.json").write_text("{}")
+    (tmp_path / "adapters/adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "adapters")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/config.json").write_text("{")
     with pytest.raises(OptionError, match="transformers cannot load it"):
         chat.main([str(tmp_path / "damaged")])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="it has adapters, which need the package peft"):
+    with pytest.raises(OptionError, match="use_dora True: not of this trainer"):
         chat.main([str(tmp_path / "adapters")])
     with pytest.raises(OptionError, match="pass --temperature"):
         chat.main([str(tmp_path), "--temperature", "-1"])

@@ -195,11 +195,7 @@ def _of_amd(file: Path) -> Obstacle:
 
 
 def _of_visible_gpu(visible: str | None, local_rank: int, driver: str) -> Obstacle | None:
-<<<<<<< HEAD
-    """The obstacle although torch sees a GPU: it does not see all, or has no code for the GPU of this rank."""
-=======
     """Torch sees a GPU. The obstacle is that it does not see all, or has no code for that of this rank."""
->>>>>>> h21-doctor
     count = torch.cuda.device_count()
     names = [name.strip() for name in (visible or "").split(",") if name.strip()]
     names = names[: names.index("-1")] if "-1" in names else names
