@@ -245,6 +245,7 @@ def test_number_of_visible_gpus(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("config.checks.lacking", lambda capability: None)
     options = Options(output_dir="o", torch_compile=False)
     if refused:
         with pytest.raises(OptionError, match=f"the number of GPUs of this node is {gpus}"):
