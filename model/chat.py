@@ -6,13 +6,22 @@ conversation; a base model completes each text. Ctrl-C stops an answer, /reset f
 
 import argparse
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from config.errors import OptionError, first_line
 from model.adapters import CONFIG, load_finished
@@ -32,6 +41,21 @@ class Answer(TextStreamer):
         self.text += text
         shown = "".join(character for character in text if character.isprintable() or character in "\n\t")
         print(shown, end="\n" if stream_end else "", flush=True)
+
+
+class Interrupt(StoppingCriteria):
+    """Ends `generate` at the next token after Ctrl-C. An exception could come where Python drops it: in `__del__`."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.before = signal.signal(signal.SIGINT, self.press)
+
+    def press(self, *_: Any) -> None:
+        """Remember Ctrl-C."""
+        self.pressed = True
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.pressed, dtype=torch.bool, device=input_ids.device)
 
 
 def require_model(directory: Path) -> None:
@@ -121,17 +145,19 @@ def generate(
         raise OptionError(f"the conversation is longer than the {positions} positions of the model: type /reset")
     answer = Answer(tokenizer)
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature else {}
-    with contextlib.suppress(KeyboardInterrupt):
+    interrupt = Interrupt()
+    try:
         model.generate(
             **prompt.to(model.device),
             max_new_tokens=min(room, arguments.max_new_tokens),
             do_sample=bool(sampling),
             streamer=answer,
+            stopping_criteria=StoppingCriteriaList([interrupt]),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
             **sampling,
         )
-        return answer.text
-    answer.end()  # prints the last words, and the end of the line
+    finally:
+        signal.signal(signal.SIGINT, interrupt.before)
     return answer.text
 
 
