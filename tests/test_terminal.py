@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,10 @@ def test_conversation_in_a_terminal(endless: Path) -> None:
     """An answer that does not end is stopped by Ctrl-C. Ctrl-C at the prompt explains. /reset forgets, Ctrl-D ends."""
     ours, theirs = pty.openpty()
     command = [*COMMAND, str(endless), "--temperature", "0", "--max_new_tokens", "1000000", "--system", "Be brief."]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs)
+    not_ignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as in a terminal, whatever started the tests
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=not_ignored
+    )
     os.close(theirs)
     shown = b""
 
