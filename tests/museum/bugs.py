@@ -625,7 +625,7 @@ BUGS = [
         "loss",
         "Each rank evaluates its shard of the sequences, but the sums are not all-reduced.",
         "The validation loss covers a fraction of the sequences, and this fraction depends on the number of ranks.",
-        one("loss/evaluation.py", "    dist.all_reduce(totals)\n", ""),
+        one("loss/evaluation.py", "        dist.all_reduce(totals)\n", ""),
         curve_test("DDP-2x8"),
     ),
     Bug(
