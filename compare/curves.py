@@ -36,6 +36,7 @@ def losses(ranks: int, output_dir: Path) -> list[float]:
 
 
 def main() -> None:
+    """Train the demo on each number of ranks, and write docs/curves.svg. Takes some minutes."""
     with tempfile.TemporaryDirectory() as name:
         curves = {count(ranks, "rank"): losses(ranks, Path(name) / str(ranks)) for ranks in RANKS}
     path = ROOT / "docs" / "curves.svg"
