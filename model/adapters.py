@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from config.errors import OptionError
 from config.options import ALL_LINEAR, Options
-from model.experts import skipped_experts, use_grouped_products
+from model.experts import skipped_experts
 from model.layers import compute_dtype, expert_stacks, text_model
 from runtime.files import read_json
 
@@ -196,7 +196,6 @@ def load_finished(directory: str, trust_remote_code: bool = False, **settings: A
     model = AutoModelForCausalLM.from_pretrained(
         config["base_model_name_or_path"], trust_remote_code=trust_remote_code, **settings
     )
-    use_grouped_products(model)  # the products of transformers may end the process on a CPU
     if not adapted:
         return model
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]

@@ -184,7 +184,7 @@ def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """For each expert, its rows @ its weight: [N, O] for `rows` [N, I] and `weights` [E, I, O], of equal dtype.
 
     Uses torch's kernel where it works: on a GPU, in bf16 and with aligned rows. Otherwise, experts are multiplied one
-    after another, and the CPU synchronizes with the GPU. On a CPU, the kernel has ended the process once in a while.
+    after another, and the CPU synchronizes with the GPU.
     """
     aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[1:])
     if rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned:

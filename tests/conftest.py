@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.integrations import moe
 
 from tests import proof, world
 
@@ -20,16 +19,6 @@ LONG = ("test_kills.py", "test_atomic.py", "test_topology.py", "test_compiled.py
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that both workers of `make test` end at about the same time."""
     items.sort(key=lambda item: item.path.name not in LONG)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_grouped_products_of_torch() -> None:
-    """transformers multiplies experts one after another on a CPU.
-
-    torch's kernel for grouped products fails there once in a while: with std::bad_alloc, or it ends the process.
-    """
-    usable = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda input, *others: input.device.type != "cpu" and usable(input, *others)
 
 
 @pytest.fixture(scope="session")

@@ -246,8 +246,7 @@ class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def test_a_trial_does_not_use_the_grouped_products_of_torch() -> None:
-    """On a CPU, they may end the process."""
+def test_a_trial_multiplies_experts_as_training_does() -> None:
     with GroupedProducts() as mode:
         assert document_obstacle(FAMILIES["qwen3 moe"][0]) == position_obstacle(FAMILIES["qwen3 moe"][0]) == ""
     assert mode.names == {"trainer.grouped_product.default", "trainer.grouped_weight_gradient.default"}

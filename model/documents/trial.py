@@ -271,7 +271,7 @@ def _model_with_values(config: PretrainedConfig, trust_remote_code: bool) -> Pre
                 parameter.copy_(values / max(1.0, parameter[0].numel() ** 0.5))
             else:
                 parameter.copy_(0.3 * values + (1 if name.endswith("weight") else 0))
-    use_grouped_products(model)  # the products of transformers may end the process on a CPU
+    use_grouped_products(model)  # as in training
     return model.requires_grad_(False).train()
 
 

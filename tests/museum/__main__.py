@@ -5,10 +5,11 @@ import tempfile
 from pathlib import Path
 
 from metrics.records import read_records
+from tests import launch, world
 from tests.launch import ROOT
 from tests.museum.bugs import BUGS, Bug, Curve
 from tests.museum.page import anchor, plot, render
-from tests.museum.plant import plant, working_in
+from tests.museum.plant import call, plant
 
 STEPS = 40
 
@@ -37,18 +38,20 @@ def write_plots() -> None:
 
 def points(tree: Path, curve: Curve, directory: Path) -> list[tuple[int, float]]:
     """The curve that the trainer of `tree` gives: (step, value) of each step whose value is a number."""
-    with working_in(tree):
-        from tests import launch, world
+    call(tree, "tests.museum.__main__:run", curve, directory)
+    records = read_records(directory / "run" / "metrics.jsonl")
+    return [(record["step"], record[curve.value]) for record in records if record.get(curve.value) is not None]
 
-        (directory / "model").mkdir(parents=True)
-        model, text = world.make_model(directory / "model"), world.make_train_file(directory / "text.jsonl")
-        options = [*world.options(model, text, directory / "cache"), "--output_dir", directory / "run"]
-        options += ["--max_steps", STEPS, *curve.options]
-        if curve.resume_at:
-            launch.train(curve.ranks, [*options, "--max_steps", curve.resume_at])
-        launch.train(curve.ranks, [*options, "--resume_from_checkpoint", "auto"])
-        records = read_records(directory / "run" / "metrics.jsonl")
-        return [(record["step"], record[curve.value]) for record in records if record.get(curve.value) is not None]
+
+def run(curve: Curve, directory: Path) -> None:
+    """Train in `directory`, as `curve` says, with the modules of the tree that this process works in."""
+    (directory / "model").mkdir(parents=True)
+    model, text = world.make_model(directory / "model"), world.make_train_file(directory / "text.jsonl")
+    options = [*world.options(model, text, directory / "cache"), "--output_dir", directory / "run"]
+    options += ["--max_steps", STEPS, *curve.options]
+    if curve.resume_at:
+        launch.train(curve.ranks, [*options, "--max_steps", curve.resume_at])
+    launch.train(curve.ranks, [*options, "--resume_from_checkpoint", "auto"])
 
 
 if __name__ == "__main__":

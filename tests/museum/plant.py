@@ -1,16 +1,18 @@
-"""Plant a bug in a copy of the tree, and run our tests or the trainer there, in this process and in its ranks."""
+"""Plant a bug in a copy of the tree, and run our tests or the trainer there, in a process of its own and its ranks."""
 
-import contextlib
+import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launch import PROJECT, ROOT
+from tests.launch import PROCESSES, PROJECT, ROOT
 from tests.museum.bugs import Bug
 
 
@@ -30,38 +32,45 @@ def plant(bug: Bug, directory: Path) -> Path:
     return tree
 
 
-@contextlib.contextmanager
-def working_in(tree: Path) -> Iterator[None]:
-    """Import our modules from `tree`, in this process and in the ranks that it starts."""
-    forkserver.ensure_running()  # with the modules of the right tree, which need not be imported again in later tests
-    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PROJECT}
-    path, hooks, directory, environment = sys.path[:], sys.meta_path[:], Path.cwd(), dict(os.environ)
-    for name in ours:
+def call(tree: Path, function: str, *arguments: Any) -> Any:
+    """What `function` (module:name) of the modules of `tree` returns. Raises EOFError if it raises.
+
+    A process of its own imports these modules. torch keeps the operators of model/experts.py by their names: a second
+    import in this process would free the first ones, which other tests still call. (They then end with std::bad_alloc.)
+    """
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_go_and_call, args=(tree, theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+        process.join()
+        return answer
+    finally:
+        process.kill()
+
+
+def _go_and_call(tree: Path, answer: Connection, function: str, arguments: tuple[Any, ...]) -> None:
+    # Python would start a second server here, and import all libraries again. The server of this process is used.
+    forkserver.ForkServer.ensure_running = lambda self: None  # type: ignore[method-assign]
+    for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
         del sys.modules[name]
     sys.path.insert(0, str(tree))
     os.chdir(tree)
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
-            del sys.modules[name]
-        sys.modules.update(ours)
-        sys.path[:], sys.meta_path[:] = path, hooks
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(directory)
+    module, name = function.split(":")
+    answer.send(getattr(importlib.import_module(module), name)(*arguments))
 
 
+@dataclass(eq=False)  # pytest needs its plugins hashable
 class Reports:
-    """A plugin for pytest that keeps what became of each test."""
+    """A plugin for pytest that keeps what became of each test: its outcome, and the words of its failure."""
 
-    def __init__(self) -> None:
-        self.calls: list[pytest.TestReport] = []
-        self.others: list[str] = []
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            self.calls.append(report)
+            self.calls.append((report.outcome, str(report.longrepr)))
         elif report.failed:
             self.others.append(str(report.longrepr))
 
@@ -72,10 +81,15 @@ class Reports:
 
 def run_test(tree: Path, test: str, reference: Path | None = None) -> Reports:
     """Run one test of the planted tree, with the reference runs of the right tree or with its own."""
+    reports: Reports = call(tree, "tests.museum.plant:run_test_here", tree, test, reference)
+    return reports
+
+
+def run_test_here(tree: Path, test: str, reference: Path | None) -> Reports:
+    """The same, in a process that works in `tree`."""
+    if reference:
+        os.environ["RIGHT_REFERENCE"] = str(reference)
     reports = Reports()
     quiet = ["-p", "no:terminal", "-p", "no:timeout", "-p", "no:cacheprovider", "-o", "addopts="]
-    with working_in(tree):
-        if reference:
-            os.environ["RIGHT_REFERENCE"] = str(reference)
-        pytest.main([test, *quiet, f"--rootdir={tree}", f"--basetemp={tree}-temporary"], plugins=[reports])
+    pytest.main([test, *quiet, f"--rootdir={tree}", f"--basetemp={tree}-temporary"], plugins=[reports])
     return reports
