@@ -1,12 +1,14 @@
 """What must be in place before torch is imported: standard streams, signals, and what the system allows the process.
 
-train.py imports this room first, so importing this file starts all of it in the process of train.py, and in no other.
-torch, gloo and the tokenizer hang or abort where the system refuses them memory, files or threads, so too low limits
-are refused here.
+train.py imports this room first, so importing this file starts all of it in the process of train.py. Other commands
+only find out whether Python and the packages are right. torch, gloo and the tokenizer hang or abort where the system
+refuses them memory, files or threads, so too low limits are refused here.
 """
 
 import contextlib
 import faulthandler
+import importlib
+import importlib.util
 import io
 import os
 import resource
@@ -17,15 +19,16 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.signals import answer_signals
-
 ADDRESS_SPACE = 4 * 2**30  # bytes; torch on a CPU takes 2 to 3 GiB, and each of its threads has an arena and a stack
 OPEN_FILES = 64
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tqdm")  # requirements.txt
 THREADS = 32  # and those of the tokenizer (one for each core) and of torch (OMP_NUM_THREADS)
 
 
 def start_process() -> None:
     """Open closed streams, answer signals, and raise the limits of this process. Exits with 2 if they are too low."""
+    from runtime.signals import answer_signals  # only here: an old Python could not read it
+
     _open_streams()
     faulthandler.enable()  # a bus error, as when the disk of a mapped file fails, prints the Python stack
     answer_signals()
@@ -110,6 +113,20 @@ def _require_threads(count: int) -> None:
             thread.join()
 
 
+def require_packages() -> None:
+    """Import torch. Exits with 2 if a package is absent, or torch cannot be loaded."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        _refuse(
+            f"{sys.executable} does not have {', '.join(missing)}\n"
+            "run make train, which installs them into .venv, or pip install -r requirements.txt"
+        )
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # as when a library of CUDA is absent, or of another version
+        _refuse(f"torch cannot be loaded: {error}\ninstall the build for this machine: pytorch.org/get-started/locally")
+
+
 def _refuse(text: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"train.py: error: {text}", file=sys.stderr)
@@ -117,5 +134,8 @@ def _refuse(text: str) -> NoReturn:
 
 
 warnings.filterwarnings("ignore", "CUDA initialization")  # torch says it in each rank, runtime/doctor/ once
+if sys.version_info < (3, 11):  # noqa: UP036
+    _refuse("Python " + sys.version.split()[0] + " is too old\nuse Python 3.11 or newer")
 if Path(getattr(sys, "argv", [""])[0]).name == "train.py":
     start_process()
+require_packages()

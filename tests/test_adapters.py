@@ -126,7 +126,7 @@ def test_as_peft(lora: list[object], model_dir: Path, adapted: Path, tmp_path: P
 
 CASES = [
     Case("single", 1, 4, slow=True),
-    Case("DDP", 2, 8),
+    Case("DDP", 2, 8, slow=True),
     Case("DDP", 2, 2, slow=True),
     Case("DDP", 4, 4, slow=True),
     Case("DDP, sharded optimizer", 2, 2, ("--shard_optimizer",), slow=True),

@@ -120,6 +120,7 @@ def contents(directory: Path) -> frozenset[tuple[str, bytes]]:
     return frozenset((str(path.relative_to(directory)), path.read_bytes() if path.is_file() else b"") for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "process",
     "a kill before each change that a save makes to the disk",

@@ -525,7 +525,7 @@ def test_stage_2_with_offload_runs(tiny: list[object], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "stage"),
     [
-        (STAGE_3_OFFLOADED, "FSDP (ZeRO-3), shards and layer inputs offloaded"),
+        pytest.param(STAGE_3_OFFLOADED, "FSDP (ZeRO-3), shards and layer inputs offloaded", marks=pytest.mark.slow),
         (ALL_AUTO, "FSDP (ZeRO-3)"),
     ],
 )

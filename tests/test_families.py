@@ -9,7 +9,7 @@ from tests.table import COLUMNS, GATE, PAGE, Cell, difference, judged, make_shar
 from tests.zoo import NAMES, config
 
 # The columns of `make test`, by family.
-QUICK = {"qwen3_next": ("packed", "memory", "head"), "gpt_oss": ("fsdp",)}
+QUICK = {"qwen3_next": ("packed", "memory", "head")}
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,9 @@ def test_compiled(model_dir: Path) -> None:
     assert 2e-2 < relative_l2(ours, gradient(model_dir, 50, float8=False)[0]) < GRADIENT_BAND
 
 
-@pytest.mark.parametrize("extra", [(), (*FSDP, "--gradient_checkpointing")], ids=str)
+@pytest.mark.parametrize(
+    "extra", [pytest.param((), marks=pytest.mark.slow), (*FSDP, "--gradient_checkpointing")], ids=str
+)
 def test_curve(tiny: list[object], tmp_path: Path, extra: tuple[str, ...]) -> None:
     """The losses of 20 steps stay near bf16. Saved parameters are fp32 with unchanged names."""
     options = [*tiny, *extra, "--bf16", "true", "--per_device_train_batch_size", 8]

@@ -45,7 +45,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
         (4, 12, ["--dataloader_num_workers", 2]),
         pytest.param(3, 2, ["--strategy", "fsdp"], marks=pytest.mark.slow),
         pytest.param(4, 24, ["--strategy", "fsdp", "--tensor_parallel", 2], marks=pytest.mark.slow),
-        (4, 24, ["--context_parallel", 2]),
+        pytest.param(4, 24, ["--context_parallel", 2], marks=pytest.mark.slow),
     ],
 )
 def test_the_same_global_batches(

@@ -46,6 +46,7 @@ STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP (ZeRO-3)": (3, {"strategy": "fsdp"}),  # three ranks, which cannot divide the rows of anything
     "hybrid FSDP, 2 replicas": (4, {"strategy": "fsdp", "replicas": 2}),
 }
+QUICK = ("DDP", "FSDP (ZeRO-3)")
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +86,13 @@ def record(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "each"),
     [
-        *((name, {}) for name in STAGES),
+        *(pytest.param(name, {}, marks=[] if name in QUICK else pytest.mark.slow) for name in STAGES),
         pytest.param(
             "hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}, marks=pytest.mark.slow
         ),
         pytest.param("FSDP (ZeRO-3)", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        ("FSDP (ZeRO-3)", {"optim": "muon"}),
-        ("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}),
+        pytest.param("FSDP (ZeRO-3)", {"optim": "muon"}, marks=pytest.mark.slow),
+        pytest.param("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}, marks=pytest.mark.slow),
         pytest.param("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(
             "FSDP (ZeRO-3)",
@@ -99,7 +100,7 @@ def record(path: Path) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("FSDP, not resharded after forward (ZeRO-2)", {"tensor_parallel": 2}, marks=pytest.mark.slow),
-        ("FSDP (ZeRO-3)", {"context_parallel": 2}),
+        pytest.param("FSDP (ZeRO-3)", {"context_parallel": 2}, marks=pytest.mark.slow),
         ("DDP", {"context_parallel": 4, "gradient_checkpointing": True}),
     ],
     ids=[

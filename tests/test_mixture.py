@@ -72,6 +72,7 @@ def test_an_epoch_is_arithmetic(mixture: Mixture) -> None:
     assert mixture[number].tokens.equal(mixture.parts[1][len(mixture.parts[1]) - 1].tokens)
 
 
+@pytest.mark.slow
 def test_the_same_global_batches(tiny: list[object], files: list[Path], tmp_path: Path) -> None:
     """Global batches are the same on one rank, and on two, four and three with resumes, also in the second epoch."""
     options = [*tiny, "--train_file", "", "--train_mixture", f"{files[0]}=0.4,{files[1]}=0.6", "--ledger"]

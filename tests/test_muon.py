@@ -95,7 +95,7 @@ def one_process(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) ->
     ("ranks", "extra"),
     [
         (2, []),
-        (3, ["--shard_optimizer"]),
+        pytest.param(3, ["--shard_optimizer"], marks=pytest.mark.slow),
         (2, ["--strategy", "fsdp"]),
         # Three ranks cannot divide the rows of anything.
         pytest.param(3, ["--strategy", "fsdp"], marks=pytest.mark.slow),
@@ -274,7 +274,11 @@ def mixture(tiny: list[object], model_dir: Path, tmp_path_factory: pytest.TempPa
     return directory / "one"
 
 
-@pytest.mark.parametrize(("ranks", "extra"), [(3, ["--strategy", "fsdp"]), (2, ["--shard_optimizer"])], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [(3, ["--strategy", "fsdp"]), pytest.param(2, ["--shard_optimizer"], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_resumed_elsewhere(one_process: Path, tiny: list[object], tmp_path: Path, ranks: int, extra: list[str]) -> None:
     """Loaded state equals saved state to the bit; later steps differ by rounding."""
     shutil.copytree(one_process / "checkpoint-10", tmp_path / "checkpoint-10")

@@ -58,7 +58,12 @@ def all_masked(steps: set[int]) -> None:
     "every rank skips the step: parameters, moments and step counts do not change, and the skip is counted",
 )
 @pytest.mark.parametrize(
-    "strategy", ["ddp", "fsdp", "fsdp --optim muon", pytest.param("fsdp --cpu_offload", marks=pytest.mark.slow)]
+    "strategy",
+    [
+        "ddp",
+        "fsdp",
+        *(pytest.param(f"fsdp {one}", marks=pytest.mark.slow) for one in ("--optim muon", "--cpu_offload")),
+    ],
 )
 @pytest.mark.parametrize("fault", [nan_on_rank_1, all_masked])
 def test_changes_nothing(tiny: list[object], tmp_path: Path, strategy: str, fault: Callable[[set[int]], None]) -> None:

@@ -161,7 +161,9 @@ IN_OTHER_TESTS = ("--nnodes", "--show_examples", "python train.py --objective dp
 RUNS = {line: None for _, line in COMMANDS if "train.py" in line and not any(words in line for words in IN_OTHER_TESTS)}
 
 
-@pytest.mark.parametrize("command", RUNS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(line, marks=pytest.mark.slow if "tensorboard" in line else []) for line in RUNS]
+)
 def test_command(command: str, place: Path, cache: Path) -> None:
     if "--help" in command:
         assert "--gradient_accumulation_steps" in run(command, cache)

@@ -71,9 +71,11 @@ def nothing_read() -> None:
 @pytest.mark.parametrize(
     "strategy",
     [
-        "ddp",
         "fsdp",
-        *(pytest.param(f"fsdp {one}", marks=pytest.mark.slow) for one in ("--optim muon", "--tensor_parallel 2")),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ("ddp", "fsdp --optim muon", "fsdp --tensor_parallel 2")
+        ),
     ],
 )
 def test_same_ranks_to_the_bit(tiny: list[object], model_with_dropout: Path, tmp_path: Path, strategy: str) -> None:
@@ -139,14 +141,14 @@ def save_again(elsewhere: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
     [
-        (1, "ddp"),
+        pytest.param(1, "ddp", marks=pytest.mark.slow),
         pytest.param(4, "ddp", marks=pytest.mark.slow),
         pytest.param(1, "fsdp", marks=pytest.mark.slow),
         (2, "fsdp"),
         pytest.param(4, "fsdp", marks=pytest.mark.slow),
-        (4, "ddp --shard_optimizer"),
+        pytest.param(4, "ddp --shard_optimizer", marks=pytest.mark.slow),
         pytest.param(2, "fsdp --reshard_after_forward false", marks=pytest.mark.slow),
-        (4, "fsdp --replicas 2"),
+        pytest.param(4, "fsdp --replicas 2", marks=pytest.mark.slow),
         pytest.param(2, "fsdp --cpu_offload", marks=pytest.mark.slow),
         (4, "fsdp --tensor_parallel 2"),
         pytest.param(4, "fsdp --context_parallel 4", marks=pytest.mark.slow),

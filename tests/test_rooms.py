@@ -491,7 +491,7 @@ def test_rows_beyond_a_cut_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("terminal", "options", "bar"),
     [
-        (False, [], False),
+        pytest.param(False, [], False, marks=pytest.mark.slow),
         pytest.param(False, ["--disable_tqdm", "false"], True, marks=pytest.mark.slow),
         (True, [], True),
         pytest.param(True, ["--disable_tqdm"], False, marks=pytest.mark.slow),

@@ -71,6 +71,7 @@ def test_first_loss_is_that_of_transformers(mixture: list[object], tmp_path: Pat
     assert record["experts_unused"] == (loads == 0).double().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
 def test_one_curve_on_any_topology(mixture: list[object], tmp_path: Path) -> None:
     """16 sequences with padding in one micro-batch, in micro-steps, on two ranks, sharded, and recomputed."""

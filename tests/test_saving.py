@@ -39,7 +39,14 @@ def write_late(output_dir: Path, step: int) -> None:
     "training continues while a checkpoint is written",
     "its bytes are those of the saved step",
 )
-@pytest.mark.parametrize("topology", [["--strategy", "ddp"], ["--strategy", "fsdp"], ["--shard_optimizer"]])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        ["--strategy", "fsdp"],
+        pytest.param(["--strategy", "ddp"], marks=pytest.mark.slow),
+        pytest.param(["--shard_optimizer"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_bytes_are_those_of_the_saved_step(tiny: list[object], tmp_path: Path, topology: list[object]) -> None:
     """A checkpoint that is written while training continues for four steps equals one that is written at once."""
     options = [*tiny, *topology, "--max_steps", 12, "--save_steps", 5, "--lr_scheduler_type", "constant_with_warmup"]
@@ -117,11 +124,8 @@ def test_a_failed_write_is_reported(tiny: list[object], tmp_path: Path, asynchro
 @pytest.mark.parametrize(
     ("file", "line", "count"),
     [
-        (
-            "loss/evaluation.py",
-            "totals[0] +=",
-            8,
-        ),  # of the evaluation after step 5; the one before training has 6 batches
+        # 8: of the evaluation after step 5; the one before training has 6 batches
+        pytest.param("loss/evaluation.py", "totals[0] +=", 8, marks=pytest.mark.slow),
         ("checkpoint/save.py", "saving.rename(final)", 1),
     ],
     ids=["evaluation", "save"],

@@ -33,7 +33,8 @@ def set_clock(hours: float) -> None:
     metrics.Recorder.step = patched  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("hours", [-1, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hours", [-1, 1])
 @pytest.mark.fault(
     "process",
     "somebody sets the clock of a node by an hour during a run, back or forth",

@@ -59,6 +59,44 @@ def test_refused_at_once(tmp_path: Path, shell: str, message: str) -> None:
     assert run(f"cd {tmp_path}; {shell}", argv) == (2, f"train.py: error: {message}\n")
 
 
+@pytest.mark.parametrize("module", [None, "runtime.doctor"])
+@pytest.mark.parametrize(
+    ("package", "error"),
+    [("torch", "OSError"), ("torch", "ImportError"), ("datasets", "")],
+    ids=["libraries", "versions", "absent"],
+)
+@pytest.mark.fault(
+    "process",
+    "a package that is not installed, or a torch whose libraries are absent or of another version",
+    "refused with what to install; exit code 2; no traceback",
+)
+def test_packages(tmp_path: Path, module: str | None, package: str, error: str) -> None:
+    """`runtime.doctor` says the same: it could see nothing without torch."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name: None if name == '{package}' and not '{error}' else find(name)\n"
+    )
+    if error:
+        (tmp_path / f"{package}.py").write_text(f"raise {error}('libcudart.so.13: no such file')")
+    words = ["-m", module] if module else [str(ROOT / "train.py")]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    first, remedy = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert first == "train.py: error: " + (
+        f"{package} cannot be loaded: libcudart.so.13: no such file"
+        if error
+        else f"{sys.executable} does not have {package}"
+    )
+    assert remedy.startswith("install the build for this machine: " if error else "run make train, ")
+
+
 @pytest.mark.fault(
     "process", "a limit of 20 processes and threads", "refused with what was counted and what to raise; exit code 2"
 )
