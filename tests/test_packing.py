@@ -212,3 +212,14 @@ def test_packed_step_is_the_unpacked_step(
     gradient = first_gradient(Case("packed", 2, 2, ("--strategy", strategy)), options, tmp_path)
     assert read_records(tmp_path / "metrics.jsonl")[-1]["epoch"] == 1, "all documents are in the step"
     assert relative_l2(gradient, unpacked_gradient) < GATES.gradient
+
+
+def test_packed_step_of_adapters(all_documents: list[object], tmp_path: Path) -> None:
+    """The same for adapters (LoRA), on two ranks with FSDP."""
+    options = [*all_documents, "--use_peft", "--lora_r", 4, "--lora_dropout", 0]
+    whole = [*options, "--packing", "none", "--global_batch_size", DOCUMENTS]
+    unpacked = first_gradient(Case("unpacked", 1, DOCUMENTS), whole, tmp_path / "unpacked")
+    options += ["--packing", "documents", "--global_batch_size", ROWS]
+    packed = first_gradient(Case("packed", 2, 2, ("--strategy", "fsdp")), options, tmp_path / "packed")
+    assert all("lora" in name for name in packed)
+    assert relative_l2(packed, unpacked) < GATES.gradient
