@@ -81,10 +81,11 @@ def load_best_model(options: Options, model: PreTrainedModel, best: Best) -> str
 
     Returns in words which model it is. Raises OptionError on all ranks if that checkpoint is damaged.
     """
+    exported = "the adapters" if options.use_peft and not options.merge_lora else "the model"
     if not options.load_best_model_at_end:
-        return "the adapters" if options.use_peft and not options.merge_lora else "the model"
+        return exported
     if not best.step:
-        return f"the last model, because no checkpoint has {best.metric}"
+        return f"{exported} of the last step, because no checkpoint has {best.metric}"
     if found := broadcast_object(problems(_path(options, best)) if dist.get_rank() == 0 else None):
         raise OptionError(
             f"load_best_model_at_end true: the best checkpoint is damaged: {found[0]}\n"
@@ -92,7 +93,7 @@ def load_best_model(options: Options, model: PreTrainedModel, best: Best) -> str
         )
     path = _path(options, best)
     load_tensors(path / "model", checkpoint_tensors(model))
-    return f"the model of {path.name}, the best with {best.metric} {best.value:.4f}"
+    return f"{exported} of {path.name}, the best with {best.metric} {best.value:.4f}"
 
 
 def _path(options: Options, best: Best) -> Path:

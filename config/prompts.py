@@ -26,7 +26,8 @@ def read_prompts(value: str) -> list[str]:
         try:
             lines = [line for line in read_text(path).split("\n") if line.strip()]
         except (OSError, ValueError) as error:
-            raise OptionError(f"sample_prompts {value}: {error}; pass a text, or a file that can be read") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise OptionError(f"sample_prompts {value}: {reason}; pass a text, or a file that can be read") from error
         prompts = [_prompt(value, line) if path.suffix == ".jsonl" else line.rstrip("\r") for line in lines]
     if not 0 < len(prompts) <= MOST_PROMPTS:
         raise OptionError(f"sample_prompts {value}: has {len(prompts)} prompts; pass 1 to {MOST_PROMPTS}")

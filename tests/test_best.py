@@ -1,5 +1,6 @@
 """Proves checkpoint/best.py and pruning: the best checkpoint is kept and exported, and training stops early."""
 
+import dataclasses
 import json
 import math
 import random
@@ -224,7 +225,8 @@ def test_a_lost_or_damaged_best_checkpoint(alone: None, tmp_path: Path, capsys: 
         f"warning: {tmp_path}/checkpoint-4: the best checkpoint so far is missing"
     )
     model = nn.Linear(1, 1)
-    assert load_best_model(options, model, missing) == "the last model, because no checkpoint has eval_loss"
+    assert load_best_model(options, model, missing) == "the model of the last step, because no checkpoint has eval_loss"
+    assert load_best_model(dataclasses.replace(options, use_peft=True), model, missing).startswith("the adapters of ")
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "manifest.json").write_text('{"state.json": {}}')
     best = Selection(options, progress).best
