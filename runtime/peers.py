@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -89,15 +90,12 @@ class Peers:
             return
         restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
         if self.group or restarts[0] >= restarts[1]:  # without a group, the others wait for the restarted rank
-            with suppress(dist.DistError):
-                self._stop(self._key(), message, exit_code)
-                self.watched.add(f"{self._key()}/told", 1)
+            _attempt(lambda: self._tell(message, exit_code), RECONNECT.total_seconds())
 
     def end_if_signaled(self) -> None:
         """End this rank if a signal has ended another one, as it has told. It is why a collective of this one fails."""
         if self.size > 1 and self.connected.is_set() and not self.error:
-            with suppress(dist.DistError):
-                self.heard = self.heard or json.loads(_read(self.watched, self._key()) or "{}")
+            _attempt(self._listen, RECONNECT.total_seconds())
             if self.heard.get("exit_code", 0) > 128:
                 self._end()
 
@@ -106,12 +104,18 @@ class Peers:
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         if self.size == 1 or not self.connected.is_set() or self.error or (one_node and _has_agent()):
             return  # torchrun ends the other ranks of its node
-        deadline = time.monotonic() + LINGER
-        with suppress(dist.DistError):
-            while self.watched.check([self._key()]) and time.monotonic() < deadline:
-                if self.watched.add(f"{self._key()}/told", 0) >= self.size:
-                    return
-                time.sleep(0.1)
+        _attempt(self._wait_until_all_know, LINGER)
+
+    def _tell(self, message: str, exit_code: int) -> None:
+        self._stop(self._key(), message, exit_code)
+        self.watched.add(f"{self._key()}/told", 1)
+
+    def _listen(self) -> None:
+        self.heard = self.heard or json.loads(_read(self.watched, self._key()) or "{}")
+
+    def _wait_until_all_know(self) -> None:
+        while self.watched.check([self._key()]) and self.watched.add(f"{self._key()}/told", 0) < self.size:
+            time.sleep(0.1)
 
     def _call(self, timeout: timedelta) -> str:
         answers = [f"answer/{self.process}/{rank}" for rank in range(self.size)]
@@ -280,6 +284,21 @@ def _node() -> str:
 def _has_agent() -> bool:
     """Whether torchrun hosts the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt(talk: Callable[[], None], seconds: float) -> None:
+    """Call `talk`, which asks the store, in a thread, and wait for its end so long at most.
+
+    A store does not answer if the link to its node is cut, until the system gives the connection up after 15 minutes.
+    """
+
+    def talk_quietly() -> None:
+        with suppress(dist.DistError):
+            talk()
+
+    thread = threading.Thread(target=talk_quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _read(store: dist.Store, key: str) -> str:

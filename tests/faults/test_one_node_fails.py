@@ -4,12 +4,18 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import cast
 
 import pytest
+import torch.distributed as dist
 
 import data.prepare
+from runtime import peers
 from tests.faults.test_restarts import rendezvous
 from tests.faults.torchrun import torchrun
 from tests.launch import train
@@ -84,3 +90,25 @@ def test_node_with_a_wrong_option(tiny: list[object], tmp_path: Path, kind: str,
     assert "train.py: error: argument --learning_rate: invalid float value: 'fast'" in outputs[node]
     # With c10d, torchrun numbers the nodes as they come.
     assert re.search(rf"train.py: error: rank [01] on {HOST}: argument --learning_rate: invalid", outputs[1 - node])
+
+
+class Silent:
+    """A store on a node that is cut off: it does not answer, as long as the system keeps the connection."""
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        return lambda *arguments: Event().wait()  # for ever
+
+
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails asks and tells the others, but does not wait for such a store."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(peers, "RECONNECT", timedelta(seconds=0.1))
+    monkeypatch.setattr(peers, "LINGER", 0.1)
+    monkeypatch.setattr(peers.Peers, "_watch", lambda self: None)
+    rank = peers.Peers()
+    rank.watched, rank.group = cast(dist.Store, Silent()), "group"
+    rank.connected.set()
+    rank.end_if_signaled()
+    rank.report("the disk is full", exit_code=2)
+    rank.linger()
