@@ -33,7 +33,11 @@ from runtime.files import read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of PEFT
 PREFIX = "base_model.model."  # of the names in these files
 # Settings of PEFT that change what an adapter computes, or add other parameters. The files of this trainer lack them.
-OTHER_KINDS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+OTHER_KINDS = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"),
+    *("trainable_token_indices", "layer_replication", "target_parameters"),
+)
+ADDED_TO_THE_BASE = (True, False, None, "gaussian")  # values of init_lora_weights; with others, PEFT changes the base
 
 
 class LoraLinear(nn.Linear):
@@ -90,7 +94,7 @@ def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Linear]:
     found = {path: module for path, module in linear.items() if type(module) is nn.Linear and path in called}
     if names != ALL_LINEAR:
         found = {}
-        for name in names.split(","):
+        for name in map(str.strip, names.split(",")):
             named = {path: module for path, module in modules.items() if f".{path}".endswith(f".{name}")}
             if uncalled := named.keys() & linear.keys() - called:
                 raise OptionError(
@@ -187,28 +191,40 @@ def load_finished(directory: str, trust_remote_code: bool = False, **settings: A
     folder = Path(directory)
     adapted = (folder / CONFIG).exists()
     config: dict[str, Any] = read_json(folder / CONFIG, 2**20) if adapted else {"base_model_name_or_path": directory}
-    others = [name for name in OTHER_KINDS if config.get(name)] if adapted else []
+    others = [name for name in OTHER_KINDS if config.get(name)]
+    if config.get("init_lora_weights") not in ADDED_TO_THE_BASE:
+        others.append("init_lora_weights")
     if others or (adapted and config.get("peft_type") != "LORA"):
         problem = ", ".join(f"{name} {config[name]}" for name in others) or f"peft_type {config.get('peft_type')}"
+        raise _other_adapters(folder / CONFIG, problem)
+    base = config.get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).exists()):
         raise OptionError(
-            f"{folder / CONFIG}: {problem}: no adapters of this trainer\nmerge them with the package peft"
+            f"{folder / CONFIG}: base_model_name_or_path {base}: no such directory\n"
+            "write the path of the base model there"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        config["base_model_name_or_path"], trust_remote_code=trust_remote_code, **settings
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
     if not adapted:
         return model
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    tensors = load_file(folder / WEIGHTS)
+    tensors, modules = load_file(folder / WEIGHTS), dict(model.named_modules())
     for name in tensors:
-        path, a_or_b, _ = name.removeprefix(PREFIX).rsplit(".", 2)
-        if a_or_b == "lora_A":
+        path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        module = modules.get(path)
+        shared = module is model.get_output_embeddings() and model.config.tie_word_embeddings
+        if kind not in ("lora_A", "lora_B") or not isinstance(module, nn.Linear) or shared:
+            raise _other_adapters(folder / WEIGHTS, name)
+        if kind == "lora_A":
             product = tensors[f"{PREFIX}{path}.lora_B.weight"].float() @ tensors[name].float()
             weight = model.get_parameter(f"{path}.weight")
             weight.data = (weight.data.float() + config["lora_alpha"] / root * product).to(weight.dtype)
     return model
+
+
+def _other_adapters(file: Path, problem: str) -> OptionError:
+    return OptionError(f"{file}: {problem}: no adapters of this trainer\nmerge them with the package peft")
 
 
 def adapter_config(model: nn.Module, options: Options) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def test_all_linear_modules_but_the_head(lora: list[object], model_dir: Path, tm
 
 def test_named_modules(lora: list[object]) -> None:
     """Names as in PEFT: the end of a path."""
-    model, _ = build([*lora, "--lora_target_modules", "q_proj,layers.1.mlp.up_proj"])
+    model, _ = build([*lora, "--lora_target_modules", "q_proj, layers.1.mlp.up_proj"])
     assert sorted(adapted_modules(model)) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.mlp.up_proj",
@@ -409,6 +409,16 @@ def test_peft_loads_the_adapters(finished: Path, model_dir: Path) -> None:
     assert (by_peft - before).abs().max() > 1e-2
     for other in (by_auto_class, merged, ours):
         assert (other - by_peft).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.lora_embedding_A", "embed_tokens.lora_A.weight", "norm.token_deltas"])
+def test_tensors_of_other_adapters_are_refused(finished: Path, tmp_path: Path, name: str) -> None:
+    """Adapters of PEFT that would be left out without a word, or that are for other modules than linear ones."""
+    shutil.copytree(finished / "adapters", tmp_path / "other")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.model.{name}": torch.ones(1)}, file)
+    with pytest.raises(OptionError, match=f"{name}: no adapters of this trainer"):
+        load_finished(str(tmp_path / "other"))
 
 
 def test_evaluation_is_of_the_adapted_model(finished: Path, lora: list[object]) -> None:

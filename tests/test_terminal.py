@@ -180,14 +180,20 @@ def test_no_model(tmp_path: Path, model_dir: Path) -> None:
         "train one with `make train`, or pass its directory: python -m model.chat DIR\n"
     )
     (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters/adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "adapters")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/config.json").write_text("{")
     with pytest.raises(OptionError, match="transformers cannot load it"):
         chat.main([str(tmp_path / "damaged")])
-    with pytest.raises(OptionError, match="use_dora True: no adapters of this trainer"):
-        chat.main([str(tmp_path / "adapters")])
+    for config, message in (
+        ({"use_dora": True}, "use_dora True: no adapters of this trainer"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa: no adapters of this trainer"),
+        ({"base_model_name_or_path": f"{tmp_path}/gone"}, "/gone: no such directory\nwrite the path"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path None: no such directory"),
+    ):
+        (tmp_path / "adapters/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+        with pytest.raises(OptionError, match=message):
+            chat.main([str(tmp_path / "adapters")])
     with pytest.raises(OptionError, match="pass --temperature"):
         chat.main([str(tmp_path), "--temperature", "-1"])
 
