@@ -6,6 +6,7 @@ docs/output.md describes the page. It was looked at in Chromium, at the width of
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -371,6 +372,10 @@ def test_the_command(resumed: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     command.main([str(resumed), "--output", str(tmp_path / "link.html")])
     assert not (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "page.html").read_bytes() == before
+    shutil.copytree(resumed, tmp_path / "first")
+    capsys.readouterr()
+    command.main([str(tmp_path / "first"), str(resumed)])
+    assert capsys.readouterr().out == f"{tmp_path}/first/compared.html\n", "report.html is of the first run alone"
     with pytest.raises(OptionError, match="it cannot be written: No such file or directory; pass another --output"):
         command.main([str(resumed), "--output", str(tmp_path / "missing" / "page.html")])
 
