@@ -1,5 +1,6 @@
 """Export of a model to files that `from_pretrained` of transformers reads."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -146,9 +147,13 @@ def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
 def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     """Write files; return the file of each tensor. Raises OSError."""
     for name, tensors in files.items():
+        (directory / name).touch()
+        mode = (directory / name).stat().st_mode  # by the umask; safetensors lets only the owner read
         try:
             save_file(tensors, directory / name, metadata=METADATA)
             _sort_metadata(directory / name)
+            with contextlib.suppress(OSError):  # of a file system without modes
+                (directory / name).chmod(mode)
         except SafetensorError as error:  # of the operating system: a full disk
             raise OSError(first_line(error)) from error
     return {tensor: name for name, tensors in files.items() for tensor in tensors}

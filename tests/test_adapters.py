@@ -442,6 +442,9 @@ def test_files(finished: Path) -> None:
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
     assert not {"model.safetensors", "config.json"} & files
     assert not [path for path in (finished / "merged").iterdir() if path.name.startswith("adapter")]
+    for weights in ("adapters/adapter_model.safetensors", "merged/model.safetensors"):
+        beside = finished / weights.split("/")[0] / "tokenizer.json"
+        assert (finished / weights).stat().st_mode == beside.stat().st_mode, "others can read all files, or none"
     options = parse(["--model_name_or_path", str(finished / "adapters")])
     with pytest.raises(OptionError, match=r"it holds adapters of another model(.|\n)*--merge_lora"):
         load_config_and_tokenizer(options)
