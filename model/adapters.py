@@ -213,7 +213,7 @@ def load_finished(directory: str, trust_remote_code: bool = False, **settings: A
     for name in tensors:
         path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         module = modules.get(path)
-        shared = module is model.get_output_embeddings() and model.config.tie_word_embeddings
+        shared = module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False)
         if kind not in ("lora_A", "lora_B") or not isinstance(module, nn.Linear) or shared:
             raise _other_adapters(folder / WEIGHTS, name)
         if kind == "lora_A":
