@@ -119,7 +119,7 @@ def require_packages() -> None:
     if missing:
         _refuse(
             f"{sys.executable} does not have {', '.join(missing)}\n"
-            "run make train, which installs them into .venv, or pip install -r requirements.txt"
+            "run .venv/bin/python, for which make train installs them, or pip install -r requirements.txt"
         )
     try:
         importlib.import_module("torch")

@@ -94,7 +94,7 @@ def test_packages(tmp_path: Path, module: str | None, package: str, error: str) 
         if error
         else f"{sys.executable} does not have {package}"
     )
-    assert remedy.startswith("install the build for this machine: " if error else "run make train, ")
+    assert remedy.startswith("install the build for this machine: " if error else "run .venv/bin/python, ")
 
 
 @pytest.mark.fault(

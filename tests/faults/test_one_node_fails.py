@@ -110,5 +110,7 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     rank.watched, rank.group = cast(dist.Store, Silent()), "group"
     rank.connected.set()
     rank.end_if_signaled()
+    assert not rank.heard
     rank.report("the disk is full", exit_code=2)
+    assert rank.failing
     rank.linger()

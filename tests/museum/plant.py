@@ -33,7 +33,7 @@ def plant(bug: Bug, directory: Path) -> Path:
 
 
 def call(tree: Path, function: str, *arguments: Any) -> Any:
-    """What `function` (module:name) of the modules of `tree` returns. Raises EOFError if it raises.
+    """What `function` (module:name) of the modules of `tree` returns. Raises EOFError if the call fails.
 
     A process of its own imports these modules. torch keeps the operators of model/experts.py by their names: a second
     import in this process would free the first ones, which other tests still call. (They then end with std::bad_alloc.)
