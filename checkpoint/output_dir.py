@@ -26,7 +26,9 @@ from runtime.files import regular_file
 
 # The files of a run whose contents say who wrote them, ...
 REPLACED = r"checkpoint-\d+|metrics\.jsonl|model(-\d+-of-\d+)?\.safetensors"
-WRITTEN = rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"  # what a run creates or opens
+WRITTEN = (
+    rf"{REPLACED}|\.lock|ledger|tensorboard|trace|hang|\.(saving|exporting|meeting)-.*"  # what a run creates or opens
+)
 # ... the other files of an exported model, and those that a run writes during training.
 EXPORTED = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
