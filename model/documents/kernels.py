@@ -88,7 +88,7 @@ def kinds_in_one_call(
     def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         calls.setdefault(type(module), (module, inputs, named))
 
-    modules = [module for module in model.to(device).modules() if type(module) in kinds]  # type: ignore[arg-type]
+    modules = [module for module in model.to(device).modules() if type(module) in kinds]
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     lengths = torch.tensor([0, *LENGTHS, *LENGTHS])
     positions_T = torch.cat([torch.arange(length) for length in LENGTHS])
