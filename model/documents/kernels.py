@@ -26,8 +26,9 @@ CONVOLUTION = "causal_conv1d_fn"
 
 # Two sequences of documents of these lengths: shorter than a convolution, and longer than a chunk of 64 tokens.
 LENGTHS = [3, 70, 23]
-# A document is made ten times as large. The others must not notice: a leak is above 0.1 of the largest value, and
-# the order of sums in a kernel changes bf16 by less than 0.01.
+# Inputs and gradients of a document are made so many times as large. The others must not notice: the order of sums in
+# a kernel changes bf16 by less than 0.01, and a leak changes them by much more.
+LARGER = 10.0
 ISOLATED = 0.01
 # Rounding in bf16, with chunks that start elsewhere.
 EQUAL = 0.05
@@ -138,44 +139,42 @@ def _keeps_apart(
     named: dict[str, Any],
 ) -> bool:
     """Whether `call` has the outputs and gradients of `alone`, and a document does not change those of others."""
-    expected, computed = (_outcome(function, boundaries, inputs, named) for function in (alone, call))
     document_P = boundaries.documents[0]
+    size_P = torch.ones(len(document_P), device=document_P.device)
+    expected, computed = (_outcome(function, boundaries, inputs, named, size_P) for function in (alone, call))
     for changed in range(vars(boundaries.documents)["number"]):
         others_P = document_P != changed
-
-        def larger(value: Any, others_P: Tensor = others_P) -> Any:
-            if not _is_state(value, boundaries):
-                return value
-            return torch.where(others_P.view(boundaries.shape)[..., None], value, 10 * value)
-
-        again = _outcome(call, boundaries, map_leaves(larger, inputs), map_leaves(larger, named))
+        again = _outcome(call, boundaries, inputs, named, torch.where(others_P, size_P, LARGER))
         if not all(_near(a[others_P], b[others_P], ISOLATED) for a, b in zip(again, computed, strict=True)):
             return False
     return all(_near(a, b, EQUAL) for a, b in zip(computed, expected, strict=True))
 
 
 def _outcome(
-    function: Callable[..., Any], boundaries: Boundaries, inputs: tuple[Any, ...], named: dict[str, Any]
+    function: Callable[..., Any],
+    boundaries: Boundaries,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
+    size_P: Tensor,
 ) -> list[Tensor]:
-    """The first output of `function` and the gradients of its inputs: [B x T, C] each."""
+    """The first output of `function` and the gradients of its inputs: [B x T, C] each.
+
+    Its inputs and the gradients of its output are multiplied by `size_P`, fp32 [B x T].
+    """
+    size_BT1 = size_P.view(*boundaries.shape, 1)
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
-        if not _is_state(value, boundaries):
+        is_state = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+        if not (is_state and value.shape[:2] == boundaries.shape):
             return value
-        leaves.append(value.detach().clone().requires_grad_())
+        leaves.append((value.detach() * size_BT1).to(value.dtype).requires_grad_())
         return leaves[-1]
 
     output = tensors_of(function(*map_leaves(leaf, inputs), **map_leaves(leaf, named)))[0]
-    direction = torch.arange(output.numel(), device=output.device).sin().view_as(output)
+    direction = torch.arange(output.numel(), device=output.device).sin().view_as(output) * size_BT1
     gradients = torch.autograd.grad((output.float() * direction).sum(), leaves)
     return [tensor.detach().float().flatten(0, 1) for tensor in (output, *gradients)]
-
-
-def _is_state(value: Any, boundaries: Boundaries) -> bool:
-    """Whether a value is hidden states [B, T, C]."""
-    is_tensor = isinstance(value, Tensor) and value.is_floating_point()
-    return is_tensor and value.dim() == 3 and value.shape[:2] == boundaries.shape
 
 
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -186,17 +185,17 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _convolve_apart(
     convolve: Callable[..., Tensor],
     hidden_BCT: Tensor,
-    weight_CK: Tensor,
+    weight: Tensor,
     *others: Any,
     seq_idx: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
-    """The causal convolution `convolve` within documents: each document follows on a gap of zeros."""
+    """The causal convolution `convolve` with `weight` [C, K] within documents: each follows on a gap of zeros."""
     if seq_idx is None:
-        return convolve(hidden_BCT, weight_CK, *others, **named)
-    gap, tokens = weight_CK.shape[-1] - 1, hidden_BCT.shape[2]
+        return convolve(hidden_BCT, weight, *others, **named)
+    gap, tokens = weight.shape[-1] - 1, hidden_BCT.shape[2]
     places_T = torch.arange(tokens, device=hidden_BCT.device) + gap * seq_idx[0]
     size = tokens + gap * (vars(seq_idx)["number"] - 1)
     hidden_BSC = hidden_BCT.new_zeros(1, size, hidden_BCT.shape[1]).index_copy(1, places_T, hidden_BCT.transpose(1, 2))
-    convolved_BCS = convolve(hidden_BSC.transpose(1, 2), weight_CK, *others, **named)
+    convolved_BCS = convolve(hidden_BSC.transpose(1, 2), weight, *others, **named)
     return convolved_BCS.transpose(1, 2).index_select(1, places_T).transpose(1, 2)
