@@ -26,8 +26,8 @@ CONVOLUTION = "causal_conv1d_fn"
 
 # Two sequences of documents of these lengths: shorter than a convolution, and longer than a chunk of 64 tokens.
 LENGTHS = [3, 70, 23]
-# Inputs and gradients of a document are made so many times as large. The others must not notice: the order of sums in
-# a kernel changes bf16 by less than 0.01, and a leak changes them by much more.
+# A document is made so many times as large. The others must not notice: the order of sums in a kernel changes bf16 by
+# less than 0.01, and a leak changes it by much more.
 LARGER = 10.0
 ISOLATED = 0.01
 # Rounding in bf16, with chunks that start elsewhere.
@@ -159,7 +159,8 @@ def _outcome(
 ) -> list[Tensor]:
     """The first output of `function` and the gradients of its inputs: [B x T, C] each.
 
-    Its inputs and the gradients of its output are multiplied by `size_P`, fp32 [B x T].
+    Its inputs are multiplied by `size_P`, fp32 [B x T], and the gradients of its output by its third power, because
+    they are not limited by norms and gates.
     """
     size_BT1 = size_P.view(*boundaries.shape, 1)
     leaves: list[Tensor] = []
@@ -172,7 +173,7 @@ def _outcome(
         return leaves[-1]
 
     output = tensors_of(function(*map_leaves(leaf, inputs), **map_leaves(leaf, named)))[0]
-    direction = torch.arange(output.numel(), device=output.device).sin().view_as(output) * size_BT1
+    direction = torch.arange(output.numel(), device=output.device).sin().view_as(output) * size_BT1**3
     gradients = torch.autograd.grad((output.float() * direction).sum(), leaves)
     return [tensor.detach().float().flatten(0, 1) for tensor in (output, *gradients)]
 
