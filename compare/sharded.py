@@ -85,7 +85,8 @@ def build(options: Options, shape: dict[str, Any], ranks: int) -> Rank:
     if ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     else:
-        dist.init_process_group("nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=dist.HashStore())
+        backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"  # as in train.py: offloaded tensors are on the CPU
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
     model = build_model(options, configuration(shape))
     objective = build_objective(model, options)

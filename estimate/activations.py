@@ -21,6 +21,7 @@ from config.errors import OptionError, first_line
 from config.options import Options
 from loss.next_token import bypass_head
 from model.compile import set_recomputation
+from model.documents.kernels import torch_kernels
 from model.layers import decoder_layers
 from parallel.checks import attention_heads
 from parallel.tensor import split_on_meta
@@ -140,7 +141,7 @@ def _count(
     for parameter in model.parameters() if cast else ():
         parameter.data = parameter.data.bfloat16()
     twins = {repr(layer): copy.deepcopy(layer) for layer in layers} if compiled else {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
         for module in (model, *twins.values()):
             module.to_empty(device="cpu")
         model.tie_weights()

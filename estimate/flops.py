@@ -20,6 +20,7 @@ from transformers.masking_utils import eager_mask
 
 from config.errors import OptionError, first_line
 from model.adapters import adapter_parameters
+from model.documents.kernels import torch_kernels
 from model.layers import decoder_layers, decoder_matrices, expert_stacks
 from parallel.checks import attention_heads
 
@@ -102,7 +103,7 @@ def count_uses(model: PreTrainedModel) -> Uses | str:
     model.eval()  # in training, OPT draws which layers to skip
     try:
         model.set_attn_implementation("counted")
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             model.to_empty(device="cpu")
             model.tie_weights()
             ids_BT = torch.zeros(1, TRIAL, dtype=torch.int64)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from loss.cross_entropy import InPlace, cross_entropy_, head_and_loss_sum, softmax_, token_loss_sum
 from loss.router import RouterBalance, RouterBias, real_positions
+from model.documents.kernels import torch_kernels
 from model.experts import skipped_experts
 
 
@@ -113,7 +114,7 @@ def ends_with_head(model: PreTrainedModel) -> bool:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print the error
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with bypass_head(head) as inputs, skipped_experts(model), fake, torch.no_grad():
+        with bypass_head(head) as inputs, skipped_experts(model), torch_kernels(), fake, torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     except Exception:
         return False

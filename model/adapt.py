@@ -35,7 +35,7 @@ def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: Devi
     device = torch.device(mesh.device_type)
     if packing == "documents":
         attend_within_documents(model, device, options.bf16)
-        keep_documents_apart(model, options.trust_remote_code)
+        keep_documents_apart(model, device, options.bf16, options.trust_remote_code)
     else:
         expect_one_document_per_sequence()
     if options.context_parallel > 1:

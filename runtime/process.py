@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 
 from config.errors import BROKEN, DENIED, OptionError, first_line, unusable
+from runtime.garbage import leave_garbage_to_parent
 from runtime.gpus import require_usable_gpu
 from runtime.hang.watch import ACTIVITY, explain_failure
 from runtime.launcher import rank_from_environment
@@ -50,6 +51,7 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
     `explain_out_of_memory` returns an explanation, or "" for any other error.
     """
     follow_launcher()
+    leave_garbage_to_parent()
     signals = answer_signals()
     peers: Peers | None = None
     try:

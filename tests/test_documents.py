@@ -89,7 +89,7 @@ def error_of_packing(config: PretrainedConfig) -> float:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     alone = gradient([(part, [len(part)]) for part in tokens.split_with_sizes(lengths)], None)
-    keep_documents_apart(model)
+    keep_documents_apart(model, torch.device("cpu"), bf16=False)
     return relative_l2(gradient([(tokens, lengths)], padded=32), alone)
 
 

@@ -1,6 +1,8 @@
 """Proves runtime/garbage.py: garbage is collected at set steps, and none of it is a tensor."""
 
 import gc
+import multiprocessing
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from runtime import garbage
-from runtime.garbage import INTERVAL, collect_as_usual, collect_at_set_steps
+from runtime.garbage import INTERVAL, collect_as_usual, collect_at_set_steps, leave_garbage_to_parent
 from tests.launch import train
 
 
@@ -39,6 +41,38 @@ def test_only_at_set_steps() -> None:
         collect_as_usual()
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+class Note:
+    """Writes who frees it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.itself = file, self  # so only a collection frees it
+
+    def __del__(self) -> None:
+        self.file.write_text(f"{os.getpid()}")
+
+
+def fork_with_garbage(file: Path, leave: bool) -> None:
+    """A process with garbage that no collection has seen, and its worker, which collects."""
+    gc.disable()
+    Note(file)
+    if leave:
+        leave_garbage_to_parent()
+    worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+    worker.start()
+    worker.join()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_workers_leave_garbage_to_their_parent(tmp_path: Path, leave: bool) -> None:
+    """A tensor of a GPU that a worker frees would end it."""
+    parent = multiprocessing.get_context("spawn").Process(target=fork_with_garbage, args=(tmp_path / "freed", leave))
+    parent.start()
+    parent.join()
+    assert parent.exitcode == 0
+    assert (tmp_path / "freed").exists() != leave
 
 
 def keep_garbage(file: Path, leak: bool) -> None:

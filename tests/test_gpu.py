@@ -398,4 +398,4 @@ def test_memory_snapshot(tiny: list[object], tmp_path: Path) -> None:
     assert snapshot["segments"]
     traces = [entry for trace in snapshot["device_traces"] for entry in trace]
     assert any(entry["action"] == "oom" for entry in traces)
-    assert any("load_weights" in frame["name"] for entry in traces for frame in entry["frames"])
+    assert any(frame["filename"].endswith("ddp/wrap.py") for entry in traces for frame in entry["frames"])

@@ -1,10 +1,15 @@
 """Proves model/documents/recurrent.py: layers that carry a state from token to token restart at each document."""
 
+import inspect
 import json
 import random
 import shutil
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +37,18 @@ from transformers import (
     RecurrentGemmaConfig,
     Zamba2Config,
 )
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from data.batches import collate
 from data.sequences import Sequence
 from metrics.records import read_records
+from model.documents import kernels
 from model.documents.recurrent import group_documents, restart_at_documents, restarts_at_documents, stateful_kinds
+from model.documents.trial import document_obstacle, keep_documents_apart
 from tests.launch import train_ok
 from tests.proof import Case, first_gradient, read_tensors, relative_l2
 from tests.test_packing import loss_and_gradient, packed_row, tokens_of_documents
+from tests.zoo import config as zoo_config
 
 SIZES = {
     "vocab_size": 384,
@@ -150,6 +159,7 @@ SLOW_FAMILIES: dict[str, tuple[PretrainedConfig, str]] = {
         ),
         "NemotronHMamba2Mixer",
     ),
+    "kimi_linear": (zoo_config("kimi_linear"), "KimiLinearDeltaAttention"),
     "mamba": (MambaConfig(vocab_size=384, hidden_size=32, state_size=8), "MambaMixer"),
     "falcon_mamba": (FalconMambaConfig(vocab_size=384, hidden_size=32, state_size=8), "FalconMambaMixer"),
     "recurrent_gemma": (
@@ -230,6 +240,156 @@ def test_groups() -> None:
     for group in groups:
         sizes = [end - start for start, end in group]
         assert 2 * min(sizes) >= max(sizes) or max(sizes) <= 64
+
+
+class StandIn:
+    """A kernel with the signature of a package, which computes each document alone by the torch function `reference`.
+
+    `fault` is the function of its results that a faulty kernel computes, and whether that ignores documents.
+    """
+
+    def __init__(self, reference: Callable[..., Any], fault: str) -> None:
+        self.reference, self.fault = reference, fault
+        self.with_documents = self.without = 0
+
+    def compute(self, dim: int, ends: Tensor | None, sequences: list[Any], *others: Any, **named: Any) -> Any:
+        """The results, where `sequences` and results have the tokens at dimension `dim`."""
+        if ends is None or self.fault == "it ignores documents":
+            self.without += ends is None
+            return self.reference(*sequences, *others, **named)
+        assert len(sequences[0]) == 1, "flash-linear-attention refuses several sequences with ends of documents"
+        self.with_documents += 1
+        sizes = ends.diff().tolist()
+        parts = zip(*(each.split(sizes, dim) for each in sequences), strict=True)
+        results = [self.reference(*part, *others, **named) for part in parts]
+        is_pair = isinstance(results[0], tuple)
+        output: Tensor = torch.cat([result[0] if is_pair else result for result in results], dim)
+        if self.fault == "its gradient ignores documents":
+            output = output + 0.1 * (output.mean(dim, keepdim=True) - output.mean(dim, keepdim=True).detach())
+        return (output, None) if is_pair else output
+
+    def chunk_gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        assert (cu_seqlens is None) == (cu_seqlens_cpu is None)
+        return self.compute(1, cu_seqlens, [q, k, v, g, beta], use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+
+    chunk_kda = chunk_gated_delta_rule
+
+    def mamba_chunk_scan_combined(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: None = None,
+        dt_bias: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+    ) -> Any:
+        ends = None if seq_idx is None else ends_of(seq_idx)
+        named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+
+        def reference(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Any:
+            return original(x, dt, A, b, c, chunk_size, **named)
+
+        original, self.reference = self.reference, reference
+        result = self.compute(1, ends, [x, dt, B, C])
+        self.reference = original
+        return result
+
+    def causal_conv1d_fn(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Any:
+        return self.compute(2, None if seq_idx is None else ends_of(seq_idx), [x], weight, bias, activation)
+
+
+def ends_of(documents_1T: Tensor) -> Tensor:
+    """0 and the end of each document, from the number of the document at each position."""
+    return torch.tensor([0, *documents_1T[0].bincount().cumsum(0).tolist()])
+
+
+def install(kernel: str, config: PretrainedConfig, fault: str, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Make transformers find a stand-in for `kernel` where it finds an installed package."""
+    modeling = sys.modules[type(make_model(config)).__module__]
+    monkeypatch.setattr(modeling, "causal_conv1d_fn", modeling.causal_conv1d_fn)  # the trial may replace it
+    name = {
+        "mamba_chunk_scan_combined": "mamba2_chunk_scan",
+        "chunk_kda": "chunk_kimi_delta_attention",
+        "chunk_gated_delta_rule": "torch_chunk_gated_delta_rule",
+    }.get(kernel, kernel)
+    reference = inspect.unwrap(getattr(modeling, name))
+    stand_in = StandIn(reference, fault)
+    package = ModuleType("kernel_package")
+    setattr(package, kernel, getattr(stand_in, kernel))
+    monkeypatch.setitem(sys.modules, "kernel_package", package)
+    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNELS_INTERNAL_PATH_MAPPINGS", {})
+    monkeypatch.setattr(modeling, name, use_kernel_func_from_hub_with_fallback(kernel, "kernel_package")(reference))
+    return stand_in
+
+
+def in_one_call(model: nn.Module) -> set[str]:
+    """The classes of modules that compute all documents in one call."""
+    changed = [module for module in model.modules() if "forward" in vars(module)]
+    calls = {type(module).__name__: inspect.unwrap(module.forward) for module in changed}
+    return {name for name, call in calls.items() if call.func is kernels.in_one_call}
+
+
+# Family, and the kernel that a package has for it. Without a package for its convolution, that has gaps of zeros.
+KERNELS = [
+    ("qwen3_next", "chunk_gated_delta_rule"),
+    ("qwen3_5", "chunk_gated_delta_rule"),
+    ("kimi_linear", "chunk_kda"),
+    ("mamba2", "mamba_chunk_scan_combined"),
+    ("granite4", "mamba_chunk_scan_combined"),
+    ("falcon_h1", "mamba_chunk_scan_combined"),
+    ("lfm2", "causal_conv1d_fn"),
+]
+FAULTS = ["", "it ignores documents", "its gradient ignores documents"]
+QUICK = [("qwen3_next", "chunk_gated_delta_rule"), ("mamba2", "mamba_chunk_scan_combined")]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("name", "kernel"), [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in KERNELS]
+)
+def test_kernels_get_the_documents(name: str, kernel: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that knows documents computes all in one call. A kernel with a fault gets one document at a time."""
+    config, kind = (FAMILIES | SLOW_FAMILIES)[name]
+    model = make_model(config)
+    packed, alone = packed_and_alone()
+    expected_loss, expected = loss_and_gradient(model, alone)
+    monkeypatch.setattr("model.documents.trial._results", {})
+    stand_in = install(kernel, config, fault, monkeypatch)
+    assert document_obstacle(config) == ""
+    assert (stand_in.with_documents, stand_in.without) == (0, 0), "kernels do not run on the CPU"
+    keep_documents_apart(model, torch.device("cpu"), bf16=False)
+    is_convolution = kernel == "causal_conv1d_fn"  # with a fault, the torch function has gaps of zeros
+    assert in_one_call(model) == (set() if fault and not is_convolution else {kind})
+    stand_in.with_documents = stand_in.without = 0
+    loss, gradient = loss_and_gradient(model, [packed])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_l2(gradient, expected) < 1e-5
+    assert (stand_in.with_documents > 0) == (not fault)
+    assert (stand_in.without > 0) == bool(fault)
 
 
 DOCUMENTS, SEQUENCES = 46, 16

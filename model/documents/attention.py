@@ -14,6 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from config.errors import first_line
+from model.documents.kernels import torch_kernels
 from model.documents.trial import position_obstacle
 from model.experts import skipped_experts
 from model.layers import decoder_layers
@@ -145,7 +146,7 @@ def _attention_calls(model: PreTrainedModel) -> list[set[str]]:
     model.set_attn_implementation("recorded")
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print caught errors
     try:
-        with skipped_experts(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with skipped_experts(model), torch_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=device)
             positions_BT = torch.arange(2, device=device)[None]
             model(input_ids=ids_BT, position_ids=positions_BT, document_ends=ids_BT[0], use_cache=False)

@@ -31,6 +31,9 @@ class Boundaries:
         self.shape = (0, 0)  # B and T
         self.groups: list[Tensor] = []  # int64 [N, L] each: positions among B x T. Empty: a document is a sequence
         self.order = torch.empty(0)  # int64 [B x T]: which entry of the flattened groups holds a position
+        # For kernels that know documents (model/documents/kernels.py):
+        self.ends = self.ends_on_cpu = torch.empty(0)  # int64 [documents + 1]
+        self.documents = torch.empty(0)  # int32 [1, B x T]: the document of a position
 
     def read(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Take the boundaries from `document_ends` (data/batches.py) among the arguments: a forward pre-hook."""
@@ -55,6 +58,11 @@ class Boundaries:
         # A shorter document is followed by tokens of others. They come after it, so they do not change it.
         self.groups = [_to(each.clamp(max=ends[-1] - 1), device) for each in positions]
         self.order = _to(order, device)
+        self.ends_on_cpu = torch.tensor(ends)
+        self.ends = _to(self.ends_on_cpu, device)
+        numbers = torch.arange(len(ends) - 1, dtype=torch.int32)
+        self.documents = _to(numbers.repeat_interleave(self.ends_on_cpu.diff())[None], device)
+        self.documents.number = len(numbers)  # type: ignore[attr-defined]  # without a synchronization
 
 
 def restart_at_documents(model: PreTrainedModel, kinds: set[type[nn.Module]]) -> None:
@@ -135,13 +143,13 @@ def _leaking(model: PreTrainedModel) -> set[type[nn.Module]]:
         nonlocal replaying
         if replaying or not _is_divisible((inputs, named)):
             return
-        before = [each[:, FIRST:].clone() for each in _tensors(outputs) if _is_sequence(each)]
+        before = [each[:, FIRST:].clone() for each in tensors_of(outputs) if _is_sequence(each)]
         if not before:
             return
         replaying = True
-        again = module.forward(*_map(replaced, inputs), **_map(replaced, named))
+        again = module.forward(*map_leaves(replaced, inputs), **map_leaves(replaced, named))
         replaying = False
-        after = [each[:, FIRST:] for each in _tensors(again) if _is_sequence(each)]
+        after = [each[:, FIRST:] for each in tensors_of(again) if _is_sequence(each)]
         if any((a - b).abs().max() > 1e-5 * b.abs().max() for a, b in zip(after, before, strict=True)):
             leaking.append(module)
 
@@ -188,12 +196,12 @@ def _each_alone(forward: Callable[..., Any], boundaries: Boundaries, *inputs: An
     try:
         for group_NL in groups:
             documents, length = group_NL.shape
-            arguments = _map(partial(gathered, group_NL), named)
+            arguments = map_leaves(partial(gathered, group_NL), named)
             if "document_ends" in named:
                 arguments["document_ends"] = torch.arange(
                     0, documents * length + 1, length, dtype=torch.int32, device=group_NL.device
                 )
-            results.append(forward(*_map(partial(gathered, group_NL), inputs), **arguments))
+            results.append(forward(*map_leaves(partial(gathered, group_NL), inputs), **arguments))
     finally:
         boundaries.groups = groups
 
@@ -205,7 +213,7 @@ def _each_alone(forward: Callable[..., Any], boundaries: Boundaries, *inputs: An
         flat = torch.cat([value.flatten(0, 1) for value in values])
         return flat.index_select(0, boundaries.order).view(sequences, tokens, *values[0].shape[2:])
 
-    return _map(restored, *results)
+    return map_leaves(restored, *results)
 
 
 def _gathered_mask(mask_BHTT: Tensor, group_NL: Tensor) -> Tensor:
@@ -219,20 +227,20 @@ def _gathered_mask(mask_BHTT: Tensor, group_NL: Tensor) -> Tensor:
     return mask_NHLL.masked_fill(later_LL, False if mask_BHTT.dtype == torch.bool else torch.finfo(mask_BHTT.dtype).min)
 
 
-def _map(function: Callable[..., Any], *values: Any) -> Any:
+def map_leaves(function: Callable[..., Any], *values: Any) -> Any:
     """`function` of each leaf of nested tuples, lists and dictionaries of equal structure."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: _map(function, *(value[key] for value in values)) for key in first}
+        return {key: map_leaves(function, *(value[key] for value in values)) for key in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(_map(function, *each) for each in zip(*values, strict=True))
+        return type(first)(map_leaves(function, *each) for each in zip(*values, strict=True))
     return function(*values)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     found: list[Tensor] = []
-    _map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
+    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
     return found
 
 
@@ -243,7 +251,7 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_divisible(arguments: Any) -> bool:
     """Whether `_each_alone` can split all arguments: T is nowhere but in [B, T, ...] and masks [B, 1, T, T]."""
-    for tensor in _tensors(arguments):
+    for tensor in tensors_of(arguments):
         sizes = list(tensor.shape[2 if _is_sequence(tensor) else 0 :])
         if tensor.dim() == 4 and tensor.shape[0] in (1, SEQUENCES) and sizes[2:] == [TOKENS, TOKENS]:
             sizes = sizes[:2]

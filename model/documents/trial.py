@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.initialization import no_init_weights
 
 from config.errors import first_line
+from model.documents.kernels import compute_in_one_call, kinds_in_one_call, torch_kernels
 from model.documents.masks import mask_documents
 from model.documents.recurrent import restart_at_documents, stateful_kinds
 from model.experts import use_grouped_products
@@ -54,13 +55,27 @@ class Trace:
         self.layers = layers  # the class of each decoder layer and its output [B, T, D]
 
 
-def keep_documents_apart(model: PreTrainedModel, trust_remote_code: bool = False) -> None:
+class Trial(NamedTuple):
+    """What a trial of packed documents found."""
+
+    obstacle: str
+    kinds: set[type[nn.Module]]  # the classes of modules that must restart at documents
+    model: PreTrainedModel | None = None  # the small model, which restarts, if some must
+
+
+def keep_documents_apart(
+    model: PreTrainedModel, device: torch.device, bf16: bool, trust_remote_code: bool = False
+) -> None:
     """Change `model` in place so that packed documents stay apart, as far as is known how. Before it is wrapped.
 
-    Masks know the documents (masks.py), and layers that carry a state restart (recurrent.py).
+    Masks know the documents (masks.py), and layers that carry a state restart (recurrent.py), or have kernels that know
+    documents on `device`, where the model will train with or without `bf16` autocast (kernels.py).
     """
     mask_documents(model)
-    restart_at_documents(model, _try_out(model.config, trust_remote_code)[1])
+    trial = _try_out(model.config, trust_remote_code)
+    restart_at_documents(model, trial.kinds)
+    if trial.model is not None:
+        compute_in_one_call(model, kinds_in_one_call(trial.model, trial.kinds, device, bf16))
 
 
 def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:
@@ -72,35 +87,34 @@ def document_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
     nothing but tokens. Takes a second or two, and leaves torch's random numbers as they were. The result does not
     depend on the rank.
     """
-    return _try_out(config, trust_remote_code)[0]
+    return _try_out(config, trust_remote_code).obstacle
 
 
-_results: dict[str, tuple[str, set[type[nn.Module]]]] = {}  # of the trials in this process, by configuration
+_results: dict[str, Trial] = {}  # of the trials in this process, by configuration
 
 
-def _try_out(config: PretrainedConfig, trust_remote_code: bool) -> tuple[str, set[type[nn.Module]]]:
-    """The obstacle of `document_obstacle`, and the classes of modules that must restart at documents."""
+def _try_out(config: PretrainedConfig, trust_remote_code: bool) -> Trial:
     key = f"{config.to_json_string(use_diff=False)} {trust_remote_code}"
     if key not in _results:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch_kernels():
             _results[key] = _try_out_once(config, trust_remote_code)
     return _results[key]
 
 
-def _try_out_once(config: PretrainedConfig, trust_remote_code: bool) -> tuple[str, set[type[nn.Module]]]:
+def _try_out_once(config: PretrainedConfig, trust_remote_code: bool) -> Trial:
     try:
         model, alone = _small_model(config, trust_remote_code)
     except Exception as error:
-        return f"a small model of this kind does not run: {first_line(error)}", set()
+        return Trial(f"a small model of this kind does not run: {first_line(error)}", set())
     kinds: set[type[nn.Module]] = set()
     try:
         mask_documents(model)
         if obstacle := _difference(_run(model, *_packed()), alone):
             kinds = stateful_kinds(model)  # which restart at documents from here on
             obstacle = _difference(_run(model, *_packed()), alone) if kinds else obstacle
-        return obstacle, kinds
+        return Trial(obstacle, kinds, model if kinds else None)
     except Exception as error:
-        return f"it does not take packed documents: {first_line(error)}", set()
+        return Trial(f"it does not take packed documents: {first_line(error)}", set())
 
 
 def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False) -> str:
@@ -111,7 +125,7 @@ def position_obstacle(config: PretrainedConfig, trust_remote_code: bool = False)
     before. A layer that treats each position alone cannot notice that. A state, a convolution, a mask of its own, or
     another kind of attention makes another result than each document alone.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch_kernels():
         try:
             model, alone = _small_model(config, trust_remote_code)
         except Exception as error:
