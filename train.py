@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
     if finished and plan.total_steps:
         exported = checkpoint.load_best_model(options, model, selection.best)
         checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
-        recorder.print(f"saved {options.output_dir}: {exported}, its tokenizer and metrics.jsonl")
+        recorder.print(f"saved {options.output_dir}: {exported}, the tokenizer and metrics.jsonl")
         if options.prompt and rank == 0 and not signals.stop:
             recorder.print(generate_completion(options))
     elif not finished:

@@ -27,6 +27,8 @@ from config.options import Options
 from model.export import checkpoint_tensors
 from runtime.files import regular_file, require_readable
 
+# Options that decide which parameters a model has, and what they compute.
+ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
 OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
 
 
@@ -52,7 +54,10 @@ def choose_checkpoint(options: Options) -> Path | None:
 
 def _look_for_checkpoint(options: Options) -> tuple[str | None, str | None]:
     try:
-        return _look(options, options.resume_from_checkpoint)
+        chosen, error = _look(options, options.resume_from_checkpoint)
+        if chosen and not error:
+            _require_same_adapters(options, Path(chosen))
+        return chosen, error
     except OptionError as error:
         return None, str(error)
 
@@ -86,6 +91,18 @@ def _look(options: Options, wanted: str | None) -> tuple[str | None, str | None]
             "pass another --output_dir, or --overwrite_output_dir instead, to start a new run"
         )
     return None, None
+
+
+def _require_same_adapters(options: Options, path: Path) -> None:
+    """Refuse a checkpoint of other adapters by the name of the option. Its fingerprint alone would say no more."""
+    saved = read_state(path)["options"]
+    for name in ADAPTERS:
+        was, now = saved.get(name, getattr(options, name)), getattr(options, name)
+        if was != now:
+            value = str(was).lower() if isinstance(was, bool) else was
+            raise OptionError(
+                f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\npass --{name} {value}"
+            )
 
 
 def problems(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from config.errors import OptionError
+from config.errors import OptionError, install
 from config.gpus import BF16, TRITON, lacking
 from config.options import EPOCH, INTERVALS, TRACKERS, Options
 from config.plan import data_parallel_groups, derive_accumulation, learning_rate_factor, mixture_weights
@@ -308,7 +308,7 @@ def _check_machine(options: Options) -> None:
     if os.environ.get("RANK", "0") == "0":
         _check_trackers(options)
     if options.report and importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("report true: it needs matplotlib, which is not installed here\npip install matplotlib")
+        raise OptionError(f"report true: it needs matplotlib, which is not installed here\n{install('matplotlib')}")
     local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     # Under srun, or with CUDA_VISIBLE_DEVICES, the only GPU that a process sees may be its own: runtime/gpus.py.
     own = gpus == 1 and ("CUDA_VISIBLE_DEVICES" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ)
@@ -346,15 +346,29 @@ def _check_trackers(options: Options) -> None:
     if missing:
         raise OptionError(
             f"report_to {options.report_to}: {' and '.join(missing)} not installed here\n"
-            f"pip install {' '.join(missing)}, or pass --report_to none"
+            f"{install(*missing)}, or pass --report_to none"
         )
     known: dict[str, Callable[[], bool]] = {"wandb": _wandb_knows_user, "swanlab": _swanlab_knows_user}
     for name in known.keys() & set(options.trackers):
         if not known[name]():
             raise OptionError(
                 f"report_to {options.report_to}: {name} has no API key of a user\n"
-                f"run `{name} login`, or set {name.upper()}_MODE=offline to keep its files here, or remove {name}"
+                f"run `{name} login`, or set {name.upper()}_MODE=offline to keep its files here, or pass a --report_to "
+                f"without {name}"
             )
+    if options.logging_dir and not options.trackers:
+        raise OptionError(
+            f"logging_dir {options.logging_dir}: only trackers write there, and report_to is none\n"
+            "pass --report_to tensorboard, or remove --logging_dir"
+        )
+    if options.logging_dir:
+        try:
+            Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.logging_dir).close()
+        except OSError as error:
+            raise OptionError(
+                f"logging_dir {options.logging_dir}: {error.strerror}\npass a directory that can be written"
+            ) from error
 
 
 def _wandb_knows_user() -> bool:

@@ -37,6 +37,8 @@ SEE_HELP = "`python train.py --help` lists every option"
 
 TYPES = get_type_hints(Options)
 
+ADAPTER_LEARNING_RATE = 2e-4  # the default with use_peft: adapters learn at a higher rate than full models
+
 # Options whose values peers separate by spaces, too.
 SEVERAL_WORDS = ("lora_target_modules", "target_modules", "report_to")
 
@@ -60,6 +62,8 @@ def parse(argv: list[str], world_size: int | None = None, **defaults: Any) -> Op
             del defaults["prompt"]  # no trained model completes it
         if given.get("lr_scheduler_type") == "constant":
             del defaults["warmup_steps"]  # the warmup of the demo belongs to its own schedule
+    if given.get("use_peft"):
+        defaults = {"learning_rate": ADAPTER_LEARNING_RATE} | defaults
     if lacking(BF16):
         defaults = {"bf16": False} | defaults
     options = Options(**defaults | given)

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,11 @@ def unusable(option: str, path: object, error: OSError) -> OptionError:
 def other_place(error: OSError) -> str:
     """Where data can be prepared after an error of the cache, in words."""
     return "a directory on another disk" if error.errno in BROKEN else "a directory with more room"
+
+
+def install(*packages: str) -> str:
+    """The command that installs packages for the Python that runs this program."""
+    return f"{shlex.quote(sys.executable)} -m pip install {' '.join(packages)}"
 
 
 @contextlib.contextmanager

@@ -163,7 +163,9 @@ class Options:
     optim: Literal["adamw_torch_fused", "muon"] = option(
         OPTIMIZER, "adamw_torch_fused", "muon: layer matrices by Muon, all else by AdamW."
     )
-    learning_rate: float = option(OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup.")
+    learning_rate: float = option(
+        OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup; 0.0002 with use_peft."
+    )
     lr_scheduler_type: Literal[
         "linear",
         "cosine",

@@ -366,9 +366,14 @@ def _write_sequences(
     )
     if split.sequences == 0:
         whole = part == slice(None)  # there is no validation split
+        remedy = "" if whole else " or another --validation_split_percentage"
+        if folder.name == "train" and part.stop == 0:
+            raise OptionError(
+                f"{source.name}: its only document is held out for validation, so none is left to train on\n"
+                "pass --validation_split_percentage 0, or a --validation_file"
+            )
         raise OptionError(
             f"{source.name}: {'it' if whole else f'the {folder.name} split'} has {split.tokens} tokens, less than one "
-            f"sequence of block_size {packing.block_size}\npass more text, a smaller --block_size"
-            f"{'' if whole else ' or another --validation_split_percentage'}"
+            f"sequence of block_size {packing.block_size}\npass more text, a smaller --block_size{remedy}"
         )
     return split, *written

@@ -117,7 +117,7 @@ def prepare_data(
             file=sys.stderr,
         )
     prompts: tuple[Prompt, ...] = ()
-    if options.sample_prompts:  # of a mixture, as its first conversations
+    if options.sample_prompts is not None:  # of a mixture, as its first conversations
         number = next((index for index, rendering in enumerate(renderings) if rendering.shape != "text"), 0)
         prompts = _prompts(options.sample_prompts, renderings[number], firsts[sources[number].name])
     return replace(data, stop_tokens=sorted(stops), prompts=prompts)

@@ -125,7 +125,7 @@ def memory_by_phase(
     recomputed = saved.largest_layer if options.gradient_checkpointing else 0
     temporary = (2 if options.torch_compile else 4) * saved.largest_tensor
     if options.use_peft and options.gradient_checkpointing:
-        # Modules with an adapter have two outputs and two gradients each. The backward of an MLP holds 11 of its tensors.
+        # A module with an adapter has two outputs and two gradients, so the backward of an MLP holds 11 tensors.
         temporary += 8 * saved.largest_tensor
     if experts := max((numel([weight]) for weight in model.parameters() if weight.dim() == 3), default=0):
         # The backward of experts works with sorted rows, their gradient, and the first product or its gradient. Under

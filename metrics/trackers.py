@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from config.errors import OptionError, first_line
+from config.errors import OptionError, first_line, install
 from config.options import Options
 from metrics.masking import mask, masked_options
 from runtime.files import read_json, replace_text
@@ -261,7 +261,7 @@ def _import(name: str) -> None:
     except Exception as error:  # whatever its own dependencies raise
         raise OptionError(
             f"report_to {name}: it cannot be imported: {first_line(error)}\n"
-            f"pip install --upgrade {name}, or pass a --report_to without it"
+            f"{install('--upgrade', name)}, or pass a --report_to without it"
         ) from error
 
 

@@ -198,7 +198,9 @@ def load_finished(directory: str, trust_remote_code: bool = False, **settings: A
         problem = ", ".join(f"{name} {config[name]}" for name in others) or f"peft_type {config.get('peft_type')}"
         raise _other_adapters(folder / CONFIG, problem)
     base = config.get("base_model_name_or_path")
-    if adapted and not (base and (Path(base).exists() or not Path(base).is_absolute())):  # else a name on the hub
+    if adapted and not (
+        isinstance(base, str) and base and (Path(base).exists() or not Path(base).is_absolute())
+    ):  # else a name on the hub
         raise OptionError(
             f"{folder / CONFIG}: base_model_name_or_path {base}: no such directory\n"
             "write the path of the base model there"

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens of a sequence, D hidden size.
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from runtime.files import require_readable
 from runtime.limits import limited
 from runtime.signals import stop_requested
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECONDS, GIBIBYTES = (
     100.0,
     8,
@@ -57,6 +59,9 @@ def load_config_and_tokenizer(options: Options) -> tuple[PretrainedConfig, PreTr
     """
     option = "model_name_or_path" if options.model_name_or_path else "config_name"
     name = options.model_name_or_path or options.config_name
+    for each, given in ((option, name), ("tokenizer_name", options.tokenizer_name)):
+        if given:
+            _require_path(each, given)
     for path in {Path(each).expanduser() for each in (name, options.tokenizer_name) if each}:
         require_readable(option if str(path) == name else "tokenizer_name", path)
     config = _load_config(option, name, options.trust_remote_code) if name else None
@@ -106,12 +111,30 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) 
         tokenizer.model_vocabulary_size = size
 
 
+def _require_model(option: str, path: Path) -> None:
+    """Refuse a directory without a model. Raises OptionError."""
+    if (path / "state.json").exists():
+        raise OptionError(
+            f"{option} {path}: it is a checkpoint of a run, not a finished model\n"
+            "continue the run with --resume_from_checkpoint auto, or pass the output_dir of a finished run"
+        )
+    if path.is_dir() and not (path / "config.json").exists():
+        raise OptionError(f"{option} {path}: it has no config.json\npass the directory of a model")
+
+
+def _require_path(option: str, name: str) -> None:
+    """Refuse a path that does not exist. transformers would take it for a hub id. Raises OptionError."""
+    if not (Path(name).exists() or HUB_ID.fullmatch(name)):
+        raise OptionError(f"{option} {name}: no such file or directory\npass a directory that exists, or a hub id")
+
+
 def _load_config(option: str, name: str, trust_remote_code: bool) -> PretrainedConfig:
     if (Path(name) / CONFIG).exists():
         raise OptionError(
             f"{option} {name}: it holds adapters of another model ({CONFIG}), and no model\n"
             "pass the model, or export adapters and model as one: train with --merge_lora"
         )
+    _require_model(option, Path(name))
     try:
         with limited(SECONDS, GIBIBYTES):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

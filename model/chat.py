@@ -114,6 +114,9 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: 
             continue
         if not text.strip():
             continue
+        if text.strip() == "/help":
+            print(HELP)
+            continue
         if text.strip() == "/reset":
             messages = list(system)
             print("the conversation is forgotten")
@@ -163,22 +166,27 @@ def generate(
 
 def main(argv: list[str]) -> None:
     """Load the model that `argv` names, and talk. Raises OptionError."""
-    parser = argparse.ArgumentParser(prog="python -m model.chat", description=f"Talk to a finished model. {HELP}.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.chat", description=f"Talk to a finished model. {HELP}.", allow_abbrev=False
+    )
     parser.add_argument("model", nargs="?", default="output", metavar="DIR", help="output_dir of a run [output]")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token [0.7]")
     parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens [0.95]")
-    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer [512]")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer [512; base model: 100]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling [0]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that come with the model")
     arguments = parser.parse_args(argv)
-    if not (arguments.temperature >= 0 and 0 < arguments.top_p <= 1 and arguments.max_new_tokens > 0):
+    longest = arguments.max_new_tokens
+    if not (arguments.temperature >= 0 and 0 < arguments.top_p <= 1 and (longest is None or longest > 0)):
         raise OptionError("pass --temperature of at least 0, --top_p above 0 and up to 1, and --max_new_tokens above 0")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with contextlib.suppress(ImportError):
         __import__("readline")  # lets input() edit lines
     model, tokenizer = load(Path(arguments.model).expanduser(), arguments.trust_remote_code)
+    if longest is None:
+        arguments.max_new_tokens = 512 if tokenizer.chat_template else 100
     torch.manual_seed(arguments.seed)
     chat(model, tokenizer, arguments)
 

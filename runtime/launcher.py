@@ -1,11 +1,15 @@
 """Which rank this process is, from the variables of the launcher that started it: torchrun, mpirun or srun."""
 
+import contextlib
+import json
 import os
 import re
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -69,6 +73,17 @@ def rank_from_environment() -> tuple[int, int, int]:
         _require_local(known["MASTER_ADDR"])
     os.environ.update(known)
     return rank, size, local_rank
+
+
+def tell_torchrun(reason: str) -> None:
+    """Put `reason` into the summary that torchrun prints when a rank has failed; otherwise its traceback hides it.
+
+    torchrun reads it from a file of this rank: https://docs.pytorch.org/docs/stable/elastic/errors.html
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # a full disk
+            Path(path).write_text(json.dumps({"message": message}))
 
 
 def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:

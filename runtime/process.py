@@ -18,7 +18,7 @@ from config.errors import BROKEN, DENIED, OptionError, first_line, unusable
 from runtime.garbage import leave_garbage_to_parent
 from runtime.gpus import require_usable_gpu
 from runtime.hang.watch import ACTIVITY, explain_failure
-from runtime.launcher import rank_from_environment
+from runtime.launcher import rank_from_environment, tell_torchrun
 from runtime.network import choose_interface, network_failure
 from runtime.parent import follow_launcher
 from runtime.peers import Peers, join
@@ -59,6 +59,8 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
         peers = join()
         signals.tell_ranks = peers.report
         exit_code = main(sys.argv[1:])
+        if exit_code:
+            tell_torchrun("stopped by a signal; continue with --resume_from_checkpoint auto")
     except Exception as error:
         if peers:
             peers.end_if_signaled()
@@ -88,7 +90,8 @@ def run(main: Callable[[list[str]], int], explain_out_of_memory: Callable[[list[
 
 
 def _tell(failure: str) -> None:
-    """Tell what records the run of its failure, in a few words; it has begun if rank 0 has begun to write."""
+    """Tell torchrun, and what records the run, of its failure; it has begun if rank 0 has begun to write."""
+    tell_torchrun(failure)
     if ACTIVITY.report_failure is not None:
         with contextlib.suppress(Exception):  # the failure itself may be a disk that cannot be written
             ACTIVITY.report_failure(failure[:1000])

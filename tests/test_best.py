@@ -144,7 +144,7 @@ def check_stopped(run: Path, output: str) -> tuple[int, int]:
     assert last == best["step"] + 4, "two evaluations after the best"
     assert last < 40
     assert f"stopped early: 2 evaluations in a row had no lower {loss.replace(' ', ' than ')}\n" in output
-    assert f": the model of checkpoint-{best['step']}, the best with {loss}, its tokenizer" in output
+    assert f": the model of checkpoint-{best['step']}, the best with {loss}, the tokenizer" in output
     exported = load_file(run / "model.safetensors")
     saved = read_tensors(run / f"checkpoint-{best['step']}" / "model")
     assert exported.keys() == saved.keys()

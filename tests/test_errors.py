@@ -7,6 +7,7 @@ file on the disk is lost.
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from config.checks import check
 from config.command_line import parse
 from config.errors import OptionError
 from config.options import Options
+from tests.faults.torchrun import torchrun
 from tests.launch import ROOT, train, train_ok
 
 
@@ -221,7 +223,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
         ("numbers.jsonl", '{"text": "a"}\n{"text": 3}\n' * 9, "numbers.jsonl: line 2 has no text in column text: 3"),
-        ("short.jsonl", '{"text": "a b c"}\n', "the train split has 0 tokens"),
+        ("short.jsonl", '{"text": "a b c"}\n', "its only document is held out for validation"),
     ):
         path = write(tmp_path / name, content)
         message = refused(*tiny, *output, "--train_file", path)
@@ -262,7 +264,13 @@ def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path
 
     assert "block_size 300: the model has 256 positions" in message(model_dir, "--block_size", 300)
     assert "its highest token id is 383, beyond the model's vocabulary of 100" in message(broken("v", vocab_size=100))
-    assert f"model_name_or_path {tmp_path}/none: no model configuration" in message(tmp_path / "none")
+    assert f"model_name_or_path {tmp_path}/none: no such file or directory" in message(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert f"model_name_or_path {tmp_path}/empty: it has no config.json" in message(tmp_path / "empty")
+    (tmp_path / "empty" / "state.json").touch()
+    assert "it is a checkpoint of a run, not a finished model" in message(tmp_path / "empty")
+    unknown = message(model_dir, "--tokenizer_name", tmp_path / "none")
+    assert f"tokenizer_name {tmp_path}/none: no such file or directory" in unknown
     (broken("mute") / "tokenizer.json").unlink()
     (tmp_path / "mute" / "tokenizer_config.json").unlink()
     assert f"{tmp_path}/mute: no tokenizer could be loaded" in message(tmp_path / "mute")
@@ -278,6 +286,29 @@ def test_model_and_tokenizer(tiny: list[object], model_dir: Path, tmp_path: Path
     assert "1 missing tensors, for instance model.norm.weight" in message(missing)
     assert "mismatched shapes: " in message(broken("misshapen", intermediate_size=32))
     assert "unexpected tensors" in message(broken("unexpected", num_hidden_layers=1, layer_types=["full_attention"]))
+
+
+@pytest.mark.fault(
+    "configuration",
+    "a user's mistake under torchrun, whose traceback follows the message",
+    "torchrun's summary, the last that it prints, has the message, too",
+)
+def test_torchrun_says_it_last(tmp_path: Path) -> None:
+    argv = ["--learning_rate", -1, "--output_dir", tmp_path / "output"]
+    with torchrun(["--standalone", "--nproc_per_node", 2], argv, tmp_path / "log") as run:
+        assert run.end() == 1
+        summary = run.output().rpartition("Root Cause")[2]
+    assert re.search(r"traceback : learning_rate -1\.0: must be at least 0\n=+$", summary.rstrip())
+
+
+def test_the_only_document(tiny: list[object], tmp_path: Path) -> None:
+    """A text that is too short for two splits is not held out in silence."""
+    write(tmp_path / "one.txt", "the use of the copyright " * 200)
+    options = [*tiny, "--train_file", tmp_path / "one.txt", "--output_dir", tmp_path / "output", "--max_steps", 1]
+    message = refused(*options, "--validation_split_percentage", 5)
+    assert "one.txt: its only document is held out for validation" in message
+    assert "pass --validation_split_percentage 0" in message
+    train_ok(1, *options, "--validation_split_percentage", 0)
 
 
 @pytest.fixture(scope="module")

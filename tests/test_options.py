@@ -201,11 +201,11 @@ def test_docs_have_the_table() -> None:
         (["--stage", "dpo", "--finetuning_type", "full", "--pref_beta", 0.2], {"objective": "dpo", "dpo_beta": 0.2}),
         (
             ["--finetuning_type", "lora", "--lora_rank", 8, "--lora_target", "q_proj,v_proj"],
-            {"use_peft": True, "lora_r": 8, "lora_target_modules": "q_proj,v_proj"},
+            {"use_peft": True, "lora_r": 8, "lora_target_modules": "q_proj,v_proj", "learning_rate": 2e-4},
         ),
         (
             ["--lora_target_modules", "q_proj", "v_proj", "--use_peft"],
-            {"use_peft": True, "lora_target_modules": "q_proj,v_proj"},
+            {"use_peft": True, "lora_target_modules": "q_proj,v_proj", "learning_rate": 2e-4},
         ),
         (["--packing"], {"packing": "documents"}),
         (["--packing", "true", "--packing_strategy", "wrapped"], {"packing": "concat"}),

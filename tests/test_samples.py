@@ -174,7 +174,10 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(str(path)) == ["two\nlines", "one"]
     (tmp_path / "prompts.txt").write_bytes("\ufeffa b \r\n\r\n  c\n".encode())
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a b ", "  c"]
+    (tmp_path / "prompts.json").write_text('["one", {"prompt": "two"}]')
+    assert read_prompts(str(tmp_path / "prompts.json")) == ["one", "two"]
     assert read_prompts("Hello") == ["Hello"]
+    assert read_prompts("data") == ["data"]  # a directory is no file of prompts
     assert read_prompts("Read a.txt") == ["Read a.txt"]
     assert read_prompts("x" * 5000) == ["x" * 5000]
 
@@ -185,8 +188,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         (None, "No such file"),
         ("", "has 0 prompts; pass 1 to"),
         ("a\n" * (MOST_PROMPTS + 1), "has 17 prompts; pass 1 to 16"),
-        ('{"text": "a"}\n', "this line has no prompt"),
-        ("[" * 100_000, "this line has no prompt"),
+        ('"a"\n{"text": "a"}\n', "line 2 has no prompt"),
+        ("[" * 100_000, "line 1 has no prompt"),
     ],
 )
 def test_prompts_that_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
@@ -197,3 +200,14 @@ def test_prompts_that_are_refused(content: str | None, message: str, tmp_path: P
         read_prompts(str(path))
     with pytest.raises(OptionError, match="has 0 prompts"):
         read_prompts(" ")
+    with pytest.raises(OptionError, match=r"~/none: No such file"):
+        read_prompts("~/none")
+    (tmp_path / "prompts.json").write_text('{"prompt": "a"}')
+    with pytest.raises(OptionError, match="it has no list"):
+        read_prompts(str(tmp_path / "prompts.json"))
+
+
+def test_an_empty_prompt_is_refused(tiny: list[object], tmp_path: Path) -> None:
+    outcome = train(1, [*tiny, "--sample_prompts", "", "--output_dir", tmp_path / "output"])
+    assert outcome.exit_codes == [2], outcome.output
+    assert "sample_prompts : has 0 prompts" in outcome.output

@@ -325,3 +325,13 @@ def test_no_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("WANDB_BASE_URL", "https://my.host:8080")
         (tmp_path / ".netrc").write_text("machine my.host\n  login user\n  password abc\n")
         check(options, world_size=1)
+
+
+@pytest.mark.fault("storage", "the directory of trackers cannot be written", "exit code 2 before the model is loaded")
+def test_logging_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pytest.importorskip("tensorboard")
+    with pytest.raises(OptionError, match=r"logging_dir .*/file/logs: Not a directory\npass a directory"):
+        check(parse(["--report_to", "tensorboard", "--logging_dir", str(tmp_path / "file" / "logs")]), world_size=1)
+    with pytest.raises(OptionError, match="only trackers write there, and report_to is none"):
+        check(parse(["--logging_dir", str(tmp_path / "logs")]), world_size=1)

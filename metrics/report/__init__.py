@@ -7,7 +7,7 @@ changes a run. matplotlib is optional, so only plots.py imports it, and training
 import importlib.util
 from pathlib import Path
 
-from config.errors import OptionError
+from config.errors import OptionError, install
 from runtime.files import replace_file
 
 PAGE = "report.html"
@@ -16,7 +16,7 @@ PAGE = "report.html"
 def require_matplotlib(option: str) -> None:
     """Refuse `option` if matplotlib is not installed. Raises OptionError."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"{option}: matplotlib is not installed here; run pip install matplotlib")
+        raise OptionError(f"{option}: matplotlib is not installed here\n{install('matplotlib')}")
 
 
 def write_report(paths: list[Path], page: Path, png: bool = False) -> list[Path]:

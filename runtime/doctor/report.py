@@ -52,10 +52,10 @@ def rows(options: Options, root: Path = Path("/")) -> list[Row]:
         ("GPUs", lambda: _gpus(root)),
         ("links", _links),
         ("network", lambda: _network(root)),
-        ("cores", lambda: _cores(root)),
+        ("cores", lambda: _cores(options, root)),
         ("memory", lambda: _memory(root)),
         ("/dev/shm", _shared_memory),
-        ("limits", _limits),
+        ("limits", lambda: _limits(root)),
         ("disks", lambda: _disks(options, root)),
         ("variables", _variables),
         ("problem", lambda: _problems(root)),
@@ -192,21 +192,26 @@ def _links() -> Iterator[Row]:
         )
 
 
+def _infiniband(root: Path) -> list[str]:
+    """The devices of InfiniBand or RoCE."""
+    return sorted(path.name for path in (root / "sys/class/infiniband").glob("*"))
+
+
 def _network(root: Path) -> Iterator[Row]:
     names = [name for _, name in socket.if_nameindex() if name != "lo"]
-    devices = sorted(path.name for path in (root / "sys/class/infiniband").glob("*"))
+    devices = _infiniband(root)
     fast = f"InfiniBand or RoCE: {', '.join(devices)}" if devices else "no InfiniBand or RoCE"
     limit = "" if devices else "between nodes, NCCL uses TCP: prefer ddp, or fsdp with --replicas"
     yield "network", f"{', '.join(names[:8]) or 'no interface'}; {fast}", limit
 
 
-def _cores(root: Path) -> Iterator[Row]:
+def _cores(options: Options, root: Path) -> Iterator[Row]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read(root / "sys/fs/cgroup/cpu.max").split()
     allowed = ""
     if len(quota) == 2 and quota[0].isdecimal():
         allowed = f", of which this container may use {int(quota[0]) / int(quota[1]):g}"
-    workers = Options.dataloader_num_workers
+    workers = options.dataloader_num_workers
     ranks = max(1, torch.cuda.device_count())
     limit = f"ranks and their loading processes are {ranks * (workers + 1)}: --dataloader_num_workers has fewer"
     yield "cores", f"{usable} of {os.cpu_count()}{allowed}", limit if usable < ranks * (workers + 1) else ""
@@ -237,7 +242,7 @@ def _shared_memory() -> Iterator[Row]:
     yield "/dev/shm", f"{_gib(space.free)} free of {_gib(space.total)}", small
 
 
-def _limits() -> Iterator[Row]:
+def _limits(root: Path) -> Iterator[Row]:
     """The limits that ulimit shows. A run raises the first number to the second, for files."""
     for name, number, least, remedy in (
         ("open files", resource.RLIMIT_NOFILE, FEW_FILES, "loading processes may fail: ulimit -n 4096"),
@@ -247,7 +252,12 @@ def _limits() -> Iterator[Row]:
             4096,
             "threads may not start: ulimit -u, or the pids limit of a container",
         ),
-        ("locked bytes", resource.RLIMIT_MEMLOCK, math.inf, "InfiniBand between nodes needs it unlimited: ulimit -l"),
+        (
+            "locked bytes",
+            resource.RLIMIT_MEMLOCK,
+            math.inf if _infiniband(root) else 0,
+            "InfiniBand between nodes needs it unlimited: ulimit -l",
+        ),
     ):
         soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(number))
         numbers = ", at most ".join("unlimited" if limit == math.inf else f"{limit:,}" for limit in (soft, hard))
