@@ -3,9 +3,11 @@
 import gc
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from runtime import garbage
 from runtime.garbage import INTERVAL, collect_as_usual, collect_at_set_steps, leave_garbage_to_parent
+from runtime.hang import stacks, watch
 from tests.launch import train
 
 
@@ -75,6 +78,25 @@ def test_workers_leave_garbage_to_their_parent(tmp_path: Path, leave: bool) -> N
     assert (tmp_path / "freed").exists() != leave
 
 
+@pytest.mark.parametrize("look", [stacks.place_of_main, stacks.stacks])
+def test_who_looks_at_threads_holds_no_frame(look: Callable[[], object]) -> None:
+    """The frames of the main thread have its tensors, and a look at them comes each second."""
+    gc.collect()
+    gc.disable()
+    try:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        frames = [each for each in gc.garbage if type(each) is FrameType]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not frames
+
+
 def keep_garbage(file: Path, leak: bool) -> None:
     """Collect after each step, and write how many objects and how many tensors that freed."""
     collect: Callable[..., int] = gc.collect
@@ -99,6 +121,7 @@ def keep_garbage(file: Path, leak: bool) -> None:
             cycle.append(cycle)
 
     garbage.INTERVAL = 1
+    watch.LONGEST = 0.01  # seconds from one look at the main thread to the next
     garbage.gc.collect = collect_and_look  # type: ignore[assignment]
 
 

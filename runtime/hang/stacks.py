@@ -35,7 +35,7 @@ Calls = list[tuple[CodeType, int]]  # code and line, the innermost call last
 
 def place_of_main() -> tuple[Place, tuple[int, int]]:
     """Where the main thread is, and a key that changes when it moves. Costs microseconds."""
-    frames = sys._current_frames()
+    frames = _frames()
     main = frames.pop(threading.main_thread().ident or 0)
     calls = _calls_of_frame(main)
     key = id(main), main.f_lasti
@@ -86,10 +86,22 @@ def stacks() -> str:
     """The Python stacks of all threads of this process, the main thread first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
-    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
-    return "\n".join(
-        f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames
-    )
+    frames = sorted(_frames().items(), key=lambda item: item[0] != main)
+    shown = {ident: "".join(traceback.format_stack(frame)) for ident, frame in frames}
+    own = {threading.get_ident(): "".join(traceback.format_stack())}
+    shown = shown | own if threading.get_ident() != main else own | shown
+    return "\n".join(f"thread {names.get(ident, ident)}\n{stack}" for ident, stack in shown.items())
+
+
+def _frames() -> dict[int, FrameType]:
+    """The innermost frame of each other thread.
+
+    A frame that is held holds the tensors of its variables. A variable with the frame of its own function would be a
+    cycle, so all frames would stay until the next collection of garbage.
+    """
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]
+    return frames
 
 
 def process_state(pid: int, started: int) -> str:

@@ -291,7 +291,7 @@ def test_hanging_disk(tiny: list[object], tmp_path: Path) -> None:
 
     text = hang(tiny, tmp_path, hang_disk, 0, before=open_anything)
     assert re.match(
-        r"rank 0 \(\S+, pid \d+\) is in .*, metrics/recorder.py:\d+ \(_write\), for \d+ s; rank 1 waits", text
+        r"rank 0 \(\S+, pid \d+\) is in .*, metrics/recorder.py:\d+ \(_append\), for \d+ s; rank 1 waits", text
     )
 
 
