@@ -256,6 +256,7 @@ def _encode_texts(records: list[RawRecord], rendering: Rendering) -> Encoded:
         columns = parsed(raw)
         text = columns.get(rendering.text_column)
         if not isinstance(text, str):
+            _require_shape(raw.place, columns, rendering)
             raise OptionError(f"{raw.place} has no text in column {rendering.text_column}: {str(text)[:100]}")
         texts.append(text)
         unused.append(tuple(name for name, value in columns.items() if name != rendering.text_column and value))
@@ -291,11 +292,27 @@ def _check_ids(place: str, ids: list[int], rendering: Rendering) -> None:
         )
 
 
+def _require_shape(place: str, columns: Record, rendering: Rendering) -> None:
+    """Refuse a record that could not be read because it has another shape than the first one. Raises OptionError."""
+    fitting = shapes_of(columns, rendering.text_column)
+    if fitting and rendering.shape not in fitting:
+        raise OptionError(
+            f"{place}: its columns are of the shape {fitting[0]}, but the first record is of the shape "
+            f"{rendering.shape}\nkeep one shape in a file, and pass files of several shapes as --train_mixture "
+            "chat.jsonl=0.5,text.jsonl=0.5 --packing documents"
+        )
+
+
 def _encode_conversations(records: list[RawRecord], rendering: Rendering) -> Encoded:
     size = rendering.block_size
     encoded: Encoded = []
     for raw in records:
-        conversations, unused = read_record(rendering.shape, parsed(raw), raw.place)
+        columns = parsed(raw)
+        try:
+            conversations, unused = read_record(rendering.shape, columns, raw.place)
+        except OptionError:
+            _require_shape(raw.place, columns, rendering)
+            raise
         sides = []
         for conversation in conversations:
             ids, trained_on, had, keys = _encode_conversation(raw.place, conversation, rendering)

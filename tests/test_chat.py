@@ -203,6 +203,7 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_pat
         ({"messages": [assistant(None)]}, "line 2: message 0, of role assistant, has no content"),
         ({"messages": [user("a")], "tools": "{"}, "line 2: tools is not JSON"),
         ({"other": 1}, "line 2: messages must be a list of messages, and is None"),
+        ({"text": "a"}, "line 2: its columns are of the shape text, but the first record is of the shape messages"),
         ([1], "line 2: must be a JSON object, not [1]"),
     ],
 )
@@ -212,6 +213,11 @@ def test_a_bad_record_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
         prepare_records([MESSAGES, record], tokenizer, tmp_path)
     assert f"{tmp_path}/chat.jsonl: {complaint}" in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_a_conversation_among_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"line 2: its columns are of the shape messages, .* shape text\nkeep one"):
+        prepare_records([{"text": "a"}, MESSAGES], tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize(
