@@ -187,7 +187,9 @@ def simple(
             label = run.name if len(runs) > 1 else title.lower()
             color = RUN_COLORS[number % MOST_RUNS]
             width = smoothing(len(run.training)) if smoothed else 1
-            chart.series.append(curve(run.training.step, smooth(run.training[field], width), label, color))
+            series = curve(run.training.step, smooth(run.training[field], width), label, color)
+            series.width += 2 * min(len(runs) - 1 - number, 2)  # an equal curve under a later one stays visible
+            chart.series.append(series)
             if width > 1:
                 chart.caption = SMOOTH
             _note_downsampling(chart, len(run.training))
