@@ -24,7 +24,7 @@ BY_PEFT = next(iter(ADAPTERS))
 
 
 def main() -> None:
-    """Measure this trainer, then PEFT, and print the table."""
+    """Measure PEFT, then this trainer, and print each line of the table as it is known."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", choices=SHAPES, default="8B", help="The shape of this Qwen3; on a GPU only.")
     arguments, more = parser.parse_known_args()
@@ -44,19 +44,21 @@ def main() -> None:
             AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16).save_pretrained(model)
         where = torch.cuda.get_device_name() if ON_GPU else "CPU"
         print(f"{where}, torch {torch.__version__}, {arguments.model if ON_GPU else 'demo'}: {' '.join(argv[2:])}")
-        results: dict[str, Result] = {}
-        if result := ours("ours", 1, [*argv, "--output_dir", f"{name}/ours"]):
-            results["ours"] = result
+        print("\n| | tokens/s | GiB | to PEFT |\n|---|---|---|---|", flush=True)
+        theirs: Result | None = None
         if not importlib.util.find_spec("peft"):
             print(f"{BY_PEFT}: peft is not installed")
-        elif result := peer(BY_PEFT, 1, [*argv, "--output_dir", f"{name}/peft"]):
-            results[BY_PEFT] = result
-        for log in sorted(Path(name).glob("*.log")) if len(results) < 2 else ():
+        elif theirs := peer(BY_PEFT, 1, [*argv, "--output_dir", f"{name}/peft"]):
+            print(_row(BY_PEFT, theirs, theirs), flush=True)
+        if measured := ours("ours", 1, [*argv, "--output_dir", f"{name}/ours"]):
+            print(_row("ours", measured, theirs), flush=True)
+        for log in sorted(Path(name).glob("*.log")) if not (theirs and measured) else ():
             print(f"{log.stem}: {log.read_text()[-2000:]}")
-    print("\n| | tokens/s | GiB | to PEFT |\n|---|---|---|---|")
-    for variant, measured in results.items():
-        ratio = f"{measured.speed / results[BY_PEFT].speed:.2f}" if BY_PEFT in results else ""
-        print(f"| {variant} | {measured.speed:,.0f} | {measured.gib:.1f} | {ratio} |")
+
+
+def _row(variant: str, measured: Result, reference: Result | None) -> str:
+    ratio = f"{measured.speed / reference.speed:.2f}" if reference else ""
+    return f"| {variant} | {measured.speed:,.0f} | {measured.gib:.1f} | {ratio} |"
 
 
 if __name__ == "__main__":
