@@ -27,8 +27,8 @@ from config.options import Options
 from model.export import checkpoint_tensors
 from runtime.files import regular_file, require_readable
 
-# Options that decide which parameters a model has, and what they compute.
-ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+# Options that decide what adapters are. Names in lora_target_modules may differ and mean the same modules.
+ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "use_rslora")
 OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
 
 

@@ -369,7 +369,7 @@ def _write_sequences(
         remedy = "" if whole else " or another --validation_split_percentage"
         if folder.name == "train" and part.stop == 0:
             raise OptionError(
-                f"{source.name}: its only document is held out for validation, so none is left to train on\n"
+                f"{source.name}: all its documents are held out for validation, so none is left to train on\n"
                 "pass --validation_split_percentage 0, or a --validation_file"
             )
         raise OptionError(

@@ -333,7 +333,8 @@ def _summary(deviations: list[tuple[float, ...]]) -> str:
     """The largest deviation in each measured quantity, in a sentence."""
     largest = Deviation(*map(max, zip(*deviations, strict=True)))
     return (
-        f"Largest difference from one process in {len(deviations) // 2} cases x 2 optimizers: gradient {largest.gradient:.1e}, "
+        f"Largest difference from one process in {len(deviations) // 2} cases x 2 optimizers: "
+        f"gradient {largest.gradient:.1e}, "
         f"loss {largest.loss:.1e},\ngradient norm {largest.grad_norm:.1e}, evaluation {largest.evaluation:.1e}, "
         f"parameters {largest.parameters:.1e}."
     )

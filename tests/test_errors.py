@@ -223,7 +223,7 @@ def test_files(tiny: list[object], tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl: line 2: cannot be read as JSON"),
         ("broken.parquet", "no parquet", "cannot be read as .parquet"),
         ("numbers.jsonl", '{"text": "a"}\n{"text": 3}\n' * 9, "numbers.jsonl: line 2 has no text in column text: 3"),
-        ("short.jsonl", '{"text": "a b c"}\n', "its only document is held out for validation"),
+        ("short.jsonl", '{"text": "a b c"}\n', "all its documents are held out for validation"),
     ):
         path = write(tmp_path / name, content)
         message = refused(*tiny, *output, "--train_file", path)
@@ -306,7 +306,7 @@ def test_the_only_document(tiny: list[object], tmp_path: Path) -> None:
     write(tmp_path / "one.txt", "the use of the copyright " * 200)
     options = [*tiny, "--train_file", tmp_path / "one.txt", "--output_dir", tmp_path / "output", "--max_steps", 1]
     message = refused(*options, "--validation_split_percentage", 5)
-    assert "one.txt: its only document is held out for validation" in message
+    assert "one.txt: all its documents are held out for validation" in message
     assert "pass --validation_split_percentage 0" in message
     train_ok(1, *options, "--validation_split_percentage", 0)
 
