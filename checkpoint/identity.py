@@ -32,8 +32,8 @@ class RunIdentity:
 
     model_fingerprint: str = dataclasses.field(
         metadata={
-            "remedy": "resume with the model that was trained (with use_peft: its files, and lora_target_modules of that "
-            "run)"
+            "remedy": "resume with the model that was trained (with use_peft: its files, and the lora_target_modules "
+            "of that run)"
         }
     )
     data_fingerprint: str = dataclasses.field(
