@@ -193,8 +193,8 @@ def _entry(name: str, entry: dict[str, Any], path: Path) -> Entry:
     for column in (*needed, "prompt" if formatting == "alpaca" else "messages"):
         if column not in columns:
             raise refuse(f"columns must have {column}")
-    if not isinstance(ranking, bool) or not (samples is None or (type(samples) is int and samples > 0)):
-        raise refuse("ranking must be true or false, and num_samples a number above 0")
+    if not isinstance(ranking, bool) or not (samples is None or (type(samples) is int and 0 < samples < 2**63)):
+        raise refuse("ranking must be true or false, and num_samples a number above 0 and below 2^63")
     if "hf_hub_url" not in values and (split != "train" or "subset" in values):
         raise refuse("split and subset are for data sets on the hub; remove them")
     hub_id = values.get("hf_hub_url")
