@@ -12,8 +12,8 @@ def collect_at_set_steps(step: int, first: int) -> None:
     Every rank must call, after each step. Python would collect when it has allocated many objects, which each rank does
     at another moment, and in each step all ranks wait for the slowest. A collection of all objects takes tenths of a
     second. Those that exist after the first step are frozen: no collection looks at them, so it is short. Memory is
-    freed by reference counts, as before; only objects that refer to each other wait. Among them are scalars alone, and
-    no other tensor.
+    freed by reference counts, as before; only objects that refer to each other wait. The only tensors among them are
+    scalars.
     """
     if step == first:
         gc.collect()
