@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from compare.bench import ON_GPU, SHAPES, Result, ours, peer
+from compare.bench import ON_GPU, SHAPES, ours, peer
 from compare.peers import ADAPTERS
 from config.command_line import parse
 from config.demo import DEMO_MODEL, demo_tokenizer
-
-BY_PEFT = next(iter(ADAPTERS))
 
 
 def main() -> None:
@@ -45,20 +43,17 @@ def main() -> None:
         where = torch.cuda.get_device_name() if ON_GPU else "CPU"
         print(f"{where}, torch {torch.__version__}, {arguments.model if ON_GPU else 'demo'}: {' '.join(argv[2:])}")
         print("\n| | tokens/s | GiB | to PEFT |\n|---|---|---|---|", flush=True)
-        theirs: Result | None = None
-        if not importlib.util.find_spec("peft"):
-            print(f"{BY_PEFT}: peft is not installed")
-        elif theirs := peer(BY_PEFT, 1, [*argv, "--output_dir", f"{name}/peft"]):
-            print(_row(BY_PEFT, theirs, theirs), flush=True)
-        if measured := ours("ours", 1, [*argv, "--output_dir", f"{name}/ours"]):
-            print(_row("ours", measured, theirs), flush=True)
-        for log in sorted(Path(name).glob("*.log")) if not (theirs and measured) else ():
-            print(f"{log.stem}: {log.read_text()[-2000:]}")
-
-
-def _row(variant: str, measured: Result, reference: Result | None) -> str:
-    ratio = f"{measured.speed / reference.speed:.2f}" if reference else ""
-    return f"| {variant} | {measured.speed:,.0f} | {measured.gib:.1f} | {ratio} |"
+        reference = None
+        for variant in [*(ADAPTERS if importlib.util.find_spec("peft") else ()), "ours"]:
+            measured = (peer if variant in ADAPTERS else ours)(variant, 1, [*argv, "--output_dir", f"{name}/{variant}"])
+            if not measured:
+                print(f"{variant}: failed\n" + Path(f"{name}/{variant}.log").read_text()[-2000:], flush=True)
+                continue
+            reference = reference or (measured if variant in ADAPTERS else None)
+            ratio = f"{measured.speed / reference.speed:.2f}" if reference else ""
+            print(f"| {variant} | {measured.speed:,.0f} | {measured.gib:.1f} | {ratio} |", flush=True)
+        if not reference:
+            print("PEFT: it is not installed, or failed")
 
 
 if __name__ == "__main__":

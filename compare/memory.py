@@ -177,9 +177,10 @@ def predict_case(case: Case) -> Memory:
 def measure(case: Case) -> float:
     """The peak of rank 0 in GiB; must run in a process of its own."""
     rank = build(case.options, MODELS[case.model], case.ranks)
-    with torch.no_grad():  # any values, drawn where they are
+    with torch.no_grad():  # any values; the CPU would draw billions of numbers for minutes
         for parameter in rank.model.parameters():
-            getattr(parameter, "to_local", lambda full=parameter: full)().normal_(std=0.02)
+            part = getattr(parameter, "to_local", lambda full=parameter: full)()
+            part.copy_(torch.empty_like(part, device=rank.device).normal_(std=0.02))
     tokens_BT = torch.randint(0, 512, (case.sequences, case.options.block_size or LENGTH), device=rank.device)
     for step in range(4):
         if step == 2:  # the first were for compilation and for the optimizer's state

@@ -128,7 +128,10 @@ def with_peft(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     return adapted
 
 
-ADAPTERS = {"HF Trainer, LoRA of PEFT": (hf_trainer, False)}  # for compare/adapters.py
+ADAPTERS: dict[str, tuple[Callable[..., None], bool]] = {  # for compare/adapters.py
+    "HF Trainer, LoRA of PEFT": (hf_trainer, False),
+    "HF Trainer, LoRA of PEFT, compiled": (hf_trainer, True),
+}
 
 PEERS: dict[str, tuple[Callable[..., None], bool]] = {
     "HF Trainer": (hf_trainer, False),
