@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # Calls in which the CPU waits for the GPU, and so perhaps for a collective of NCCL.
 SYNCHRONIZES = re.compile(r"\.(item|tolist|cpu)\(|synchronize\(")
 GPU = "the GPU"
+LIBRARY = sysconfig.get_path("stdlib") + os.sep
 STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "Z": "has ended", "X": "has ended"}
 STATES["D"] = "waits for a disk or a driver (state D)"
 
@@ -28,6 +30,7 @@ class Place(NamedTuple):
     where: str  # the innermost line of this project: "train.py:151 (main)"
     collective: str  # what it waits for, if that needs other ranks: "all_reduce", "backward", "the GPU"; or ""
     debugged: bool  # whether a debugger has stopped there
+    in_library: bool  # whether the innermost call is in Python's own library, as one that waits for a thread is
 
 
 Calls = list[tuple[CodeType, int]]  # code and line, the innermost call last
@@ -60,7 +63,7 @@ def place_of_error(error: BaseException) -> Place:
 def place_of(calls: Calls) -> Place:
     """The place that a stack of calls means."""
     if not calls:
-        return Place("", "", False)
+        return Place("", "", False, False)
     project = f"{ROOT}{os.sep}"  # without .venv, which may be in it
     inside = [call for call in calls if call[0].co_filename.startswith(project)]
     ours = [call for call in inside if not call[0].co_filename.startswith(f"{project}.")] or calls
@@ -75,7 +78,9 @@ def place_of(calls: Calls) -> Place:
     if not collective and calls[-1] == (code, line) and SYNCHRONIZES.search(linecache.getline(code.co_filename, line)):
         collective = GPU
     modules = {Path(code.co_filename).name for code, _ in calls}
-    return Place(where, collective, bool({"pdb.py", "bdb.py", "pydevd.py"} & modules))
+    file = calls[-1][0].co_filename
+    in_library = file.startswith((LIBRARY, "<frozen ")) and "-packages" not in file
+    return Place(where, collective, bool({"pdb.py", "bdb.py", "pydevd.py"} & modules), in_library)
 
 
 def _calls_of_frame(frame: FrameType) -> Calls:

@@ -12,6 +12,7 @@ seconds, and never synchronizes with the GPU.
 """
 
 import dataclasses
+import faulthandler
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from config.errors import first_line
 from runtime.hang import stacks
-from runtime.hang.explain import WAITING_FOR_DATA, Activity, Beat, Peer, explain
+from runtime.hang.explain import TRAINING, WAITING_FOR_DATA, Activity, Beat, Peer, explain
 
 BEATS = 20  # of each rank within --ddp_timeout; at least one in LONGEST seconds
 LONGEST = 2.0
@@ -91,7 +92,7 @@ class Watch:
         self.met = time.monotonic()
         self.store = dist.PrefixStore("watch", _get_default_store().clone())  # type: ignore[attr-defined]
         self.asking: threading.Thread | None = None  # waits for an answer of the store
-        self.place, self.key = stacks.Place("", "", False), (0, 0)
+        self.place, self.key = stacks.Place("", "", False, False), (0, 0)
         self.since = self.looked = time.monotonic()
         self.failure = self.trace = ""
         self.ended = 0.0  # when this rank has heard that another one has ended
@@ -107,9 +108,17 @@ class Watch:
                 self.directory.mkdir(exist_ok=True)
 
     def run(self) -> None:
-        """Send beats, and report a hang. For a thread of its own."""
+        """Send beats, and report a hang. For a thread of its own.
+
+        Some calls hold the interpreter, so no thread of Python runs until they return. The launch of a compiled kernel
+        is one, and it does not return while the queue of a GPU that waits is full
+        (https://github.com/pytorch/pytorch/issues/109074). Then a thread of C, started anew at each beat, prints the
+        stacks. It does not end the process, because it cannot know whether somebody has only paused it.
+        """
         while True:
-            with suppress(Exception), self.lock:  # nothing here may end a run
+            with suppress(Exception):  # nothing here may end a run
+                faulthandler.dump_traceback_later(self.timeout + GRACE, file=2)
+            with suppress(Exception), self.lock:
                 self._beat()
             self.pause.wait(self.interval)
 
@@ -163,9 +172,18 @@ class Watch:
         place, key = stacks.place_of_main()
         if ACTIVITY.phase == WAITING_FOR_DATA:  # the loader's loop moves, because it looks after its workers
             place, key = place._replace(collective=WAITING_FOR_DATA), (0, ACTIVITY.step)
+        now = time.monotonic()
         if key != self.key:
-            self.since = self.looked = time.monotonic()
+            self.since = self.looked = now
+        elif not place.collective and self._launches(place) and now - self.since > self.patience:
+            place = place._replace(collective=stacks.GPU)
         self.place, self.key = place, key
+
+    def _launches(self, place: stacks.Place) -> bool:
+        """Whether a call at `place` may start a kernel. It does not return while the queue of a waiting GPU is full."""
+        computes = ACTIVITY.phase == TRAINING and ACTIVITY.micro_step > 0
+        uses_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return uses_gpu and computes and not place.in_library and not place.debugged
 
     def failed(self, error: Exception) -> bool:
         """Tell the other ranks of `error`. Returns whether it follows from a hang that a message explains."""
@@ -188,7 +206,7 @@ class Watch:
         """Send a beat. Returns whether a rank has found a hang."""
         waited = time.monotonic() - self.since
         place, step, children = self.place, ACTIVITY.step, ", ".join(stacks.stuck_children().values())
-        beat = Beat(self.rank, step, str(ACTIVITY), *place, waited, time.monotonic(), self.failure, children)
+        beat = Beat(self.rank, step, str(ACTIVITY), *place[:3], waited, time.monotonic(), self.failure, children)
         text = json.dumps(dataclasses.asdict(beat))
 
         def send() -> bool:

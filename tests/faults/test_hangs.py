@@ -3,6 +3,7 @@
 Each message has an example in docs/troubleshooting.md, with the same words.
 """
 
+import ctypes
 import itertools
 import math
 import os
@@ -42,6 +43,7 @@ def form(text: str) -> str:
     text = re.sub(r"\S+\.py:\d+ \(\w+\)", "PLACE", text)
     text = re.sub(r"\S+/hang/", "output/hang/", text)
     text = re.sub(r" on [\w.-]+, or end", " on node, or end", text)
+    text = re.sub(r"whether [\w.-]+ is up", "whether node is up", text)
     text = re.sub(r"forward and backward, micro-step \d+ of \d+|training", "ACTIVITY", text)
     text = re.sub(r"ranks? [\d, ]+ waits? (in|for) (the GPU|\w+)", "RANKS WAIT", text)
     return re.sub(r"\d+", "0", text)
@@ -293,6 +295,57 @@ def test_hanging_disk(tiny: list[object], tmp_path: Path) -> None:
     assert re.match(
         r"rank 0 \(\S+, pid \d+\) is in .*, metrics/recorder.py:\d+ \(_append\), for \d+ s; rank 1 waits", text
     )
+
+
+def stop_or_launch() -> None:
+    """In step 5, rank 1 stops, and rank 0 does not return from a call, as from the launch of a kernel."""
+    step, calls = metrics.Recorder.step, itertools.count(1)
+
+    def faulty(self: metrics.Recorder, tokens: int) -> None:
+        if next(calls) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif os.environ["RANK"] == "0" and self.activity.step == 5:
+            torch.cuda.is_initialized = lambda: True
+            ctypes.CDLL(None).sleep(1000)  # without the interpreter's lock, as in torch
+        step(self, tokens)
+
+    metrics.Recorder.step = faulty  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "distributed",
+    "SIGSTOP of a rank while another one cannot start a kernel, because its GPU waits for that rank",
+    "the waiting rank names the stopped one, and ends",
+)
+def test_full_queue(tiny: list[object], tmp_path: Path) -> None:
+    text = hang(tiny, tmp_path, nothing, 1, before=stop_or_launch)
+    assert re.match(r"rank 1 \(\S+, pid \d+\) is stopped \(SIGSTOP\); rank 0 waits for the GPU of step 5, ", text)
+
+
+def hold_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "distributed",
+    "a rank whose call holds the interpreter, as the launch of a compiled kernel does",
+    "the others name that rank, and a thread of C prints its stacks",
+)
+def test_held_interpreter(tiny: list[object], tmp_path: Path) -> None:
+    argv = [*tiny, "--output_dir", tmp_path, "--max_steps", 100_000, "--ddp_timeout", TIMEOUT]
+
+    def wait(ranks: Ranks) -> None:
+        ranks[0].join(DEADLINE)
+        time.sleep(TIMEOUT)
+        ranks[1].kill()
+
+    outcome = train(2, argv, before=partial(on_rank_1, hold_interpreter), meanwhile=wait)
+    assert outcome.exit_codes == [1, -signal.SIGKILL]
+    assert re.match(r"rank 1 \(\S+, pid \d+\) has not been heard of for \d+ s; rank 0 waits in", message(outcome))
+    printed = outcome.output.partition("Timeout (0:00:13)!")[2]
+    assert re.search(r"test_hangs.py\W+line \d+ in hold_interpreter", printed), outcome.output
 
 
 def skip() -> None:
