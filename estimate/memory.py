@@ -273,8 +273,8 @@ def numel(tensors: Iterable[Tensor], shards: int = 1) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / GIB:.1f}"
+    """Bytes in GiB, with three decimals where one would say little."""
+    return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / GIB:.3f}"
 
 
 def readable(size: float) -> str:
