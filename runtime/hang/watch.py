@@ -206,7 +206,8 @@ class Watch:
         """Send a beat. Returns whether a rank has found a hang."""
         waited = time.monotonic() - self.since
         place, step, children = self.place, ACTIVITY.step, ", ".join(stacks.stuck_children().values())
-        beat = Beat(self.rank, step, str(ACTIVITY), *place[:3], waited, time.monotonic(), self.failure, children)
+        where = place.where, place.collective, place.debugged
+        beat = Beat(self.rank, step, str(ACTIVITY), *where, waited, time.monotonic(), self.failure, children)
         text = json.dumps(dataclasses.asdict(beat))
 
         def send() -> bool:
