@@ -19,7 +19,7 @@ from config.errors import OptionError
 from config.options import MAY_DIFFER_BETWEEN_NODES, Options
 from config.plan import Plan
 from model.adapters import adapted_modules
-from model.weights import Weights, fingerprint_files
+from model.weights import Weights, files_of, fingerprint_files
 from runtime.files import read_json
 
 
@@ -134,7 +134,7 @@ def identify_run(
     """
     scales = sorted({module.scaling for module in adapted_modules(model).values()})
     return RunIdentity(
-        model_fingerprint=fingerprint_model(model, [*scales, fingerprint_files(weights)] if scales else []),
+        model_fingerprint=fingerprint_model(model, [*scales, fingerprint_files(files_of(weights))] if scales else []),
         data_fingerprint=data_fingerprint,
         seed=options.seed,
         global_batch_size=plan.global_batch_size,
@@ -175,7 +175,7 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights, 
     # Where ranks split layers or experts, a compiled layer that is recomputed repeats other collectives than an eager
     # one.
     run["torch_compile"] = options.torch_compile and options.model_parallel_size * options.expert_parallel > 1
-    run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(weights)}
+    run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(files_of(weights))}
     run |= {f"config.json: {name}": value for name, value in config.to_dict().items() if name != "_name_or_path"}
     runs = gather_objects(run)
     if others := [rank for rank, other in enumerate(runs) if other != runs[0]]:

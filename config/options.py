@@ -139,7 +139,9 @@ class Options:
     max_targetless_fraction: float = option(
         SEQUENCES, 0.1, "Fraction of conversations that may be left out: no token to train on."
     )
-    show_examples: int = option(SEQUENCES, 0, "Sequences to print at the start, tokens trained on in green.")
+    show_examples: int = option(
+        SEQUENCES, 0, "Sequences to print at the start, tokens trained on in green (in a file, «so»)."
+    )
 
     per_device_train_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank.")
     per_device_eval_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank, in evaluation.")
@@ -271,7 +273,9 @@ class Options:
     ledger: bool = option(LOGGING, False, "Record the sequences of each step, for `python -m data.ledger`.")
     trace_steps: int = option(LOGGING, 0, "Steps to trace with the profiler on rank 0, after two others.")
     memory_snapshot: bool = option(LOGGING, False, "Out of GPU memory: write each allocation into output_dir/memory.")
-    prompt: str | None = option(LOGGING, None, "Text that the trained model completes at the end.")
+    prompt: str | None = option(
+        LOGGING, None, "Text, or message of a user, that the trained model completes at the end."
+    )
     sample_prompts: str | None = option(
         LOGGING, None, "Text, or file with a prompt on each line, to complete at each evaluation."
     )

@@ -57,6 +57,7 @@ class Data:
     validation: dict[str, PreparedDataset | Mixture]  # by the start of the names of its metrics: eval, or eval_NAME
     counts: dict[str, Split]  # of train, and of all validation sets together
     prompts: tuple[Prompt, ...] = ()  # to complete at each evaluation
+    last_prompt: Prompt | None = None  # to complete when training has ended
 
     @property
     def evaluated(self) -> bool:
@@ -116,20 +117,23 @@ def prepare_data(
             "pass a --chat_template that ends a turn with a special token",
             file=sys.stderr,
         )
-    prompts: tuple[Prompt, ...] = ()
-    if options.sample_prompts is not None:  # of a mixture, as its first conversations
-        number = next((index for index, rendering in enumerate(renderings) if rendering.shape != "text"), 0)
-        prompts = _prompts(options.sample_prompts, renderings[number], firsts[sources[number].name])
-    return replace(data, stop_tokens=sorted(stops), prompts=prompts)
+    number = next((index for index, rendering in enumerate(renderings) if rendering.shape != "text"), 0)
+    # In a mixture, a prompt is encoded as its first conversations are.
+    encode = partial(_prompts, rendering=renderings[number], first=firsts[sources[number].name])
+    sampled = (
+        encode("sample_prompts", read_prompts(options.sample_prompts)) if options.sample_prompts is not None else ()
+    )
+    last = encode("prompt", [options.prompt])[0] if options.prompt else None
+    return replace(data, stop_tokens=sorted(stops), prompts=sampled, last_prompt=last)
 
 
-def _prompts(value: str, rendering: Rendering, first: RawRecord | None) -> tuple[Prompt, ...]:
-    """The prompts of --sample_prompts. Half of a sequence is left for what the model writes."""
-    prompts = tuple(encode_prompt(text, rendering, first) for text in read_prompts(value))
+def _prompts(option: str, texts: list[str], rendering: Rendering, first: RawRecord | None) -> tuple[Prompt, ...]:
+    """The prompts of an option. Half of a sequence is left for what the model writes. Raises OptionError."""
+    prompts = tuple(encode_prompt(text, rendering, first) for text in texts)
     for prompt in prompts:
         if not 0 < len(prompt.tokens) <= rendering.block_size // 2:
             raise OptionError(
-                f"sample_prompts {value}: {brief(prompt.text)} has {len(prompt.tokens)} tokens\n"
+                f"{option} {brief(prompt.text)}: has {len(prompt.tokens)} tokens\n"
                 f"pass prompts of 1 to {rendering.block_size // 2} tokens, which is half of block_size"
             )
     return prompts
@@ -177,12 +181,17 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
 
 
 def show_examples(
-    sequences: PreparedDataset | Mixture | StreamingDataset, number: int, tokenizer: PreTrainedTokenizerBase
+    sequences: PreparedDataset | Mixture | StreamingDataset,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    colored: bool,
 ) -> str:
-    """The text of the first `number` sequences, for a terminal: tokens trained on in green, masked tokens in gray.
+    """The text of the first `number` sequences: tokens trained on in green and masked tokens in gray if `colored`.
 
+    Without colors, «marks» are around tokens trained on.
     A line with its counts opens each sequence, and each of its segments starts on a new line.
     """
+    trained_on, masked = (f"{GREEN}%s{PLAIN}", f"{GRAY}%s{PLAIN}") if colored else ("«%s»", "%s")
     lines = []
     for sequence in islice(iter(sequences), number):
         trained = int(sequence.trained_on.sum())
@@ -192,9 +201,9 @@ def show_examples(
             segment = slice(start, start + length)
             pairs = zip(sequence.tokens[segment].tolist(), sequence.trained_on[segment].tolist(), strict=True)
             runs = [(on, [token for token, _ in run]) for on, run in groupby(pairs, key=lambda pair: pair[1])]
-            lines.append("".join((GREEN if on else GRAY) + tokenizer.decode(ids) + PLAIN for on, ids in runs))
+            lines.append("".join((trained_on if on else masked) % tokenizer.decode(ids) for on, ids in runs))
             start += length
-    return "\n".join([*lines, f"--- {GREEN}trained on{PLAIN}, {GRAY}masked{PLAIN} ---"])
+    return "\n".join([*lines, f"--- {trained_on % 'trained on'}, {masked % 'masked'} ---"])
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,8 @@
 """The start block: what is about to run, in lines for people."""
 
 import math
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def describe_run(
         lines["validation"] = f"none, so eval_steps {options.eval_steps} has no effect"
     block = "\n".join(f"{key:<13} {value}" for key, value in lines.items())
     if options.show_examples:
-        block += "\n" + show_examples(data.train, options.show_examples, tokenizer)
+        colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        block += "\n" + show_examples(data.train, options.show_examples, tokenizer, colored)
     return block
 
 

@@ -17,27 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from config.errors import OptionError
 from config.options import ALL_LINEAR, Options
 from model.experts import skipped_experts
 from model.layers import compute_dtype, expert_stacks, text_model
-from runtime.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of PEFT
 PREFIX = "base_model.model."  # of the names in these files
-# Settings of PEFT that change what an adapter computes, or add other parameters. The files of this trainer lack them.
-OTHER_KINDS = (
-    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"),
-    *("trainable_token_indices", "layer_replication", "target_parameters"),
-)
-ADDED_TO_THE_BASE = (True, False, None, "gaussian")  # values of init_lora_weights; with others, PEFT changes the base
 
 
 class LoraLinear(nn.Linear):
@@ -180,53 +172,6 @@ def merged_weight(module: LoraLinear) -> Tensor:
     return DTensor.from_local(
         rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-
-
-def load_finished(directory: str, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
-    """The finished model of a run, on the CPU; adapters are added to the weights of their base model. Needs no PEFT.
-
-    `directory` is the output directory of a run, with a model or with adapters. `settings` are those of
-    `from_pretrained`. Raises OSError for missing files, and OptionError for adapters of another kind.
-    """
-    folder = Path(directory)
-    adapted = (folder / CONFIG).exists()
-    config: dict[str, Any] = read_json(folder / CONFIG, 2**20) if adapted else {"base_model_name_or_path": directory}
-    others = [name for name in OTHER_KINDS if config.get(name)]
-    if config.get("init_lora_weights") not in ADDED_TO_THE_BASE:
-        others.append("init_lora_weights")
-    if others or (adapted and config.get("peft_type") != "LORA"):
-        problem = ", ".join(f"{name} {config[name]}" for name in others) or f"peft_type {config.get('peft_type')}"
-        raise _other_adapters(folder / CONFIG, problem)
-    base = config.get("base_model_name_or_path")
-    if adapted and not (
-        isinstance(base, str) and base and (Path(base).exists() or not Path(base).is_absolute())
-    ):  # else a name on the hub
-        raise OptionError(
-            f"{folder / CONFIG}: base_model_name_or_path {base}: no such directory\n"
-            "write the path of the base model there"
-        )
-    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
-    if not adapted:
-        return model
-    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    tensors, modules = load_file(folder / WEIGHTS), dict(model.named_modules())
-    for name in tensors:
-        path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        module = modules.get(path)
-        shared = module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False)
-        if kind not in ("lora_A", "lora_B") or not isinstance(module, nn.Linear) or shared:
-            raise _other_adapters(folder / WEIGHTS, name)
-        if kind == "lora_A":
-            product = tensors[f"{PREFIX}{path}.lora_B.weight"].float() @ tensors[name].float()
-            weight = model.get_parameter(f"{path}.weight")
-            weight.data = (weight.data.float() + config["lora_alpha"] / root * product).to(weight.dtype)
-    return model
-
-
-def _other_adapters(file: Path, problem: str) -> OptionError:
-    return OptionError(f"{file}: {problem}: no adapters of this trainer\nmerge them with the package peft")
 
 
 def adapter_config(model: nn.Module, options: Options) -> dict[str, Any]:

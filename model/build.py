@@ -28,9 +28,10 @@ from config.demo import DEMO_MODEL, demo_tokenizer
 from config.errors import OptionError, first_line
 from config.options import Options
 from config.text import read_text
-from model.adapters import CONFIG, add_adapters, load_finished
+from model.adapters import CONFIG, add_adapters
 from model.documents.attention import attention_obstacle
 from model.experts import use_grouped_products
+from model.export import load_finished
 from model.float8 import compute_in_float8
 from model.layers import compute_dtype, decoder_layers, freeze_unused, random_noise
 from parallel.checks import (
@@ -254,20 +255,21 @@ def _cast_hidden(layer: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     return map_hidden_states(lambda hidden_BTD: hidden_BTD.to(compute_dtype(hidden_BTD)), inputs, named)
 
 
-def generate_completion(options: Options, new_tokens: int = 48) -> str:
-    """The completion of `options.prompt` by the exported model, which is loaded with transformers.
+def generate_completion(options: Options, tokens: list[int], new_tokens: int = 48) -> str:
+    """What the exported model writes after `options.prompt`, whose `tokens` are those that it sees.
 
     Sampled with a fixed seed, on the CPU, because the GPU may have no memory for a second model. A signal ends it.
     """
     tokenizer = AutoTokenizer.from_pretrained(options.output_dir, trust_remote_code=options.trust_remote_code)
     model = load_finished(options.output_dir, options.trust_remote_code)
-    prompt_BT = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    prompt_BT = torch.tensor([tokens])
     torch.manual_seed(0)
     stopped = StoppingCriteriaList([lambda ids_BT, _: torch.full(ids_BT.shape[:1], stop_requested())])
     output_BT = model.generate(
-        **prompt_BT,
+        prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
         **{"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.7, "top_k": 50, "pad_token_id": 0},
         stopping_criteria=stopped,
     )
-    completion = tokenizer.decode(output_BT[0], skip_special_tokens=True)
+    completion = tokenizer.decode(output_BT[0, len(tokens) :], skip_special_tokens=True)
     return f"--- completion of {options.prompt!r} ---\n{completion}\n---"

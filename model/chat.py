@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from config.errors import OptionError, first_line
-from model.adapters import CONFIG, load_finished
+from model.adapters import CONFIG
+from model.export import load_finished
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D ends"
 

@@ -1,30 +1,42 @@
-"""Export of a model to files that `from_pretrained` of transformers reads."""
+"""The finished model: written to files that `from_pretrained` of transformers reads, and loaded from them."""
 
 import contextlib
 import copy
 import json
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from config.errors import first_line
+from config.errors import OptionError, first_line
 from model.adapters import CONFIG, PREFIX, WEIGHTS, adapted_modules, adapter_parameters, merged_weight
 from model.version_4 import add_config_keys, rename_tokenizer_keys
+from model.weights import find_files, fingerprint_files
+from runtime.files import read_json
 
 LARGEST_FILE = "5GB"
 METADATA = {"format": "pt", "trainer": "train.py"}  # of a file of weights; the second says that this trainer wrote it
+
+# Settings of PEFT that change what an adapter computes, or add other parameters. The files of this trainer lack them.
+OTHER_KINDS = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"),
+    *("trainable_token_indices", "layer_replication", "target_parameters"),
+)
+ADDED_TO_THE_BASE = (True, False, None, "gaussian")  # values of init_lora_weights; with others, PEFT changes the base
+BASE = "base_weights"  # in the metadata of adapters: the fingerprint of the files of the frozen model
 
 RunOnAllRanks = Callable[[Callable[[], Any]], list[Any]]
 
@@ -101,11 +113,13 @@ def write_adapters(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     config: dict[str, Any],
+    base: Iterable[str],
     rank: int = 0,
     together: RunOnAllRanks = lambda work: [work()],
 ) -> None:
     """Write the files that `PeftModel.from_pretrained` reads, with adapters in `dtype` and their `config`.
 
+    The metadata of the adapters identify the files of their `base` model, for load_finished.
     Every rank must call: an all-gather over gloo collects sharded adapters, and rank 0 writes. `write_model` describes
     `together`.
     """
@@ -114,9 +128,13 @@ def write_adapters(
         for name, parameter in adapter_parameters(model).items()
     }
 
+    metadata = dict(METADATA)
+
     def write() -> None:
         if rank == 0:
-            _write_files(directory, {WEIGHTS: full})
+            with contextlib.suppress(OSError):  # the base is gone: adapters are worth more than their origin
+                metadata[BASE] = fingerprint_files(base)
+            _write_files(directory, {WEIGHTS: full}, metadata)
             (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if model.can_generate():
                 model.generation_config.to_json_file(directory / "generation_config.json")
@@ -144,14 +162,16 @@ def _full_tensor(tensor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     return tensor.to(dtype).cpu().contiguous() if keep else torch.empty(0)
 
 
-def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+def _write_files(
+    directory: Path, files: dict[str, dict[str, Tensor]], metadata: dict[str, str] = METADATA
+) -> dict[str, str]:
     """Write files; return the file of each tensor. Raises OSError."""
     for name, tensors in files.items():
         (directory / name).touch()
         mode = (directory / name).stat().st_mode  # by the umask; safetensors lets only the owner read
         try:
-            save_file(tensors, directory / name, metadata=METADATA)
-            _sort_metadata(directory / name)
+            save_file(tensors, directory / name, metadata=metadata)
+            _sort_metadata(directory / name, metadata)
             with contextlib.suppress(OSError):  # of a file system without modes
                 (directory / name).chmod(mode)
         except SafetensorError as error:  # of the operating system: a full disk
@@ -159,15 +179,83 @@ def _write_files(directory: Path, files: dict[str, dict[str, Tensor]]) -> dict[s
     return {tensor: name for name, tensors in files.items() for tensor in tensors}
 
 
-def _sort_metadata(path: Path) -> None:
+def _sort_metadata(path: Path, metadata: dict[str, str]) -> None:
     """Sort the metadata of a file: safetensors writes them in a random order, and equal models are to be equal files.
 
     The file begins with the size of its header in 8 bytes. The header is JSON, padded with spaces.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size)) | {"__metadata__": METADATA}
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
         content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         assert len(content) == size, "the same entries have the same length"
         file.seek(8)
         file.write(content)
+
+
+def load_finished(directory: str, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
+    """The finished model of a run, on the CPU; adapters are added to the weights of their base model. Needs no PEFT.
+
+    `directory` is the output directory of a run, with a model or with adapters. `settings` are those of
+    `from_pretrained`. Warns if the base model has other weights than those that the adapters were trained on. Raises
+    OSError for missing files, and OptionError for adapters of another kind.
+    """
+    folder = Path(directory)
+    adapted = (folder / CONFIG).exists()
+    config: dict[str, Any] = read_json(folder / CONFIG, 2**20) if adapted else {"base_model_name_or_path": directory}
+    others = [name for name in OTHER_KINDS if config.get(name)]
+    if config.get("init_lora_weights") not in ADDED_TO_THE_BASE:
+        others.append("init_lora_weights")
+    if others or (adapted and config.get("peft_type") != "LORA"):
+        problem = ", ".join(f"{name} {config[name]}" for name in others) or f"peft_type {config.get('peft_type')}"
+        raise _other_adapters(folder / CONFIG, problem)
+    base = config.get("base_model_name_or_path")
+    if adapted and not (
+        isinstance(base, str) and base and (Path(base).exists() or not Path(base).is_absolute())
+    ):  # else a name on the hub
+        raise OptionError(
+            f"{folder / CONFIG}: base_model_name_or_path {base}: no such directory\n"
+            "write the path of the base model there"
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
+    if not adapted:
+        return model
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _warn_of_another_base(folder, str(base))
+    tensors, modules = load_file(folder / WEIGHTS), dict(model.named_modules())
+    for name in tensors:
+        path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        module = modules.get(path)
+        shared = module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False)
+        if kind not in ("lora_A", "lora_B") or not isinstance(module, nn.Linear) or shared:
+            raise _other_adapters(folder / WEIGHTS, name)
+        if kind == "lora_A":
+            product = tensors[f"{PREFIX}{path}.lora_B.weight"].float() @ tensors[name].float()
+            weight = model.get_parameter(f"{path}.weight")
+            weight.data = (weight.data.float() + config["lora_alpha"] / root * product).to(weight.dtype)
+    return model
+
+
+def _warn_of_another_base(adapters: Path, base: str) -> None:
+    """Say that the files of the `base` model are not those beside which the adapters were trained, if that is known.
+
+    A warning only: the same weights may be stored in other files.
+    """
+    with safe_open(adapters / WEIGHTS, framework="pt") as file:
+        expected = (file.metadata() or {}).get(BASE)
+    try:
+        found = fingerprint_files(find_files(base))
+    except (OSError, ValueError):  # no safetensors
+        found = ""
+    if expected and found != expected:
+        print(
+            f"base_model_name_or_path {base}: not the files of weights that the adapters were trained on\n"
+            f"if answers are gibberish, write the path of their base model into {adapters / CONFIG}",
+            file=sys.stderr,
+        )
+
+
+def _other_adapters(file: Path, problem: str) -> OptionError:
+    return OptionError(f"{file}: {problem}: no adapters of this trainer\nmerge them with the package peft")

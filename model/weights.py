@@ -118,7 +118,7 @@ def find_weights(options: Options, model: PreTrainedModel) -> Weights:
 
 def _read_headers(name: str) -> Iterator[Stored]:
     """All tensors of a directory or hub repository. Raises ValueError or OSError for damaged or inconsistent files."""
-    for path, listed in _find_files(name).items():
+    for path, listed in find_files(name).items():
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -131,8 +131,11 @@ def _read_headers(name: str) -> Iterator[Stored]:
             raise ValueError(f"{path.name} is damaged: {error}") from error
 
 
-def _find_files(name: str) -> dict[Path, set[str] | None]:
-    """The safetensors files of a directory or hub repository, with the names that an index lists for them, if any."""
+def find_files(name: str) -> dict[Path, set[str] | None]:
+    """The safetensors files of a directory or hub repository, with the names that an index lists for them, if any.
+
+    Raises ValueError without such files, or for an index that is none; OSError for a directory that is not there.
+    """
     if single := cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
         return {Path(single): None}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
@@ -237,15 +240,20 @@ def _merge_tied(weights: Weights, expected: dict[str, Tensor]) -> Weights:
     return {name: weights[name] for name in names.values()}
 
 
-def fingerprint_files(weights: Weights) -> str:
+def files_of(weights: Weights) -> set[str]:
+    """The paths of the files that hold `weights`; empty for random weights."""
+    stored = (tensor for source in weights.values() for tensors in source.stored.values() for tensor in tensors)
+    return {tensor.file for tensor in stored}
+
+
+def fingerprint_files(files: Iterable[str | Path]) -> str:
     """SHA-256 over samples of each file: the first MiB with its header, and SAMPLES pages at equal distances.
 
     A model that was trained on has other values in most layers, so it differs in samples. Reads no more than 2 MiB of a
     file, because every rank calls.
     """
     digest = hashlib.sha256()
-    stored = (tensor for source in weights.values() for tensors in source.stored.values() for tensor in tensors)
-    for path in sorted({tensor.file for tensor in stored}):
+    for path in sorted(map(str, files)):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{size} ".encode() + file.read(2**20))

@@ -33,9 +33,9 @@ from model.adapters import (
     adapters_off,
     add_adapters,
     describe_adapters,
-    load_finished,
 )
 from model.build import build_model, load_config_and_tokenizer
+from model.export import load_finished
 from model.weights import find_weights, load_weights
 from optim import learning_rate
 from tests import world, zoo
@@ -414,6 +414,22 @@ def test_peft_loads_the_adapters(finished: Path, model_dir: Path) -> None:
     assert (by_peft - before).abs().max() > 1e-2
     for other in (by_auto_class, merged, ours):
         assert (other - by_peft).abs().max() < 1e-5
+
+
+def test_another_base_of_the_finished_adapters(
+    finished: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters beside weights that they were not trained with: a warning. Beside a copy of the right ones: none."""
+    shutil.copytree(finished / "adapters", tmp_path / "adapters")
+    shutil.copytree(model_dir, tmp_path / "copy")
+    other_base(model_dir, tmp_path / "other")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    for name, warned in (("copy", False), ("other", True)):
+        config["base_model_name_or_path"] = str(tmp_path / name)
+        (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(config))
+        load_finished(str(tmp_path / "adapters"))
+        expected = f"base_model_name_or_path {tmp_path / name}: not the files of weights that the adapters were trained"
+        assert (expected in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.lora_embedding_A", "embed_tokens.lora_A.weight", "norm.token_deltas"])

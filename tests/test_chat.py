@@ -257,7 +257,7 @@ def test_markers_must_hold_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Tokens trained on are green, and masked tokens are gray."""
-    text = show_examples(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer)
+    text = show_examples(prepare_records([MESSAGES], tokenizer, tmp_path).train, 5, tokenizer, True)
     assert f"{GREEN}that<|im_end|>" in text
     assert f"{GRAY}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
 
@@ -275,11 +275,24 @@ def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
         "--max_steps",
         2,
     ]
-    more = ["--packing", "documents", "--block_size", 96, "--show_examples", 1, "--output_dir", tmp_path / "run"]
+    more = [
+        "--packing",
+        "documents",
+        "--block_size",
+        96,
+        "--show_examples",
+        1,
+        "--output_dir",
+        tmp_path / "run",
+        "--prompt",
+        "say 3",
+    ]
     output = train_ok(2, *tiny, *options, *more)
     assert "180 documents (messages)" in output
     assert "packing documents" in output
-    assert re.search(re.escape(GREEN) + r"\d+<eos>", output)
+    assert re.search(r"«\d+<eos>»", output), "marks, because the output is no terminal"
+    assert "\033" not in output
+    assert "--- completion of 'say 3' ---\n" in output
     exported = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert exported.chat_template == (tmp_path / "template.jinja").read_text()
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["eos_token_id"] == [

@@ -157,7 +157,7 @@ def test_collate_pairs() -> None:
 
 
 def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    text = show_examples(prepare_records([PAIRS["text"]], tokenizer, tmp_path, **DPO).train, 1, tokenizer)
+    text = show_examples(prepare_records([PAIRS["text"]], tokenizer, tmp_path, **DPO).train, 1, tokenizer, False)
     assert text.index("good<eos>") < text.index("bad, too<eos>")
 
 

@@ -149,6 +149,13 @@ def test_a_long_prompt_is_refused(tiny: list[object], tmp_path: Path) -> None:
     assert "pass prompts of 1 to 32 tokens, which is half of block_size" in outcome.output
 
 
+def test_a_long_prompt_for_the_end_is_refused_before_training(tiny: list[object], tmp_path: Path) -> None:
+    outcome = train(1, [*tiny, "--prompt", "copyright " * 40, "--output_dir", tmp_path / "output"])
+    assert outcome.exit_codes == [2]
+    assert "prompt copyright" in outcome.output
+    assert "pass prompts of 1 to 32 tokens, which is half of block_size" in outcome.output
+
+
 def rendering(tokenizer: PreTrainedTokenizerBase, shape: str) -> Rendering:
     return Rendering(shape, "text", 64, 0.1, tokenizer)
 

@@ -25,7 +25,7 @@ from config.errors import OptionError
 from config.options import Options
 from data.sources import cache_directory
 from metrics.records import drop_records_beyond
-from model.weights import Source, Stored, fingerprint_files
+from model.weights import Source, Stored, files_of, fingerprint_files
 from runtime.files import require_trusted
 from tests.launch import train, train_ok
 from tests.test_resume import trajectory
@@ -189,7 +189,7 @@ def test_weights_that_differ_in_one_layer(tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         save_file(changed, path)
         stored = Stored(str(path), "layers.0", (2**18,), torch.float32)
-        seen.add(fingerprint_files({"layers.0": Source(None, {"layers.0": [stored]})}))
+        seen.add(fingerprint_files(files_of({"layers.0": Source(None, {"layers.0": [stored]})})))
     assert len(seen) == 9
 
 
