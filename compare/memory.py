@@ -51,6 +51,7 @@ NAMED = (
     "sync_each_batch",
     "activation_memory_budget",
     "optim",
+    "float8",
     "use_peft",
     "lora_dropout",
 )
@@ -127,6 +128,10 @@ CASES = [
     Case("8B", 1, 1, {**CHECKPOINTED, **ADAPTERS, "cpu_offload": True}),
     Case("0.6B", 1, 4, {**ADAPTERS, "lora_dropout": 0.05}),
     Case("0.6B", 1, 4, {**ADAPTERS, "torch_compile": False}),
+    Case("0.6B", 1, 4, {"float8": True}),
+    Case("8B", 8, 4, {**FSDP, "float8": True}),
+    Case("8B", 4, 4, {**CHECKPOINTED, "float8": True}),
+    Case("8B", 8, 4, {**CHECKPOINTED, "float8": True, "torch_compile": False}),
 ]
 
 

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens of a sequence, H query heads, K key and value heads, E head_dim.
 """
 
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import flop_counter
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from config.options import Options
 from model.documents.recurrent import restarts_at_documents
 from model.experts import is_experts
+from model.float8 import Float8Linear
 from model.layers import decoder_layers, random_noise
 
 Shape = tuple[int, int, int, int]
@@ -49,6 +51,8 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     split = options.model_parallel_size > 1 or options.expert_parallel > 1
     graph_breaks = experts or restarts_at_documents(model)
     by_transformers = options.offload_activations or split or graph_breaks or random_noise(model)
+    # Of torch 2.11, about in-place operations, which layers have none of.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder_layers(model):
         forward = layer.forward
         if getattr(layer, "gradient_checkpointing", False) and not by_transformers:
@@ -60,7 +64,15 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
 
 def _checkpointed_forward(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
     """The forward pass of a layer that saves only its inputs, and is recomputed in the backward pass."""
+    old = torch.__version__ < (2, 13)  # type: ignore[operator]
+    if old and any(isinstance(module, Float8Linear) for module in layer.modules()):
+        # Operations of an autograd function are not marked as recomputed there: all products in float8 would be saved.
+        named["context_fn"] = _mark_all
     return checkpoint(type(layer).forward, layer, *inputs, use_reentrant=False, **named)
+
+
+def _mark_all() -> Any:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)  # type: ignore[no-untyped-call]
 
 
 def set_recomputation(memory_budget: float | None) -> None:

@@ -86,6 +86,37 @@ def test_compiled(model_dir: Path) -> None:
     assert 2e-2 < relative_l2(ours, gradient(model_dir, 50, float8=False)[0]) < GRADIENT_BAND
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_saves_no_product(model_dir: Path, compiled: bool) -> None:
+    """With checkpointing, a layer in float8 saves what it saves in bf16: nothing but what it was called with."""
+    assert saved_bytes(model_dir, True, compiled) == saved_bytes(model_dir, False, compiled) > 0
+
+
+def saved_bytes(model_dir: Path, float8: bool, compiled: bool) -> int:
+    """The bytes besides parameters that the forward pass of checkpointed layers keeps for the backward pass."""
+    torch.compiler.reset()
+    model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if float8:
+        compute_in_float8(model)
+    if compiled:
+        compile_layers(model, Options())
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens_BT = torch.randint(0, 384, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        hidden_BTD = model.get_input_embeddings()(tokens_BT).requires_grad_()
+        saved.clear()  # the tokens
+        model.model(inputs_embeds=hidden_BTD, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in parameters)
+
+
 @pytest.mark.parametrize(
     "extra", [pytest.param((), marks=pytest.mark.slow), (*FSDP, "--gradient_checkpointing")], ids=str
 )

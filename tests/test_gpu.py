@@ -330,7 +330,7 @@ def test_attention_within_documents(model_dir: Path, model_name: str) -> None:
     assert 1e-4 < relative_l2(gradient, expected) < 2e-2
 
 
-@pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30, 32, 33, *range(34, 50)])
+@pytest.mark.parametrize("number", [0, 2, 3, 5, 8, 14, 19, 21, 24, 25, 26, 28, 30, 32, 33, *range(34, 54)])
 def test_memory_is_as_predicted(number: int) -> None:
     """The prediction is within 10% of what the GPU allocates on a single rank or for a mixture, and 5% on others.
 
