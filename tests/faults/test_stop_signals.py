@@ -184,6 +184,26 @@ def test_one_rank_before_the_loop(tiny: list[object], tmp_path: Path, file: str,
         assert outcome.output.endswith(f"train.py: error: rank 1 on {host}: SIGTERM: {NOTHING_TO_SAVE}")
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    "process",
+    "SIGTERM to one rank alone while the reference of DPO is computed",
+    "both ranks end with the exit code of the signal, and say which rank had it; the same command then trains",
+)
+def test_in_the_reference_pass(dpo: list[object], tmp_path: Path) -> None:
+    argv = [*dpo, "--strategy", "fsdp", "--max_steps", 2, "--output_dir"]
+    interrupted = [*argv, tmp_path / "run", "--data_cache_dir", tmp_path / "cache"]
+    before = partial(signal_rank, 1, "loss/dpo_reference.py", "table[:, batch")
+    outcome = train(2, interrupted, before=before)
+    assert outcome.exit_codes == [128 + TERM] * 2, outcome.output
+    assert "Traceback" not in outcome.output
+    assert f"rank 1 on {socket.gethostname()}: SIGTERM: {NOTHING_TO_SAVE}" in outcome.output
+    assert not list((tmp_path / "cache").glob("reference-*")), "half of a reference is not kept"
+    train_ok(2, *interrupted)
+    train_ok(2, *argv, tmp_path / "unbroken")
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "unbroken")
+
+
 def signal_rank(rank: int, file: str, line: str) -> None:
     """Patch a rank: it gets SIGTERM at that line."""
     at_line(file, line, 1, rank, lambda: os.kill(os.getpid(), TERM))

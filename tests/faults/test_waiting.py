@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -15,7 +17,7 @@ import pytest
 from runtime.hang import waiting
 from runtime.peers import INTERVAL
 from tests.kills import at_line
-from tests.launch import Ranks, train
+from tests.launch import ROOT, Ranks, train
 
 HOST = re.escape(socket.gethostname())
 
@@ -85,6 +87,32 @@ def test_rank_that_does_not_come(
     outcome = train(3, argv, before=partial(hold, said, rank, how), meanwhile=partial(end_all, said))
     assert re.search(words, outcome.output), outcome.output
     assert len(re.findall("waiting for", outcome.output)) == 1, outcome.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "host"), [({}, "rank 0"), ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "torchrun")])
+@pytest.mark.fault(
+    "distributed",
+    "the node of rank 0 has not started, or a firewall drops what is sent to its port",
+    "after a minute, each other node says which address it waits for; SIGTERM ends it at once",
+)
+def test_store_that_is_not_open(tiny: list[object], tmp_path: Path, launcher: dict[str, str], host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free once the server has closed
+    start = "import runpy, sys; sys.argv[0] = 'train.py'; from runtime.hang import waiting; waiting.PATIENCE = 1.0; "
+    start += "runpy.run_path('train.py', run_name='__main__')"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-c", start, *map(str, tiny), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, **place, **launcher, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as rank:
+        assert rank.stderr
+        expected = f"waiting for {host}, which has not opened 127.0.0.1:{port} yet\n"
+        lines = []
+        while not lines or lines[-1] != expected:
+            lines.append(rank.stderr.readline())
+            assert lines[-1], f"it ended: {lines}"
+        rank.terminate()
+        assert rank.wait(30) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("name", ["hashes", pytest.param("data", marks=pytest.mark.slow)])
