@@ -21,7 +21,7 @@ ON_CPU = CUDA_VISIBLE_DEVICES=
 SEED ?=
 MINUTES ?= 30
 
-.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench museum lint format clean
+.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench compare museum lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -64,6 +64,10 @@ curves: $(DEVELOPMENT) ## train the demo on 1, 2 and 4 ranks and draw docs/curve
 ROWS ?= $(if $(shell command -v nvidia-smi),0.6B:4 0.6B:8 1.7B:4,0.6B:4)
 bench: $(DEVELOPMENT) ## measure this trainer and others on the same model and blocks (ARGS="options of compare.bench", ROWS=0.6B:4)
 	@set -e; for row in $(ROWS); do (set -x; PYTHONPATH=. $(BIN)/python -m compare.bench --model $${row%:*} --batch $${row#*:} $(ARGS)); done
+
+compare: $(DEVELOPMENT) ## check that the trainers that are installed do the same work, and measure them (ARGS="options of train.py")
+	PYTHONPATH=. $(BIN)/python -m compare.peers.same $(ARGS)
+	PYTHONPATH=. $(BIN)/python -m compare.bench $(ARGS)
 
 museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum

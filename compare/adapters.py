@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from compare.bench import ON_GPU, SHAPES, ours, peer
-from compare.peers import ADAPTERS
+from compare.peers.trainers import ADAPTERS
 from config.command_line import parse
 from config.demo import DEMO_MODEL, demo_tokenizer
 

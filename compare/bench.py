@@ -10,7 +10,7 @@ of `make train`. For each variant it prints:
     of the product   the model's FLOPs (estimate/flops.py) as a fraction of the rate of a plain matrix product,
                      measured before on the first GPU, or on the CPU
     GiB              the peak memory of a rank
-    start            seconds from the command to the first step (our variants)
+    start            seconds from the command to the first step; of a peer: until training begins
     first steps      seconds of the first window, in which layers are compiled
     waits for data   the fraction of the later time in which rank 0 waited for data (our variants)
 
@@ -37,7 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compare.packing import QWEN3_600M, TRAIN
-from compare.peers import PEERS, WINDOW, WINDOWS
+from compare.peers.trainers import PEERS, WINDOW, WINDOWS, package_of, versions_of
 from config.command_line import parse
 from estimate.flops import flops_per_token
 from metrics.records import read_records
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1 if ON_GPU else 2, help="Processes, one per GPU.")
     parser.add_argument("--variants", help='Names between semicolons, as in "ours;HF Trainer".')
     arguments, more = parser.parse_known_args()
-    names = [*OURS, *PEERS] if ON_GPU else ["ours", "HF Trainer"]
+    names = [*OURS, *PEERS] if ON_GPU else ["ours", *(name for name in PEERS if not name.endswith("compiled"))]
     if arguments.variants:
         names = arguments.variants.split(";")
         if unknown := [name for name in names if name not in (*OURS, *PEERS)]:
@@ -124,12 +124,12 @@ def main() -> None:
             model = AutoModelForCausalLM.from_config(model_config)
         rate, flops = matmul_rate(), flops_per_token(model, options.block_size or 0) or 0.0
         where = torch.cuda.get_device_name() if ON_GPU else "CPU"
-        print(f"{arguments.ranks} ranks, {where}, torch {torch.__version__}; product: {rate / 1e12:,.2f} TFLOP/s")
+        print(f"{arguments.ranks} ranks, {where}, {versions_of(names)}; product: {rate / 1e12:,.2f} TFLOP/s")
         print(f"{model.num_parameters():,} parameters, {arguments.batch} blocks of {options.block_size} tokens")
         results = {}
         for variant in names:
-            if variant in PEERS and not importlib.util.find_spec("accelerate"):
-                print(f"{variant}: accelerate is not installed")
+            if variant in PEERS and not importlib.util.find_spec(package_of(variant)):
+                print(f"{variant}: {package_of(variant)} is not installed")
                 continue
             measure, options_of = (peer, argv) if variant in PEERS else (ours, [*argv, *more])
             result = measure(variant, arguments.ranks, [*options_of, "--output_dir", f"{name}/{variant}"])
@@ -145,7 +145,7 @@ def main() -> None:
     for variant, (speed, gib, first, waiting, start) in results.items():
         ratio = f"{speed / results['HF Trainer'].speed:.2f}" if "HF Trainer" in results else ""
         cells = [f"{speed:,.0f}", f"{speed * flops / machine_rate:.0%}", f"{gib:.1f}"]
-        cells += [f"{start:.1f} s" if variant in OURS else "", f"{first:.1f} s"]
+        cells += [f"{start:.1f} s", f"{first:.1f} s"]
         cells += [f"{waiting:.2%}" if variant in OURS else "", ratio]
         print(f"| {variant} | {' | '.join(cells)} |")
 
@@ -208,11 +208,17 @@ def ours(variant: str, ranks: int, argv: list[str]) -> Result | None:
 
 
 def peer(variant: str, ranks: int, argv: list[str]) -> Result | None:
-    """Another trainer: compare/peers.py."""
-    with started(ranks, ["-m", "compare.peers", variant, *argv], f"{argv[-1]}.log", read_output=True) as processes:
+    """Another trainer: compare/peers/trainers.py."""
+    begin = time.time()
+    with started(
+        ranks, ["-m", "compare.peers.trainers", variant, *argv], f"{argv[-1]}.log", read_output=True
+    ) as processes:
         printed = processes[0].communicate()[0]
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"speeds"')]
-    return Result(median(lines[0]["speeds"]), lines[0]["gib"], lines[0]["first"]) if lines else None
+    if not lines:
+        return None
+    seen = lines[0]
+    return Result(median(seen["speeds"]), seen["gib"], seen["first"], start=seen["began"] - begin)
 
 
 def median(values: list[float]) -> float:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow
 from pyarrow import parquet
@@ -21,6 +20,9 @@ from chat.shapes import without_padding
 from config.errors import OptionError, first_line
 from data.dataset_info import Entry
 from data.files.bounded import BLOCK, COMPRESSIONS, check_size, lines_of, open_text, text
+
+if TYPE_CHECKING:
+    import datasets
 
 FRAGMENT = 16_384  # characters; a .txt file is read in fragments, so that memory does not grow with its size
 
@@ -49,7 +51,7 @@ class Source:
     name: str
     key: str
     files: tuple[Path, ...] = ()
-    dataset: datasets.Dataset | datasets.IterableDataset | None = None
+    dataset: "datasets.Dataset | datasets.IterableDataset | None" = None
     weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
     entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
     max_record_bytes: int = MAX_RECORD_BYTES  # of a record or a line; a larger one is refused

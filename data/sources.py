@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 from tqdm import tqdm
 
 from config.demo import demo_files
@@ -276,6 +275,8 @@ def _find_dataset(name: str, options: Options) -> tuple[list[Source], dict[str, 
 
 def _of_split(name: str, splits: Any, split: str, key: str, options: Options) -> Source:
     """The source of one split. A data set that is not on this machine has only its name as key."""
+    import datasets  # only here and below: with pandas, it takes half a second, and most runs read files
+
     dataset = splits[split]
     content = isinstance(dataset, datasets.Dataset)
     key = str(dataset._fingerprint) if content else key
@@ -284,6 +285,8 @@ def _of_split(name: str, splits: Any, split: str, key: str, options: Options) ->
 
 def _load_dataset(option: str, name: str, config_name: str | None, streaming: bool) -> Any:
     """The splits of a data set on the hub or in a directory, which save_to_disk may have written."""
+    import datasets
+
     path = Path(name).expanduser()
     if path.is_file():
         raise OptionError(f"{option} {name}: is a file; pass --train_file {name}")

@@ -531,7 +531,9 @@ def test_a_run_in_the_words_of_transformers(tiny: list[object], tmp_path: Path) 
     }
 
 
-@pytest.mark.parametrize("module", ["compare.curves", "compare.packing", "compare.saving", "compare.peers", "estimate"])
+@pytest.mark.parametrize(
+    "module", ["compare.curves", "compare.packing", "compare.saving", "compare.peers.trainers", "estimate"]
+)
 def test_help_of_other_programs(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,7 +107,7 @@ def test_store_that_is_not_open(tiny: list[object], tmp_path: Path, launcher: di
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as rank:
         assert rank.stderr
         expected = f"waiting for {host}, which has not opened 127.0.0.1:{port} yet\n"
-        lines = []
+        lines = list[str]()
         while not lines or lines[-1] != expected:
             lines.append(rank.stderr.readline())
             assert lines[-1], f"it ended: {lines}"
