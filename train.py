@@ -189,7 +189,7 @@ def main(argv: list[str]) -> int:
     finished = signals.finishing = not stop and (progress.step >= plan.total_steps or selection.over)
     if finished and plan.total_steps:
         exported = checkpoint.load_best_model(options, model, selection.best)
-        checkpoint.export_model(options, model, tokenizer, data.stop_tokens, weights)
+        checkpoint.export_model(options, model, tokenizer, data.stop_tokens)
         recorder.print(f"saved {options.output_dir}: {exported}, the tokenizer and metrics.jsonl")
         if data.last_prompt and rank == 0 and not signals.stop:
             recorder.print(generate_completion(options, data.last_prompt.tokens))

@@ -15,21 +15,15 @@ from config.errors import writing
 from config.options import Options
 from model.adapters import adapter_config
 from model.export import write_adapters, write_model
-from model.weights import Weights, files_of
 
 
 def export_model(
-    options: Options,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_tokens: list[int],
-    weights: Weights,
+    options: Options, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: list[int]
 ) -> None:
     """Write model, or adapters, and tokenizer to the root of output_dir, for `from_pretrained`. Every rank must call.
 
-    `stop_tokens` become the EOS tokens of `generate`. Adapters refer to the files of `weights`. New files replace those
-    of an earlier model one by one, an index after the files that it lists. Raises OptionError on all ranks if one
-    cannot write.
+    `stop_tokens` become the EOS tokens of `generate`. New files replace those of an earlier model one by one, an index
+    after the files that it lists. Raises OptionError on all ranks if one cannot write.
     """
     # With these, `generate` stops where the documents ended.
     model.generation_config.eos_token_id = stop_tokens or tokenizer.eos_token_id
@@ -56,8 +50,8 @@ def export_model(
         dtype = getattr(torch, options.save_dtype)
         with writing(output_dir):
             if options.use_peft and not options.merge_lora:
-                config = adapter_config(model, options)
-                write_adapters(exporting, model, tokenizer, dtype, config, files_of(weights), rank, run_together)
+                config, base = adapter_config(model, options), str(options.model_name_or_path)
+                write_adapters(exporting, model, tokenizer, dtype, config, base, rank, run_together)
             else:
                 write_model(exporting, model, tokenizer, dtype, rank, world_size, run_together)
             run_together(replace)

@@ -5,7 +5,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,13 @@ def write_adapters(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     config: dict[str, Any],
-    base: Iterable[str],
+    base: str,
     rank: int = 0,
     together: RunOnAllRanks = lambda work: [work()],
 ) -> None:
     """Write the files that `PeftModel.from_pretrained` reads, with adapters in `dtype` and their `config`.
 
-    The metadata of the adapters identify the files of their `base` model, for load_finished.
+    The metadata of the adapters identify the files of their `base` model (a directory or hub id), for load_finished.
     Every rank must call: an all-gather over gloo collects sharded adapters, and rank 0 writes. `write_model` describes
     `together`.
     """
@@ -132,8 +132,8 @@ def write_adapters(
 
     def write() -> None:
         if rank == 0:
-            with contextlib.suppress(OSError):  # the base is gone: adapters are worth more than their origin
-                metadata[BASE] = fingerprint_files(base)
+            with contextlib.suppress(OSError, ValueError):  # the base has gone, but the adapters are still worth much
+                metadata[BASE] = fingerprint_files(find_files(base))
             _write_files(directory, {WEIGHTS: full}, metadata)
             (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if model.can_generate():

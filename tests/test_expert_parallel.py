@@ -162,7 +162,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
     expected_norm = torch.nn.utils.get_total_norm(list(expected.values()))
 
     output_dir.mkdir(exist_ok=True)
-    export_model(options, built, tokenizer, [], {})
+    export_model(options, built, tokenizer, [])
     return {
         "different": different,
         "read": read[0] / sum(tensor.numel() for tensor in everything(reference).values()),

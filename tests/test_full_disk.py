@@ -155,7 +155,7 @@ def test_full_at_every_point(
     write = {
         **{
             "checkpoint": save,
-            "export": lambda number: export_model(options, model, tokenizer, [], {}),
+            "export": lambda number: export_model(options, model, tokenizer, []),
             "cache": prepare,
         },
         **{"reference": compute, "metrics.jsonl": log, "ledger": account, "lock": lock},

@@ -171,7 +171,7 @@ def try_one(path: Path, directory: Path, twin: Any) -> dict[str, Any]:
         loss = wrapped.eval()(input_ids=input_ids, labels=input_ids) / (2 * 19)
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     Path(options.output_dir).mkdir(exist_ok=True)
-    export_model(options, built, tokenizer, [], {})
+    export_model(options, built, tokenizer, [])
     exported = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32)
     with torch.no_grad():
         expected = exported(input_ids=input_ids, labels=input_ids).loss
@@ -193,7 +193,7 @@ def export_again(path: Path, directory: Path) -> list[list[str]]:
     there = []
     for largest_file in ("5GB", "30KB", "5GB"):
         model.export.LARGEST_FILE = largest_file
-        export_model(Options(output_dir=str(directory)), loaded, tokenizer, [], {})
+        export_model(Options(output_dir=str(directory)), loaded, tokenizer, [])
         there.append(sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()))
         dist.barrier()
     return there
@@ -750,7 +750,7 @@ def export_within(limit: int, path: Path, output_dir: Path) -> None:
     load_weights(built, weights)
     output_dir.mkdir(exist_ok=True)
     model.export.LARGEST_FILE = "30MB"
-    export_model(options, built, tokenizer, [], {})
+    export_model(options, built, tokenizer, [])
     print(
         f"{limit / MIB:.0f} MiB above {before / MIB:.0f} are enough; {(status('VmData') - before) / MIB:.0f} at the end"
     )

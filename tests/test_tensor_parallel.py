@@ -97,7 +97,7 @@ def try_one(path: Path, output_dir: Path) -> dict[str, Any]:
 
     options.save_dtype = str(FAMILIES[path.name][1]).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(exist_ok=True)
-    export_model(options, built, tokenizer, [], {})
+    export_model(options, built, tokenizer, [])
     return {
         "different": different,
         "mispredicted": [name for name, tensor in built.named_parameters() if split_shape(tensor) != predicted[name]],
