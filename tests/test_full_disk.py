@@ -153,11 +153,7 @@ def test_full_at_every_point(
         compute_once(run / "reference.safetensors", lambda: {"reference": torch.zeros(2, 4096)})
 
     write = {
-        **{
-            "checkpoint": save,
-            "export": lambda number: export_model(options, model, tokenizer, []),
-            "cache": prepare,
-        },
+        **{"checkpoint": save, "export": lambda number: export_model(options, model, tokenizer, []), "cache": prepare},
         **{"reference": compute, "metrics.jsonl": log, "ledger": account, "lock": lock},
     }[what]
     run.mkdir()

@@ -645,9 +645,9 @@ BUGS = [
         "best.",
         one(
             "model/export.py",
-            "    config.dtype, config.architectures = dtype, [type(model).__name__]\n",
-            "    config.dtype, config.architectures = dtype, [type(model).__name__]\n"
-            "    config.tie_word_embeddings = False\n",
+            "        config.dtype, config.architectures = dtype, [type(model).__name__]\n",
+            "        config.dtype, config.architectures = dtype, [type(model).__name__]\n"
+            "        config.tie_word_embeddings = False\n",
         ),
         "tests/test_topology.py::test_the_exported_model_is_the_trained_one",
     ),

@@ -1,5 +1,6 @@
 """Plant a bug in a copy of the tree, and run our tests or the trainer there, in a process of its own and its ranks."""
 
+import ast
 import importlib
 import os
 import shutil
@@ -17,7 +18,10 @@ from tests.museum.bugs import Bug
 
 
 def plant(bug: Bug, directory: Path) -> Path:
-    """The tree with the bug in it, at `directory`/NAME. Each right text must stand in its file exactly once."""
+    """The tree with the bug in it, at `directory`/NAME. Each right text must stand in its file exactly once.
+
+    Raises SyntaxError for a bug that Python cannot read: a test of a whole run would fail without having seen the bug.
+    """
     tree = directory / bug.name.replace(" ", "_")
     tree.mkdir(parents=True)
     for path in ROOT.iterdir():
@@ -28,7 +32,9 @@ def plant(bug: Bug, directory: Path) -> Path:
     for change in bug.changes:
         source = (tree / change.file).read_text()
         assert source.count(change.right) == 1, f"{bug.name}: {change.file} must hold this once: {change.right}"
-        (tree / change.file).write_text(source.replace(change.right, change.wrong))
+        planted = source.replace(change.right, change.wrong)
+        ast.parse(planted)
+        (tree / change.file).write_text(planted)
     return tree
 
 
