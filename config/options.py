@@ -140,7 +140,7 @@ class Options:
         SEQUENCES, 0.1, "Fraction of conversations that may be left out: no token to train on."
     )
     show_examples: int = option(
-        SEQUENCES, 0, "Sequences to print at the start, tokens trained on in green (in a file, «so»)."
+        SEQUENCES, 0, "Sequences to print at the start. Tokens trained on are green, in a file within « »."
     )
 
     per_device_train_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank.")
