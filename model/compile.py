@@ -51,7 +51,7 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
     split = options.model_parallel_size > 1 or options.expert_parallel > 1
     graph_breaks = experts or restarts_at_documents(model)
     by_transformers = options.offload_activations or split or graph_breaks or random_noise(model)
-    # Of torch 2.11, about in-place operations, which layers have none of.
+    # torch 2.11 warns of in-place operations in what is recomputed. Layers have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder_layers(model):
         forward = layer.forward

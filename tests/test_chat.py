@@ -262,6 +262,13 @@ def test_show(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert f"{GRAY}<|im_start|>user\nwhat\n\nnow<|im_end|>\n<|im_start|>assistant\n" in text
 
 
+def test_the_last_prompt_is_a_message(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The chat template renders --prompt as a message of the user, and opens the answer."""
+    prompt = prepare_records([MESSAGES], tokenizer, tmp_path, prompt="say 3").last_prompt
+    assert prompt
+    assert tokenizer.decode(prompt.tokens) == "<|im_start|>user\nsay 3<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_trained_on_conversations(tiny: list[object], tmp_path: Path) -> None:
     """In a run, the template comes from a file, is exported, and the model stops where answers stopped."""
     (tmp_path / "template.jinja").write_text(without_markers(PLAIN).replace("<|im_end|>", "<eos>"))

@@ -2,8 +2,8 @@
 
     python -m compare.peers.witness FILE [options of train.py]
 
-runs train.py so. The hooks are torch's own, and the same for all trainers: before and after an optimizer step, around
-the forward pass of a model (whose class is transformers'), and around each operator. Rank R writes FILE-R.json.
+The command runs train.py with hooks. They are torch's own, and the same for all trainers: before and after an optimizer
+step, around the forward pass of a model of transformers, and around each operator. Rank R writes FILE-R.json.
 """
 
 import hashlib
