@@ -24,7 +24,7 @@ def test_hash_of_global_batches() -> None:
 
 
 def test_package_of_each_peer() -> None:
-    assert {package_of(name) for name in PEERS} == {"accelerate", "lightning", "deepspeed"}
+    assert {package_of(name) for name in PEERS} == {"accelerate", "lightning", "deepspeed", "torchtitan"}
 
 
 @pytest.mark.parametrize(("tokens", "exit_code"), [("as ours", 0), ("others", 1), ("none", 1)])

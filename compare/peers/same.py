@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import data.ledger
 from compare.bench import ON_GPU, SHAPES, started
 from compare.packing import TRAIN
+from compare.peers import titan
 from compare.peers.trainers import PEERS, package_of, versions_of
 from compare.peers.witness import STEPS
 from config.command_line import parse
@@ -69,7 +70,8 @@ def main() -> int:
             pairs = zip(seen.get("losses", []), expected["losses"], strict=False)
             difference = max((abs(loss - other) for loss, other in pairs), default=float("nan"))
             if seen:
-                print(row(name, seen, difference, len(inspect.getsource(PEERS[name][0]).splitlines())), flush=True)
+                written = titan if name.startswith("torchtitan") else PEERS[name][0]
+                print(row(name, seen, difference, len(inspect.getsource(written).splitlines())), flush=True)
             others += [name] if seen.get("tokens") != expected["tokens"] else []
     if others:
         print(f"\nother work: {', '.join(others)}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from compare.peers import titan
 from compare.peers.witness import Witness
 from config.command_line import parse
 from config.options import ALL_LINEAR, Options
@@ -78,10 +79,10 @@ def loader_of(dataset: Subset[Sequence], options: Options, shards: bool) -> Data
     )
 
 
-def adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, options: Options, fused: bool = True) -> torch.optim.Optimizer:
     """What users of a loop write: one group of all parameters."""
     decay, betas = options.weight_decay, (options.adam_beta1, options.adam_beta2)
-    return torch.optim.AdamW(model.parameters(), options.learning_rate, betas, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), options.learning_rate, betas, weight_decay=decay, fused=fused)
 
 
 def hf_trainer(
@@ -153,7 +154,7 @@ def lightning(
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return adamw(self.model, options)
+            return adamw(self.model, options, fused=not options.bf16)  # Lightning cannot clip for a fused one
 
         def on_train_batch_end(self, *_: Any) -> None:
             clock.step(self.global_step)
@@ -202,6 +203,14 @@ def deepspeed(
         clock.step(step)
 
 
+def torchtitan(
+    model: PreTrainedModel, dataset: Subset[Sequence], options: Options, clock: Clock, compiled: bool
+) -> None:
+    """torchtitan's own model and Trainer: compare/peers/titan.py."""
+    options.torch_compile = compiled
+    titan.train(model, lambda: loader_of(dataset, options, shards=True), options, clock.steps, clock.step)
+
+
 def with_peft(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """The adapters of PEFT with our options, in fp32 beside a frozen model."""
     peft: Any = importlib.import_module("peft")  # optional
@@ -233,6 +242,8 @@ PEERS: dict[str, tuple[Callable[..., None], bool]] = {
     "Lightning, compiled": (lightning, True),
     "DeepSpeed": (deepspeed, False),
     "DeepSpeed, compiled": (deepspeed, True),
+    "torchtitan": (torchtitan, False),
+    "torchtitan, compiled": (torchtitan, True),
 }
 
 

@@ -71,10 +71,12 @@ class Witness:
 
     def before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer step begins. Lightning runs the forward and the backward pass within it."""
-        self.step += 1
+        self.step += not hasattr(optimizer, "optimizers")  # torchtitan has an optimizer that holds optimizers
 
     def after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer step is done, and its gradients are still there: write what was seen until now."""
+        if hasattr(optimizer, "optimizers"):
+            return
         if self.step == LOOKED_AT - 1:
             self.products.__enter__()  # type: ignore[no-untyped-call]
         if self.step == LOOKED_AT:
