@@ -35,6 +35,7 @@ from data.loader import ReadableBatches, make_loader, stream_batches
 from data.prepare import prepare_data
 from data.sequences import Mixture, PreparedDataset
 from data.stream import Cursor, StreamingDataset
+from loss.cuda_graphs import with_cuda_graphs
 from loss.evaluation import evaluate
 from loss.objective import build_objective, prepare_objective
 from loss.router import begin_step, router_metrics, update_router_bias
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
 
     # === 3. Replicate or shard the model, load its weights, build the optimizer. ====================================
     resumed_from = checkpoint.choose_checkpoint(options)
-    description = estimate.describe_run(options, plan, data, tokenizer, model, weights, device, resumed_from)
+    description = estimate.describe_run(options, plan, data, tokenizer, objective, weights, device, resumed_from)
     adapt_model(objective, options, data.packing, mesh)  # attention, tensor and context parallelism, compilation
     strategy: ModuleType = {"ddp": ddp, "fsdp": fsdp}[options.strategy]
     layers, reduce_dtype = decoder_layers(model), getattr(torch, options.reduce_dtype)
@@ -111,6 +112,13 @@ def main(argv: list[str]) -> int:
     signals, stop, evaluation_due = runtime.defer_signals(), False, False
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
+    def forward_backward(batch: Batch, scale: float) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            loss = wrapped(**batch)  # a sum over targets, in fp32
+        (loss * scale).backward()
+        return loss.detach()
+
+    micro_step = with_cuda_graphs(forward_backward, wrapped, objective, options, data.packing, plan.accumulation)
     skipped = torch.tensor(progress.skipped_steps, device=device)
     skipped_in_a_row = torch.zeros_like(skipped)
     for step in range(progress.step + 1, plan.total_steps + 1):
@@ -135,13 +143,10 @@ def main(argv: list[str]) -> int:
         for index, batch in enumerate(step_batches):
             # Gradients accumulate on each rank. Only the last backward communicates them, overlapped with its work.
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                loss = wrapped(**to_device(batch, device))  # a sum over targets, in fp32
             # DDP and FSDP average gradients over ranks. We want their sum over ranks, divided by the targets of all
             # ranks: hence world_size / targets. (N ranks that split a layer or a sequence all count its targets, so
             # `targets` is N times too large. Their gradients are, too: see parallel/. So N cancels.)
-            (loss * (world_size / max(1, targets))).backward()
-            loss_sum += loss.detach()
+            loss_sum += micro_step(to_device(batch, device), world_size / max(1, targets))
         grad_norm = strategy.grad_norm(wrapped)
 
         # The optimizer reads two attributes on the GPU, as GradScaler sets them for torch's fused optimizers, so the

@@ -77,6 +77,7 @@ OURS = {
     "ours, sharded": ["--strategy", "fsdp"],
     "ours, not compiled": ["--torch_compile", "false"],
     "ours, residual in bf16": ["--bf16_residual", "true"],
+    "ours, no graphs": ["--cuda_graphs", "false"],
     "ours, float8": ["--float8", "true"],
     "ours, sharded optimizer": ["--shard_optimizer"],
     "ours, tensor parallel": ["--strategy", "fsdp", "--tensor_parallel", "2"],

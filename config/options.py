@@ -232,6 +232,9 @@ class Options:
     torch_compile: bool = option(
         PRECISION, torch.cuda.is_available(), "Compile each layer. With a GPU, the default is true."
     )
+    cuda_graphs: Literal["auto", "true", "false"] = option(
+        PRECISION, "auto", "Launch all kernels of a micro-step at once. auto: where shapes never change."
+    )
     gradient_checkpointing: bool = option(PRECISION, False, "Save only each layer's input, and recompute the rest.")
     offload_activations: bool = option(PRECISION, False, "gradient_checkpointing: save these inputs in host memory.")
     activation_memory_budget: float | None = option(

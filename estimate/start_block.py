@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint.files import MOST_JSON, STATE
@@ -17,6 +18,7 @@ from config.plan import Plan, count, data_parallel_groups, learning_rate_factor
 from data.prepare import Data, describe_data, show_examples, tokens_per_sequence
 from estimate.flops import count_uses
 from estimate.stages import memory_forecast, stage_name
+from loss.cuda_graphs import obstacle
 from metrics.hardware import gpu_memory
 from model.adapters import describe_adapters
 from model.layers import decoder_layers, decoder_matrices, expert_stacks
@@ -30,17 +32,18 @@ def describe_run(
     plan: Plan,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    objective: nn.Module,
     weights: Weights,
     device: torch.device,
     resumed_from: Path | None,
 ) -> str:
-    """The start block of rank 0: lines that describe the run. `model` is on the meta device, before it is wrapped.
+    """The start block of rank 0: lines that describe the run. `objective` is on the meta device, not wrapped yet.
 
     Costs a second or three for the memory forecast. With `show_examples`, the first training sequences follow.
     """
     if dist.get_rank() > 0:
         return ""
+    model: PreTrainedModel = objective.model
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
@@ -49,6 +52,7 @@ def describe_run(
     compute = "bfloat16" if options.bf16 else masters  # gradients and moments follow the dtype of their parameter
     compute += ", also between layers" * options.bf16_residual
     compute += ", matrix products of the layers float8" * options.float8 + ", layers compiled" * options.torch_compile
+    compute += ", launched as CUDA graphs" * (not obstacle(options, data.packing, objective))
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
     tokens = plan.global_batch_size * tokens_per_sequence(data, plan.block_size)
     lines = {

@@ -28,6 +28,7 @@ class Stragglers:
         self.on_gpu = device.type == "cuda"
         self.begun: Any = None  # the start of the layer's forward pass
         self.times: list[tuple[Any, Any]] = []  # start and end: seconds on a CPU, events on a GPU
+        self.in_graph: list[tuple[Any, Any]] = []  # events that a CUDA graph records anew each time it runs
         self.slow_rank, self.slow_records, self.slow_seconds, self.reported = -1, 0, 0.0, False
         self.details = 0.0, 1.0  # of the slowest rank: its waits for data, and its layer's time to the median
         # A GPU computes for long, so one layer tells its speed. A CPU is interrupted now and then.
@@ -41,13 +42,15 @@ class Stragglers:
 
     def _end(self, *_: object) -> None:
         if self.begun is not None:
-            self.times.append((self.begun, self._now()))
+            times = self.in_graph if self.on_gpu and torch.cuda.is_current_stream_capturing() else self.times
+            times.append((self.begun, self._now()))
             self.begun = None
 
     def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        recorded = torch.cuda.is_current_stream_capturing()
+        event = torch.cuda.Event(enable_timing=True, external=recorded)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -58,7 +61,8 @@ class Stragglers:
         ranks wait for this one: the fraction in which it waits for data, plus the fraction by which its layers take
         longer, each beyond the median rank. {} for one rank. The GPU must have computed all steps.
         """
-        layer = sum(self._seconds(*pair) for pair in self.times) / max(1, len(self.times))
+        times = self.times or self.in_graph
+        layer = sum(self._seconds(*pair) for pair in times) / max(1, len(times))
         self.times = []
         world_size = dist.get_world_size()
         if world_size == 1:

@@ -253,6 +253,65 @@ def forbid_synchronization() -> None:
     Recorder.step, config.check_skipped = step, check  # type: ignore[assignment, method-assign]
 
 
+GRAPHED = [
+    (1, ["--per_device_train_batch_size", "16"]),
+    (1, ["--per_device_train_batch_size", "8", "--gradient_checkpointing", "--optim", "muon"]),
+    (1, ["--strategy", "fsdp", "--per_device_train_batch_size", "16"]),
+    (1, ["--strategy", "fsdp", "--per_device_train_batch_size", "4"]),
+    (1, ["--strategy", "fsdp", "--per_device_train_batch_size", "8", "--reshard_after_forward", "false"]),
+    pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
+    pytest.param(2, ["--strategy", "fsdp", "--tensor_parallel", "2"], marks=two_gpus),
+    pytest.param(2, ["--strategy", "fsdp", "--context_parallel", "2"], marks=two_gpus),
+]
+
+
+@pytest.mark.parametrize(("world_size", "extra"), GRAPHED, ids=str)
+def test_cuda_graphs(tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]) -> None:
+    """CUDA graphs, with evaluations and checkpoints between them and a resume, train to the bit as the plain path."""
+    options = [*tiny, "--packing", "concat", *extra, "--full_determinism", "--eval_steps", 7, "--save_steps", 12]
+    for graphs in ("false", "true"):
+        train_ok(world_size, *options, "--cuda_graphs", graphs, "--output_dir", tmp_path / graphs)
+    shutil.copytree(tmp_path / "true", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-20")
+    train_ok(world_size, *options, "--resume_from_checkpoint", "auto", "--output_dir", tmp_path / "resumed")
+    plain, replayed, again = (curve(tmp_path / name) for name in ("false", "true", "resumed"))
+    assert replayed == plain
+    assert again == plain
+    expected, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("false", "true", "resumed"))
+    assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in expected.items())
+
+
+def curve(output_dir: Path) -> list[tuple[Any, ...]]:
+    """What a run measured of its training: losses, norms and evaluations, by step."""
+    keys = ("step", "loss", "grad_norm", "eval_loss")
+    return [tuple(record.get(key) for key in keys) for record in read_records(output_dir / "metrics.jsonl")]
+
+
+def count_forwards() -> None:
+    """Patch a rank: it prints how often the forward function of the objective is called in training."""
+    original, close, calls = NextToken.forward, Recorder.close, [0]
+
+    def forward(self: NextToken, *inputs: Any, **named: Any) -> Tensor:
+        calls[0] += torch.is_grad_enabled()
+        return original(self, *inputs, **named)
+
+    def close_and_print(self: Recorder, *inputs: Any) -> None:
+        print(f"forwards in training: {calls[0]}")
+        close(self, *inputs)
+
+    NextToken.forward, Recorder.close = forward, close_and_print  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize(("micro_batch", "recorded"), [(16, 1), (8, 2), (4, 3)])
+def test_cuda_graphs_replace_forwards(tiny: list[object], tmp_path: Path, micro_batch: int, recorded: int) -> None:
+    """After three steps, each kind of micro-step (first, middle, last) is recorded once, and Python runs no more."""
+    options = [*tiny, "--packing", "concat", "--max_steps", 8, "--per_device_train_batch_size", micro_batch]
+    outcome = train(1, [*options, "--output_dir", tmp_path], before=count_forwards)
+    assert outcome.exit_codes == [0], outcome.output
+    assert f"forwards in training: {3 * 16 // micro_batch + recorded}\n" in outcome.output
+    assert "launched as CUDA graphs" in outcome.output
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_steps_do_not_synchronize(tiny: list[object], tmp_path: Path, strategy: str) -> None:
     """Between two reports, the CPU never waits for the GPU, so that it can queue work ahead."""
