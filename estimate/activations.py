@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def count_activations(model: PreTrainedModel, options: Options) -> Activations:
     """The activations that the forward pass of a micro-batch saves, without gradient checkpointing.
 
     A copy of the model runs on tensors without values, and the tensors that autograd saves are added up. Costs a second
-    or three, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
+    or two, and no memory. FSDP passes parameters and inputs to layers in bf16; under DDP, torch.autocast casts. For a
     compiled layer, torch's partitioner chooses what is saved, so the count calls the partitioner. The count assumes
     fused attention where the model has it, and no padding. Experts run on tokens x experts per token rows, whatever
     the routing. With tensor parallelism, a rank saves a split of the layer's input and of the sum in
@@ -137,6 +138,8 @@ def _count(
     saved: dict[int, tuple[object, int, nn.Module | None]] = {}
     inputs: dict[int, tuple[object, int]] = {}
     running: list[nn.Module] = []
+    ran: dict[str, list[tuple[nn.Module, Any]]] = defaultdict(list)  # by kind: layers with their outputs
+    repeats: dict[nn.Module, nn.Module] = {}  # by layer: the layer that saves as much
     layers = decoder_layers(model)
     for parameter in model.parameters() if cast else ():
         parameter.data = parameter.data.bfloat16()
@@ -148,8 +151,19 @@ def _count(
         if compiled:
             set_recomputation(budget)
             kinds = {kind: _partitioned(twin, bf16) for kind, twin in twins.items()}
+
+            def run_or_repeat(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                """The first layer of a kind saves what all share, such as positions. The third repeats the second."""
+                kind = repr(layer)
+                if len(ran[kind]) == 2:
+                    repeats[layer], outputs = ran[kind][1]
+                    return pytree.tree_map_only(Tensor, _another, outputs)
+                outputs = kinds[kind](layer, *args, **kwargs)
+                ran[kind].append((layer, outputs))
+                return outputs
+
             for layer in layers:
-                layer.forward = functools.partial(kinds[repr(layer)], layer)
+                layer.forward = functools.partial(run_or_repeat, layer)
 
         def enter(layer: nn.Module, args: Any, kwargs: Any) -> Any:
             if cast:
@@ -181,7 +195,7 @@ def _count(
             model(input_ids=ids_BT, use_cache=False)
         own = {_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     sizes = [(size, where) for key, (_, size, where) in saved.items() if key not in own]
-    by_layer = [sum(size for size, where in sizes if where is layer) for layer in layers]
+    by_layer = [sum(size for size, where in sizes if where is repeats.get(layer, layer)) for layer in layers]
     return Activations(
         layers=sum(by_layer),
         largest_layer=max(by_layer, default=0),
@@ -273,6 +287,10 @@ class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.running and isinstance(result, Tensor) and result.numel() not in self.experts:
             self.largest = max(self.largest, result.numel() * result.element_size())
         return result
+
+
+def _another(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, requires_grad=tensor.requires_grad)
 
 
 def _to_bf16(tensor: Tensor) -> Tensor:
