@@ -113,6 +113,7 @@ def main(argv: list[str]) -> int:
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
     def forward_backward(batch: Batch, scale: float) -> Tensor:
+        """A micro-step: add the gradients of `scale` x the loss of `batch`; return the loss."""
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             loss = wrapped(**batch)  # a sum over targets, in fp32
         (loss * scale).backward()

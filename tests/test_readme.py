@@ -297,7 +297,7 @@ def test_optimizer_step() -> None:
     loop = code_lines((ROOT / "train.py").read_text())
     shown = code_lines(STEP)
     assert 15 < len(shown) < 25
-    assert shown[0].startswith("for step in range(")
+    assert shown[0].startswith("def forward_backward(")
     start = 0
     for line in shown:
         assert line in loop[start:], f"not in train.py, or in another order: {line}"

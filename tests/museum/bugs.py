@@ -58,7 +58,9 @@ def curve_test(case: str) -> str:
     return f"tests/test_topology.py::test_same_curve[{case}]"
 
 
-BACKWARD = "(loss * (world_size / max(1, targets))).backward()"
+SCALE = "world_size / max(1, targets))\n"
+BACKWARD = "(loss * scale).backward()\n"
+MICRO_STEP = f"            loss_sum += micro_step(to_device(batch, device), {SCALE}"
 NUMERICS = "tests/test_numerics.py::test_changes_nothing"
 RESUME_TO_THE_BIT = "tests/test_resume.py::test_same_ranks_to_the_bit[ddp]"
 SPLIT = "tests/test_tensor_parallel.py::test_family[qwen3]"
@@ -257,7 +259,7 @@ BUGS = [
         "Each rank divides by its own number of targets, and DDP averages over ranks. Where a rank has fewer targets, "
         "each of them counts more. This bug remained when transformers had fixed its accumulation.",
         "The curve depends on the number of GPUs. It looks like noise, but it is a bias.",
-        one("train.py", BACKWARD, '(loss / max(1, int(total(step_batches, "targets")))).backward()'),
+        one("train.py", SCALE, '1 / max(1, int(total(step_batches, "targets"))))\n'),
         curve_test("DDP-2x8"),
         Curve(4, ("--per_device_train_batch_size", 4)),
         source="huggingface/transformers#34242",
@@ -268,7 +270,7 @@ BUGS = [
         "The mean of each micro-batch is divided by the number of micro-steps. The most used trainer did this until "
         "October 2024, when users showed that one large batch and many small ones gave different curves.",
         "The curve depends on the number of micro-steps, and more so when sequence lengths vary.",
-        one("train.py", BACKWARD, '(loss / max(1, int(batch["targets"])) / plan.accumulation).backward()'),
+        one("train.py", SCALE, '1 / max(1, int(batch["targets"])) / plan.accumulation)\n'),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
         source="huggingface/transformers#34191",
@@ -289,7 +291,7 @@ BUGS = [
         "The loop divides the loss by the number of micro-steps, and the library that it calls divides again.",
         "AdamW hides it, because its update does not depend on the scale of the gradient. Clipping and epsilon depend "
         "on it. With SGD, the learning rate is too small by the number of micro-steps.",
-        one("train.py", BACKWARD, "(loss * (world_size / max(1, targets) / plan.accumulation)).backward()"),
+        one("train.py", SCALE, "world_size / max(1, targets) / plan.accumulation)\n"),
         curve_test("single-1x4"),
         Curve(1, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
         source="huggingface/transformers#35808",
@@ -300,7 +302,7 @@ BUGS = [
         "DDP averages gradients over ranks. Code that divides a sum by the global number of targets must multiply by "
         "the world size to undo the average.",
         "Invisible with AdamW until the norm is clipped. With SGD, the learning rate is too small by the world size.",
-        one("train.py", BACKWARD, "(loss / max(1, targets)).backward()"),
+        one("train.py", SCALE, "1 / max(1, targets))\n"),
         curve_test("DDP-2x8"),
         Curve(4, ("--adam_epsilon", 1000, "--learning_rate", 500, "--adam_beta1", 0, "--weight_decay", 0)),
         source="meta-pytorch/torchtune#2172",
@@ -310,7 +312,7 @@ BUGS = [
         "gradients",
         "zero_grad is called inside the accumulation loop, one line too deep.",
         "A noisier curve at the cost of a large batch: all micro-steps are computed, and only the last one is used.",
-        one("train.py", BACKWARD, f"wrapped.zero_grad()\n            {BACKWARD}"),
+        one("train.py", BACKWARD, f"wrapped.zero_grad()\n        {BACKWARD}"),
         curve_test("single-1x4"),
         Curve(1, ("--per_device_train_batch_size", 1)),
         source="pytorch/torchtitan#3575",
@@ -340,10 +342,10 @@ BUGS = [
             ),
             Change(
                 "train.py",
-                BACKWARD,
-                "(loss / max(1, targets)).backward()\n"
+                SCALE,
+                "1 / max(1, targets))\n"
                 "            for parameter in model.parameters():\n"
-                "                dist.all_reduce(parameter.grad)",
+                "                dist.all_reduce(parameter.grad)\n",
             ),
         ),
         curve_test("DDP-2x2"),
@@ -399,9 +401,8 @@ BUGS = [
         "micro-steps.",
         one(
             "train.py",
-            "            loss_sum += loss.detach()\n",
-            "            loss_sum += loss.detach()\n"
-            "            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), options.max_grad_norm)\n",
+            MICRO_STEP,
+            f"{MICRO_STEP}            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), options.max_grad_norm)\n",
         ),
         curve_test("single-1x4"),
         Curve(2, ("--max_grad_norm", 0.1)),
