@@ -173,8 +173,9 @@ def require_same_run(options: Options, identity: RunIdentity, weights: Weights, 
     """
     run = {name: value for name, value in dataclasses.asdict(options).items() if name not in MAY_DIFFER_BETWEEN_NODES}
     # Where ranks split layers or experts, a compiled layer that is recomputed repeats other collectives than an eager
-    # one.
-    run["torch_compile"] = options.torch_compile and options.model_parallel_size * options.expert_parallel > 1
+    # one. A compiled update of bf16 moments may differ from an eager one in the last bit, and so would replicas.
+    split = options.model_parallel_size * options.expert_parallel > 1
+    run["torch_compile"] = options.torch_compile and (split or options.optim_state_dtype == "bfloat16")
     run |= dataclasses.asdict(identity) | {"weights": fingerprint_files(files_of(weights))}
     run |= {f"config.json: {name}": value for name, value in config.to_dict().items() if name != "_name_or_path"}
     runs = gather_objects(run)

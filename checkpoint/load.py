@@ -166,8 +166,8 @@ def load_checkpoint(
     progress = Progress(**{name: saved[name] for name in known} | {"best": Best(**saved.get("best", {}))})
 
     moments, steps = optimizer_state(optimizer)
-    for name, tensors in (("model", checkpoint_tensors(model)), ("optimizer", moments)):
-        load_tensors(path / name, tensors)
+    load_tensors(path / "model", checkpoint_tensors(model))
+    load_tensors(path / "optimizer", moments, convert=True)  # optim_state_dtype may differ
     parameters = named_parameters(optimizer)
     if state["optimizer_steps"].keys() != steps.keys():
         raise OptionError(f"resume_from_checkpoint {path}: its optimizer had other parameters\n{OTHER_CHECKPOINT}")
@@ -189,14 +189,14 @@ def _read_state_or_error(path: Path) -> tuple[dict[str, Any], str]:
         return {}, first_line(error)
 
 
-def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def load_tensors(folder: Path, tensors: dict[str, Tensor], convert: bool = False) -> None:
     """Load `model/` or `optimizer/` of a checkpoint into `tensors`, in place. Every rank must call.
 
-    Raises OptionError on all ranks if a tensor is missing there, or has another shape or dtype. Other tensors than
-    `tensors` are not read.
+    Raises OptionError on all ranks if a tensor is missing there, or has another shape or dtype. With `convert`, fp32
+    and bf16 become the dtype of the tensor, rounded to the nearest number. Other tensors than `tensors` are not read.
     """
     try:
-        if misfit := broadcast_object(_misfit(folder, tensors) if dist.get_rank() == 0 else ""):
+        if misfit := broadcast_object(_misfit(folder, tensors, convert) if dist.get_rank() == 0 else ""):
             raise OptionError(f"{folder}: {misfit}\n{OTHER_CHECKPOINT}")
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.CheckpointException as failed:  # no Exception; every rank gets the errors of all
@@ -204,7 +204,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise OptionError(f"{folder}: it cannot be loaded: {min(causes)}\n{OTHER_CHECKPOINT}") from failed
 
 
-def _misfit(folder: Path, tensors: dict[str, Tensor]) -> str:
+def _misfit(folder: Path, tensors: dict[str, Tensor], convert: bool) -> str:
     """The first of `tensors` that the headers of the files in `folder` do not hold in full, in words; or ""."""
     found: dict[str, int] = defaultdict(int)  # numbers of each tensor, in all shards
     try:
@@ -212,7 +212,8 @@ def _misfit(folder: Path, tensors: dict[str, Tensor]) -> str:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys() & tensors.keys():
                     view = file.get_slice(name)
-                    if str_to_torch_dtype.get(view.get_dtype()) != tensors[name].dtype:
+                    fitting = {tensors[name].dtype, *((torch.float32, torch.bfloat16) if convert else ())}
+                    if str_to_torch_dtype.get(view.get_dtype()) not in fitting:
                         return f"{name} is {view.get_dtype()} in {path.name}, and {tensors[name].dtype} in this run"
                     found[name] += math.prod(view.get_shape())
     except (OSError, SafetensorError) as error:

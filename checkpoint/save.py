@@ -2,7 +2,7 @@
 
     output_dir/checkpoint-STEP/
         model/shard-*.safetensors      fp32 parameters, or adapters alone; each rank writes its shards
-        optimizer/shard-*.safetensors  two moments of each parameter; one where Muon updates
+        optimizer/shard-*.safetensors  two moments of each parameter, fp32 or bf16; one where Muon updates
         state.json                     step, data cursor, RNG of every rank, fingerprints, options, versions
         manifest.json                  size and SHA-256 of every other file, written last
 
@@ -67,7 +67,8 @@ class Saver:
         """Write checkpoint-STEP, then remove the oldest ones beyond `save_total_limit`, but not the best.
 
         Waits for the previous checkpoint and for the copy. With `async_save` false it waits for the files, too, and
-        needs no copy (12 bytes per parameter over all ranks). Raises OptionError on all ranks if one cannot write.
+        needs no copy (12 bytes per parameter over all ranks, 8 with bf16 moments). Raises OptionError on all ranks if
+        one cannot write.
         """
         self.wait()
         moments, optimizer_steps = optimizer_state(optimizer)

@@ -30,7 +30,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             state = optimizer.state[parameter]
             if not state:
-                state.update({kind: torch.zeros_like(parameter) for kind in kinds})
+                dtype = group.get("state_dtype", parameter.dtype)  # optim/bf16_adamw.py
+                state.update({kind: torch.zeros_like(parameter, dtype=dtype) for kind in kinds})
                 if "momentum" not in group:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments |= {f"{kind}.{name}": state[kind] for kind in kinds}

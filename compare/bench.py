@@ -78,6 +78,7 @@ OURS = {
     "ours, not compiled": ["--torch_compile", "false"],
     "ours, residual in bf16": ["--bf16_residual", "true"],
     "ours, no graphs": ["--cuda_graphs", "false"],
+    "ours, bf16 moments": ["--optim_state_dtype", "bfloat16"],
     "ours, float8": ["--float8", "true"],
     "ours, sharded optimizer": ["--shard_optimizer"],
     "ours, tensor parallel": ["--strategy", "fsdp", "--tensor_parallel", "2"],

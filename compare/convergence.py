@@ -24,6 +24,7 @@ from metrics.records import read_records
 
 VARIANTS = {
     "AdamW": [],
+    "bf16 moments": ["--optim_state_dtype", "bfloat16"],
     "Muon": ["--optim", "muon"],
     "bf16": ["--bf16", "true"],
     "float8": ["--bf16", "true", "--float8", "true"],

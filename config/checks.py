@@ -258,6 +258,11 @@ def _check_parallel(options: Options, world_size: int) -> None:
         )
     if options.tensor_parallel > 1 and options.offload_activations:
         raise OptionError(f"offload_activations true: cannot be combined with {tensor}\nremove one of them")
+    if options.optim == "muon" and options.optim_state_dtype != "float32":
+        raise OptionError(
+            f"optim_state_dtype {options.optim_state_dtype}: cannot be combined with optim muon, whose state is fp32\n"
+            "remove one of them"
+        )
     if options.optim == "muon" and (options.tensor_parallel > 1 or options.cpu_offload):
         other = tensor if options.tensor_parallel > 1 else "cpu_offload true"
         raise OptionError(

@@ -165,6 +165,9 @@ class Options:
     optim: Literal["adamw_torch_fused", "muon"] = option(
         OPTIMIZER, "adamw_torch_fused", "muon: layer matrices by Muon, all else by AdamW."
     )
+    optim_state_dtype: Literal["float32", "bfloat16"] = option(
+        OPTIMIZER, "float32", "Dtype of AdamW's moments. bfloat16 is rounded stochastically."
+    )
     learning_rate: float = option(
         OPTIMIZER, 5e-5, "Highest learning rate, reached after the warmup; 0.0002 with use_peft."
     )

@@ -27,6 +27,7 @@ from estimate.activations import (
 from loss.cross_entropy import CHUNK_LOGITS
 from loss.next_token import ends_with_head
 from model.layers import decoder_layers, decoder_matrices
+from optim.bf16_adamw import SLICE, TEMPORARY
 from parallel.checks import expert_modules
 from parallel.tensor import split_on_meta
 
@@ -45,10 +46,10 @@ class Memory:
     phase: str
     parameters: int  # fp32, or bf16 where frozen: all of them under DDP, this rank's shards under FSDP
     gradients: int  # fp32: as many as exist in this phase
-    optimizer: int  # fp32: two moments of each parameter or shard; one moment where Muon updates
+    optimizer: int  # fp32 or bf16: two moments of each parameter or shard; one moment where Muon updates
     activations: int  # saved for the backward pass, and temporary in the backward of one layer
     logits: int  # head and loss: a chunk of logits, the gradient of the head's weight, and the head's input
-    communication: int  # gathered parameters, gradients before and after reduction, a full matrix of Muon
+    communication: int  # gathered parameters, gradients before and after reduction, temporary tensors of the optimizer
 
     @property
     def total(self) -> int:
@@ -111,7 +112,7 @@ def memory_by_phase(
     gradients = FP32 * numel(trained, shards)
     moments, in_optimizer = optimizer_memory(model, options, ranks if options.shard_optimizer else shards)
     if options.cpu_offload:  # shards only pass through the GPU
-        parameters = moments = gradients = 0
+        parameters = moments = gradients = in_optimizer = 0
     accumulated = accumulated_gradients(options, ranks, numel(trained) - experts_elsewhere(model, options), gradients)
     # FSDP reduces the root's gradients last, and before them those of the first layer. In the backward of that layer,
     # their shards do not exist yet, unless an earlier micro-step made them; full gradients of the root may.
@@ -200,18 +201,27 @@ def _memory_after_split(model: PreTrainedModel, options: Options, ranks: int, sa
 def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> tuple[int, int]:
     """Bytes of the optimizer's state over `shards` ranks, and the temporary bytes of its step.
 
-    The state has two moments of each parameter and its step count; for a matrix that Muon updates, one moment and no
-    count. A sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies
-    of its longest matrix: gathered, normalized, two of the iteration, and the result that is sent back; or of a rank's
+    The state has two moments of each parameter, fp32 or bf16, and its step count; for a matrix that Muon updates, one
+    moment and no count. bf16 moments need temporary tensors unless their update is compiled (optim/bf16_adamw.py). A
+    sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies of its
+    longest matrix: gathered, normalized, two of the iteration, and the result that is sent back; or of a rank's
     experts, which are not gathered.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = list(decoder_matrices(model).values()) if options.optim == "muon" else []
-    state = 2 * FP32 * numel(parameters, shards) + FP32 * len(parameters)
+    state = 2 * moment_bytes(options) * numel(parameters, shards) + FP32 * len(parameters)
     state -= FP32 * numel(matrices, shards) + FP32 * len(matrices)
     step = FP32 * numel(parameters, shards) if options.shard_optimizer else 0
+    if options.optim_state_dtype == "bfloat16" and not options.torch_compile:
+        largest = max((numel([parameter], shards) for parameter in parameters), default=0)
+        step = max(step, TEMPORARY * FP32 * min(SLICE, largest))
     longest = max((numel([matrix], shards if matrix.dim() == 3 else 1) for matrix in matrices), default=0)
     return state, max(step, 5 * (BF16 if options.bf16 else FP32) * longest)
+
+
+def moment_bytes(options: Options) -> int:
+    """Bytes of a number in AdamW's moments."""
+    return BF16 if options.optim_state_dtype == "bfloat16" else FP32
 
 
 def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
@@ -220,9 +230,8 @@ def host_memory(model: PreTrainedModel, options: Options, ranks: int) -> int:
         return 0
     model = split_on_meta(model, options.tensor_parallel) if options.tensor_parallel > 1 else model
     shards = ranks // options.tensor_parallel // options.replicas
-    return stored(model.parameters(), options, shards) + 3 * FP32 * numel(
-        filter(requires_grad, model.parameters()), shards
-    )
+    trained = numel(filter(requires_grad, model.parameters()), shards)
+    return stored(model.parameters(), options, shards) + (FP32 + 2 * moment_bytes(options)) * trained
 
 
 def head_memory(model: PreTrainedModel, options: Options, tokens: int, head: nn.Module | None) -> tuple[int, int]:

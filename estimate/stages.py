@@ -120,6 +120,8 @@ def advice(model: PreTrainedModel, options: Options, ranks: int) -> list[str]:
         "--torch_compile true": {"torch_compile": True},
         "--bf16 true": {"bf16": True},
     }
+    if options.optim != "muon":
+        changes["--optim_state_dtype bfloat16"] = {"optim_state_dtype": "bfloat16"}
     if options.activation_memory_budget is None and decoder_layers(model) and model.supports_gradient_checkpointing:
         changes["--gradient_checkpointing"] = {"gradient_checkpointing": True}
     if micro_batch % 2 == 0:

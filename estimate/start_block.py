@@ -49,7 +49,8 @@ def describe_run(
     files = dtype_names(stored for source in weights.values() for part in source.stored.values() for stored in part)
     stored = dtype_names(model.parameters())
     masters = dtype_names(parameter for parameter in model.parameters() if parameter.requires_grad)
-    compute = "bfloat16" if options.bf16 else masters  # gradients and moments follow the dtype of their parameter
+    compute = "bfloat16" if options.bf16 else masters  # gradients follow the dtype of their parameter
+    rounded = "bfloat16, rounded stochastically" if options.optim_state_dtype == "bfloat16" else masters
     compute += ", also between layers" * options.bf16_residual
     compute += ", matrix products of the layers float8" * options.float8 + ", layers compiled" * options.torch_compile
     compute += ", launched as CUDA graphs" * (not obstacle(options, data.packing, objective))
@@ -61,7 +62,7 @@ def describe_run(
         "model": model_line(model),
         **({"adapters": describe_adapters(model, options)} if options.use_peft else {}),
         "weights": f"{files} in the files of {options.model_name_or_path}" if weights else "random",
-        "dtypes": f"parameters {stored}, gradients {masters}, optimizer state {masters}; compute {compute}",
+        "dtypes": f"parameters {stored}, gradients {masters}, optimizer state {rounded}; compute {compute}",
         "activations": activations_line(options),
         "memory": memory_forecast(model, options, ranks, gpu_memory(device, shared=options.ddp_backend == "gloo")),
         **describe_data(data, plan.block_size),
@@ -101,17 +102,20 @@ def model_line(model: PreTrainedModel) -> str:
 
 
 def start_line(options: Options, plan: Plan, resumed_from: Path | None) -> str:
-    """Where the run starts. After a resume, also whether its schedule continues that of the checkpoint."""
+    """Where the run starts. After a resume, also what changes: the dtype of the moments, the learning rate."""
     if not resumed_from:
         return "from the beginning"
-    progress = read_json(resumed_from / STATE, MOST_JSON)["progress"]
-    step, was = progress["step"], progress.get("learning_rate")
+    state = read_json(resumed_from / STATE, MOST_JSON)
+    step, was = state["progress"]["step"], state["progress"].get("learning_rate")
     if not plan.total_steps:
         return f"the model of {resumed_from}"
-    now = learning_rate(step, plan.total_steps, options)
-    if was is None or math.isclose(was, now, rel_tol=1e-6):
-        return f"resumed from {resumed_from}"
-    return f"resumed from {resumed_from}; step {step} had the learning rate {was:g}, and has {now:g} in this schedule"
+    facts, now = [f"resumed from {resumed_from}"], learning_rate(step, plan.total_steps, options)
+    moments = state["options"].get("optim_state_dtype", "float32")
+    if moments != options.optim_state_dtype:
+        facts.append(f"its moments were {moments}, and are {options.optim_state_dtype} now")
+    if was is not None and not math.isclose(was, now, rel_tol=1e-6):
+        facts.append(f"step {step} had the learning rate {was:g}, and has {now:g} in this schedule")
+    return "; ".join(facts)
 
 
 def strategy_line(model: PreTrainedModel, options: Options, ranks: int) -> str:

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, or Muon with AdamW."""
+"""The optimizer of a run: AdamW, with moments in fp32 or bf16, or Muon with AdamW."""
 
 from collections import defaultdict
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 
 from config.options import Options
 from model.layers import decoder_matrices, expert_stacks
+from optim.bf16_adamw import Bf16AdamW
 from optim.muon import Muon
 
 
@@ -14,8 +15,9 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
     """Fused AdamW (Loshchilov and Hutter 2019). Weight decay applies to matrices only, not to norms and biases.
 
     With `optim` muon, Muon updates the matrices of the decoder layers, and AdamW the other parameters. Call it after
-    wrapping, because sharding replaces the parameters. The state is fp32, as the parameters are. Each parameter group
-    also holds the names of its parameters, as `param_names`.
+    wrapping, because sharding replaces the parameters. The state is fp32, as the parameters are, or with
+    `optim_state_dtype` bfloat16 both moments are bf16. Each parameter group also holds the names of its parameters, as
+    `param_names`.
     """
     orthogonal = decoder_matrices(model) if options.optim == "muon" else {}
     trainable = [
@@ -33,6 +35,8 @@ def build_optimizer(model: torch.nn.Module, options: Options) -> torch.optim.Ada
         "eps": options.adam_epsilon,
         "fused": True,
     }
+    if options.optim_state_dtype == "bfloat16":
+        return Bf16AdamW(groups, options.seed, options.torch_compile, **settings)
     if not orthogonal:
         return torch.optim.AdamW(groups, **settings)
     # Ranks work on consecutive matrices at the same time, so these should have equal sizes.

@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
         else:
             directions = [orthogonalize(direction, stack) for direction, stack in zip(directions, stacks, strict=True)]
         for parameter, direction, stack in zip(parameters.values(), directions, stacks, strict=True):
-            values = _local(parameter)
+            values = local_shard(parameter)
             longer_side = max(size for dim, size in enumerate(stack.entry, 1) if dim != stack.halves)
             values.mul_(1 - rate * group["weight_decay"])
             values.sub_(direction.to(values.dtype) * (rate * 0.2 * longer_side**0.5))
@@ -95,9 +95,9 @@ class Muon(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = _local(state["momentum_buffer"])
+        momentum = local_shard(state["momentum_buffer"])
         assert parameter.grad is not None
-        gradient = (_local(parameter.grad) / scale).masked_fill_(skip > 0, 0)  # NaN x 0 would be NaN
+        gradient = (local_shard(parameter.grad) / scale).masked_fill_(skip > 0, 0)  # NaN x 0 would be NaN
         momentum.lerp_(gradient, (1 - decay) * (1 - skip))
         return gradient.lerp_(momentum, decay).to(self.dtype)
 
@@ -157,6 +157,6 @@ def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
     return parameter.device_mesh.get_group(axis) if parameter.device_mesh.size(axis) > 1 else None
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -91,6 +91,8 @@ def record(path: Path) -> None:
             "hybrid FSDP, 2 replicas", {"sync_each_batch": True, "reduce_dtype": "bfloat16"}, marks=pytest.mark.slow
         ),
         pytest.param("FSDP (ZeRO-3)", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("FSDP (ZeRO-3)", {"optim_state_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("DDP, optimizer sharded (ZeRO-1)", {"optim_state_dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param("FSDP (ZeRO-3)", {"optim": "muon"}, marks=pytest.mark.slow),
         pytest.param("DDP, optimizer sharded (ZeRO-1)", {"optim": "muon"}, marks=pytest.mark.slow),
         pytest.param("FSDP (ZeRO-3)", {"tensor_parallel": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
@@ -107,6 +109,8 @@ def record(path: Path) -> None:
         *STAGES,
         "each micro-step exchanged, in bf16",
         "FSDP, checkpointing",
+        "FSDP, bf16 moments",
+        "ZeRO-1, bf16 moments",
         "FSDP, Muon",
         "ZeRO-1, Muon",
         "2 x 2",
@@ -341,6 +345,8 @@ def test_host_memory(meta_model: PreTrainedModel) -> None:
     assert host_memory(meta_model, options, 4) == 0
     assert host_memory(meta_model, offloaded, 1) == whole
     assert host_memory(meta_model, offloaded, 4) == pytest.approx(whole / 4, rel=0.05)
+    bf16_moments = dataclasses.replace(offloaded, optim_state_dtype="bfloat16")
+    assert host_memory(meta_model, bf16_moments, 1) == whole * 12 // 16
     hybrid = dataclasses.replace(offloaded, replicas=2)
     assert host_memory(meta_model, hybrid, 4) == host_memory(meta_model, offloaded, 2)
     assert memory_forecast(meta_model, offloaded, 1, None).endswith(f"; in host memory {readable(whole)}")
@@ -351,7 +357,9 @@ def test_advice(meta_model: PreTrainedModel, rows: int, smaller: str) -> None:
     """Advice is sorted by the memory it saves, and saves it; for a single sequence, it is to split the sequence."""
     options = Options(block_size=256, per_device_train_batch_size=rows, bf16=False, torch_compile=False)
     lines = advice(meta_model, options, 4)
-    assert {"--gradient_checkpointing", "--bf16", "--strategy", smaller} <= {line.split()[0] for line in lines}
+    assert {"--gradient_checkpointing", "--bf16", "--optim_state_dtype", "--strategy", smaller} <= {
+        line.split()[0] for line in lines
+    }
     saved = []
     for line in lines:
         words = line.split(" saves ")[0].split()

@@ -62,6 +62,7 @@ def all_masked(steps: set[int]) -> None:
     [
         "ddp",
         "fsdp",
+        "ddp --optim_state_dtype bfloat16",
         *(pytest.param(f"fsdp {one}", marks=pytest.mark.slow) for one in ("--optim muon", "--cpu_offload")),
     ],
 )

@@ -74,7 +74,13 @@ def nothing_read() -> None:
         "fsdp",
         *(
             pytest.param(one, marks=pytest.mark.slow)
-            for one in ("ddp", "fsdp --optim muon", "fsdp --tensor_parallel 2")
+            for one in (
+                "ddp",
+                "fsdp --optim muon",
+                "fsdp --tensor_parallel 2",
+                "ddp --optim_state_dtype bfloat16",
+                "fsdp --optim_state_dtype bfloat16",
+            )
         ),
     ],
 )
@@ -321,11 +327,15 @@ def test_each_field_of_the_identity_is_refused_between_ranks(
         require_same_run(Options(output_dir=str(tmp_path)), IDENTITY, {}, PretrainedConfig())
 
 
-@pytest.mark.parametrize(("tensor_parallel", "allowed"), [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("more", "allowed"),
+    [({}, True), ({"tensor_parallel": 2}, False), ({"optim_state_dtype": "bfloat16"}, False)],
+    ids=str,
+)
 def test_compiled_on_one_rank_only(
-    tensor_parallel: int, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, Any], allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One node without a compiler is fine, unless ranks split layers: recomputed layers then differ in collectives."""
+    """One node without a compiler is fine, unless recomputed layers differ in collectives, or moments in their bits."""
     monkeypatch.setattr("checkpoint.identity.require_shared", lambda output_dir: None)
     ranks: list[Any] = []
 
@@ -334,7 +344,7 @@ def test_compiled_on_one_rank_only(
         return ranks
 
     monkeypatch.setattr("checkpoint.identity.gather_objects", all_ranks_so_far)
-    options = Options(output_dir=str(tmp_path), tensor_parallel=tensor_parallel, torch_compile=True)
+    options = Options(output_dir=str(tmp_path), torch_compile=True, **more)
     require_same_run(options, IDENTITY, {}, PretrainedConfig())
     with nullcontext() if allowed else pytest.raises(OptionError, match="rank 0: torch_compile"):
         require_same_run(dataclasses.replace(options, torch_compile=False), IDENTITY, {}, PretrainedConfig())

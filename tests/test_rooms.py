@@ -290,9 +290,9 @@ def test_a_resume_says_if_its_schedule_does_not_continue(tmp_path: Path) -> None
         (95, f"; step 95 had the learning rate {learning_rate(95, 100, first):g}, and has 0.5"),
     ):
         progress = {"step": step, "learning_rate": learning_rate(step, 100, first)}
-        (tmp_path / "state.json").write_text(json.dumps({"progress": progress}))
+        (tmp_path / "state.json").write_text(json.dumps({"progress": progress, "options": {}}))
         assert start_line(longer, plan, tmp_path) == f"resumed from {tmp_path}{more}{' in this schedule' * bool(more)}"
-    (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": 95}}))  # of an older version
+    (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": 95}, "options": {}}))  # of an older version
     assert start_line(longer, plan, tmp_path) == f"resumed from {tmp_path}"
 
 

@@ -57,7 +57,7 @@ NO_EFFECT = {
     f"{ADAM}.bias_correction": "AdamW corrects the bias",
     f"{ADAM}.fused": "always fused",
     f"{ADAM}.foreach": "always fused",
-    f"{ADAM}.fp32_optimizer_states": "moments are always fp32",
+    f"{ADAM}.fp32_optimizer_states": "--optim_state_dtype decides",
     "optimizer.legacy_fusion": "always fused",
     f"{ZERO}.contiguous_gradients": MEMORY,
     f"{ZERO}.reduce_scatter": "fsdp always reduces to the shards, ddp to all",
@@ -217,9 +217,13 @@ REFUSED = {
     f"{ZERO}.zeropp_loco_param": "gradients are reduced in fp32 or bf16; remove the key",
     f"{ZERO}.zenflow": "late updates change the numbers; remove the key",
     **{
-        f"{section}.{name}": "parameters, gradients and moments are fp32; remove the key"
+        f"{section}.{name}": "parameters and gradients are fp32; remove the key"
         for section in ("bf16", "bfloat16", "fp16")
-        for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
+        for name in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads")
+    },
+    **{
+        f"{section}.bf16_optimizer_states": "an option sets it; pass --optim_state_dtype bfloat16, and remove the key"
+        for section in ("bf16", "bfloat16", "fp16")
     },
     "gradient_allreduce_op": "gradients are those of the mean over all targets; remove the key",
     "fp16.enabled": 'fp16 needs loss scaling, which is not implemented\nwrite "bf16": {"enabled": true} instead',
