@@ -10,12 +10,12 @@ a test counts. Seconds come from a model, and are not measured:
                    forward without the head and without the last product of each layer. `flops` is the rate of a GPU in
                    a whole step, not its peak; the default is the rate of Qwen3-8B on one H200.
     communication  bytes on a rank's link / its bytes per second. In a group of g ranks, each rank sends S (g - 1) / g
-                   of a tensor of S bytes to all-gather or reduce-scatter it, twice that to all-reduce it, and S to
-                   broadcast it (ring algorithms: Patarasuk and Yuan 2009). A group within a node of 8 has `within_node`
-                   for each rank. A ring through several nodes has the slower of that and `between_nodes`, for a whole
-                   node. Groups of one rank per node, which average the shards of replicas, have an eighth of it each.
-                   Each hop of a collective adds `latency`: g - 1 hops on a ring; on a tree, as an all-reduce and a
-                   broadcast may use, 2 log2 g and log2 g (Thakur et al. 2005).
+                   of a tensor of S bytes to all-gather or reduce-scatter it, and twice that to all-reduce it (ring
+                   algorithms: Patarasuk and Yuan 2009). A group within a node of 8 has `within_node` for each rank. A
+                   ring through several nodes has the slower of that and `between_nodes`, for a whole node. Groups of
+                   one rank per node, which average the shards of replicas, have an eighth of it each. Each hop of a
+                   collective adds `latency`: g - 1 hops on a ring; on a tree, as an all-reduce may use, 2 log2 g
+                   (Thakur et al. 2005).
     step           matrix + communication - overlap, the fraction `overlap` of the communication, at most matrix
 
 The model leaves out other times: slower kernels than `flops` includes, nodes that wait for the slowest, evaluations and
@@ -136,13 +136,13 @@ def traffic(kind: str, collectives: Collectives, options: Options, ranks: int) -
     """Bytes that a rank sends."""
     group = group_size(kind, options, ranks)
     others = (group - 1) / group
-    return collectives.size * {"all_reduce": 2 * others, "broadcast": min(1, group - 1)}.get(kind, others)
+    return collectives.size * (2 * others if kind == "all_reduce" else others)
 
 
 def hops(kind: str, options: Options, ranks: int) -> float:
     """Links that the bytes of one collective cross one after another."""
     group = group_size(kind, options, ranks)
-    return {"all_reduce": 2 * math.log2(group), "broadcast": math.log2(group)}.get(kind, group - 1)
+    return 2 * math.log2(group) if kind == "all_reduce" else group - 1
 
 
 def link(kind: str, options: Options, ranks: int, machine: Machine) -> float:

@@ -3,12 +3,15 @@
 Parameters and gradients stay replicated. This is stage 1 of ZeRO (Rajbhandari et al. 2020, section 5.1).
 """
 
-import torch
+from collections.abc import Iterator
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
+
+BUCKET = 64 * 2**20  # bytes that one all-gather of fp32 parameters gathers
 
 
 def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
@@ -38,18 +41,54 @@ def shard_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
 
 
 def gather_parameters(optimizer: Optimizer) -> None:
-    """Broadcast the updated shards of each rank to all ranks. Every rank must call.
+    """All-gather the shards that each rank has updated, in place. Every rank must call.
 
-    Does nothing without a sharded optimizer. Communicates all parameters once, and needs 1 / world size of their memory
-    for a moment. Together with the all-reduce of the gradients, that is 1.5 times the traffic of plain DDP.
+    Does nothing without a sharded optimizer. Communicates all parameters once, and needs the memory of one bucket.
+    Together with the all-reduce of the gradients, that is 1.5 times the traffic of plain DDP.
     """
     parameters = [full.detach() for group in optimizer.param_groups for full in group.get("replicated", ())]
-    for owner in range(dist.get_world_size()) if parameters else ():
-        shards = [_rows_of(owner, full) for full in parameters]
-        flat = torch.cat([shard.flatten() for shard in shards])
-        dist.broadcast(flat, src=owner)
-        received = torch.split(flat, [shard.numel() for shard in shards])
-        torch._foreach_copy_(shards, [rows.view_as(shard) for rows, shard in zip(received, shards, strict=True)])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for bucket in gather_buckets(parameters, ranks):
+        sizes = [size for _, _, size in bucket]
+        gathered = parameters[0].new_empty(ranks, sum(sizes))
+        pieces = list(zip(bucket, gathered.split(sizes, dim=1), strict=True))
+        for (full, first, size), of_ranks in pieces:
+            updated = _rows_of(rank, full).view(-1)[first : first + size]
+            of_ranks[rank, : len(updated)] = updated
+        dist.all_gather_into_tensor(gathered.view(-1), gathered[rank])
+        for (full, first, size), of_ranks in pieces:
+            shard_size = _shard_size(full, ranks)
+            equal = full.numel() // shard_size  # so many ranks have equal shards; the next one has the rest
+            shards, rest = full.view(-1).tensor_split([equal * shard_size])
+            shards.view(equal, shard_size)[:, first : first + size] = of_ranks[:equal]
+            rest = rest[first : first + size]
+            rest.copy_(of_ranks[equal : equal + 1, : len(rest)].flatten())
+
+
+def gather_buckets(parameters: list[Tensor], ranks: int) -> Iterator[list[tuple[Tensor, int, int]]]:
+    """The content of each all-gather: a parameter, and `size` elements of each rank's shard from element `first` on.
+
+    Shards are padded to the size of the largest. All buckets but the last have BUCKET bytes, over all ranks. A single
+    rank has no bucket. The parameters may be on the meta device.
+    """
+    bucket: list[tuple[Tensor, int, int]] = []
+    room = capacity = BUCKET // (4 * ranks)
+    for full in parameters if ranks > 1 else ():
+        first, shard_size = 0, _shard_size(full, ranks)
+        while first < shard_size:
+            size = min(room, shard_size - first)
+            bucket.append((full, first, size))
+            first, room = first + size, room - size
+            if not room:
+                yield bucket
+                bucket, room = [], capacity
+    if bucket:
+        yield bucket
+
+
+def _shard_size(full: Tensor, ranks: int) -> int:
+    """The number of elements in the largest shard of a parameter."""
+    return -(-len(full) // ranks) * (full.numel() // len(full))
 
 
 def _shard(full: Tensor, mesh: DeviceMesh) -> DTensor:

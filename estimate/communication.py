@@ -1,6 +1,6 @@
 """The collectives of one optimizer step on a rank, by kind: how many, and how many bytes.
 
-The bytes of a collective are those of the full tensor that is gathered, reduced or broadcast. compare/scaling.py has
+The bytes of a collective are those of the full tensor that is gathered or reduced. compare/scaling.py has
 the bytes on a link, and docs/scaling.md has these formulas in a table. N is the number of parameters, L the number of
 decoder layers, W the number of ranks that share shards, k the number of micro-steps.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config.options import Options
+from ddp.optimizer import gather_buckets
 from estimate.activations import BF16, FP32, of_local_sequence, sequences_per_micro_batch
 from estimate.memory import numel
 from loss.cross_entropy import CHUNK_LOGITS
@@ -41,8 +42,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
 
     Every stage: one all-reduce of five integers, the counts of the global batch and the events.
 
-    DDP: one all-reduce of all gradients, in buckets, 4 N bytes. With a sharded optimizer, each rank then broadcasts its
-    updated shards: W broadcasts of 4 N bytes together.
+    DDP: one all-reduce of all gradients, in buckets, 4 N bytes. With a sharded optimizer, ranks then all-gather the
+    updated shards in buckets of 64 MiB, 4 N bytes. Rows are padded to a multiple of W.
 
     Muon with sharded matrices: two all-to-alls for every W matrices, in the dtype of computation. The bytes are those
     of rank 0: its full matrix, or its rows of all W matrices if these are more. Experts are sharded as whole matrices,
@@ -66,7 +67,7 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
         split_model, ranks = split_on_meta(model, options.tensor_parallel), ranks // options.tensor_parallel
         after_split = predict_collectives(split_model, dataclasses.replace(options, tensor_parallel=1), ranks)
         return _sum(after_split, tensor_parallel_collectives(model, split_model, options))
-    kinds: dict[str, list[int]] = {"all_reduce": [5 * INT64], "broadcast": [], "all_gather": [], "reduce_scatter": []}
+    kinds: dict[str, list[int]] = {"all_reduce": [5 * INT64], "all_gather": [], "reduce_scatter": []}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards, compute_bytes = ranks // options.replicas, BF16 if options.bf16 else FP32
     if options.optim == "muon" and shards > 1 and (options.strategy == "fsdp" or options.shard_optimizer):
@@ -80,8 +81,8 @@ def predict_collectives(model: PreTrainedModel, options: Options, ranks: int) ->
         if ranks > 1:
             kinds["all_reduce"] += buckets(parameters)
         if options.shard_optimizer:
-            # This assumes that the ranks divide the rows of each matrix evenly.
-            kinds["broadcast"] += [FP32 * numel(parameters) // ranks] * ranks
+            gathered = [sum(size for _, _, size in bucket) for bucket in gather_buckets(parameters, ranks)]
+            kinds["all_gather"] += [FP32 * ranks * size for size in gathered]
         return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in kinds.items() if sizes}
 
     reduced = FP32 if options.reduce_dtype == "float32" else BF16

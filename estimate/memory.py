@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from config.options import Options
+from ddp.optimizer import BUCKET
 from estimate.activations import (
     BF16,
     FP32,
@@ -203,7 +204,7 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
 
     The state has two moments of each parameter, fp32 or bf16, and its step count; for a matrix that Muon updates, one
     moment and no count. bf16 moments need temporary tensors unless their update is compiled (optim/bf16_adamw.py). A
-    sharded optimizer copies a rank's shards before it broadcasts them. Muon's iteration works with five copies of its
+    sharded optimizer gathers its shards in a bucket. Muon's iteration works with five copies of its
     longest matrix: gathered, normalized, two of the iteration, and the result that is sent back; or of a rank's
     experts, which are not gathered.
     """
@@ -211,7 +212,7 @@ def optimizer_memory(model: PreTrainedModel, options: Options, shards: int) -> t
     matrices = list(decoder_matrices(model).values()) if options.optim == "muon" else []
     state = 2 * moment_bytes(options) * numel(parameters, shards) + FP32 * len(parameters)
     state -= FP32 * numel(matrices, shards) + FP32 * len(matrices)
-    step = FP32 * numel(parameters, shards) if options.shard_optimizer else 0
+    step = min(FP32 * shards * numel(parameters, shards), BUCKET) if options.shard_optimizer and shards > 1 else 0
     if options.optim_state_dtype == "bfloat16" and not options.torch_compile:
         largest = max((numel([parameter], shards) for parameter in parameters), default=0)
         step = max(step, TEMPORARY * FP32 * min(SLICE, largest))

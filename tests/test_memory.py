@@ -456,7 +456,6 @@ def test_scaling(meta_model: PreTrainedModel) -> None:
     gathered = Collectives(calls=3, size=800)
     assert scaling.traffic("all_gather", gathered, options, 8) == 700
     assert scaling.traffic("all_reduce", gathered, options, 8) == 1400
-    assert scaling.traffic("broadcast", gathered, options, 8) == 800
     assert scaling.traffic("all_gather", gathered, hybrid, 64) == 700
     places = (("all_gather", options, 8), ("all_gather", options, 16), ("all_gather", hybrid, 64))
     assert [scaling.link(*place, machine) for place in places] == [300, 160, 300]

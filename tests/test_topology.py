@@ -1,24 +1,32 @@
 """Proves train.py with ddp/, fsdp/ and parallel/: one curve for any ranks, strategy or micro-steps (tests/proof.py)."""
 
 import dataclasses
+import json
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ddp
+import ddp.optimizer
 from config.command_line import parse
+from config.options import Options
 from data.prepare import prepare_data
+from estimate.communication import predict_collectives
 from loss.next_token import NextToken
 from metrics.records import read_records
 from model.build import build_model, load_config_and_tokenizer
 from model.layers import decoder_layers
 from tests import proof
-from tests.launch import train_ok
+from tests.launch import train, train_ok
 from tests.proof import (
     BF16_CASES,
     CASES,
@@ -77,6 +85,58 @@ def test_bf16_stays_near(reference: Path, tiny: list[object], tmp_path: Path, ca
 def test_a_mean_of_means_is_seen(reference: Path, tiny: list[object], tmp_path: Path) -> None:
     planted = first_gradient(Case("DDP", 2, 4), tiny, tmp_path, before=proof.mean_of_means)
     assert relative_l2(planted, torch.load(reference / "gradient.pt")) > proof.PLANTED_BUG_GATE
+
+
+def record_gathers(directory: Path, bucket: int) -> None:
+    """Patch a rank: buckets of `bucket` bytes; write down the bytes of all-gathers, and the parameters after a step."""
+    ddp.optimizer.BUCKET = bucket
+    gather, all_gather, sizes = ddp.gather_parameters, dist.all_gather_into_tensor, []
+
+    def all_gather_into_tensor(gathered: Tensor, shard: Tensor) -> None:
+        assert shard.numel() * dist.get_world_size() == gathered.numel()
+        sizes.append(gathered.nbytes)
+        all_gather(gathered, shard)
+
+    def gather_parameters(optimizer: torch.optim.Optimizer) -> None:
+        sizes.clear()
+        gather(optimizer)
+        groups = optimizer.param_groups
+        parameters = [each.detach() for group in groups for each in group.get("replicated", group["params"])]
+        torch.save(parameters, directory / f"parameters-{os.environ['RANK']}")
+        (directory / f"sizes-{os.environ['RANK']}").write_text(json.dumps(sizes))
+
+    dist.all_gather_into_tensor = all_gather_into_tensor  # type: ignore[assignment]
+    ddp.gather_parameters = gather_parameters
+
+
+@pytest.mark.parametrize(
+    ("ranks", "bucket"),
+    [(3, 10_000), pytest.param(4, 1_000, marks=pytest.mark.slow), pytest.param(1, 10_000, marks=pytest.mark.slow)],
+)
+def test_buckets_of_a_sharded_optimizer(
+    tiny: list[object], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, bucket: int
+) -> None:
+    """On all ranks, the parameters of plain DDP to the bit; three ranks cannot divide any rows. Buckets as predicted.
+
+    A bucket ends within a row or a shard, or holds several parameters. A single rank communicates nothing.
+    """
+    options = [*tiny, "--global_batch_size", 12, "--per_device_train_batch_size", 1, "--max_steps", 3]
+    for name, extra in (("plain", []), ("sharded", ["--shard_optimizer"])):
+        (tmp_path / name).mkdir()
+        before = partial(record_gathers, tmp_path / name, bucket)
+        outcome = train(ranks, [*options, *extra, "--output_dir", tmp_path / name / "run"], before=before)
+        assert outcome.exit_codes == [0] * ranks, outcome.output
+    expected = torch.load(tmp_path / "plain" / "parameters-0")
+    monkeypatch.setattr("ddp.optimizer.BUCKET", bucket)
+    model = build_model(Options(), AutoConfig.from_pretrained(model_dir))
+    predicted: Any = predict_collectives(model, Options(block_size=64, shard_optimizer=True), ranks)
+    for rank in range(ranks):
+        parameters = torch.load(tmp_path / "sharded" / f"parameters-{rank}")
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, expected, strict=True))
+        sizes = json.loads((tmp_path / "sharded" / f"sizes-{rank}").read_text())
+        assert (len(sizes), sum(sizes)) == (predicted["all_gather"] if ranks > 1 else (0, 0))
+        assert len(sizes) > 10 or ranks == 1
+        assert len(set(sizes[:-1])) <= 1
 
 
 def test_clipping(tiny: list[object], tmp_path: Path) -> None:
