@@ -120,8 +120,7 @@ def main(argv: list[str]) -> int:
         return loss.detach()
 
     micro_step = with_cuda_graphs(forward_backward, wrapped, objective, options, data.packing, plan.accumulation)
-    skipped = torch.tensor(progress.skipped_steps, device=device)
-    skipped_in_a_row = torch.zeros_like(skipped)
+    skipped, skipped_in_a_row = torch.tensor([progress.skipped_steps, 0], device=device)
     for step in range(progress.step + 1, plan.total_steps + 1):
         if selection.over:
             recorder.print(selection.reason())
@@ -179,8 +178,7 @@ def main(argv: list[str]) -> int:
             selection.evaluated(step, evaluation)
             stop = evaluation_due = evaluation is None  # a signal on any rank has ended the evaluation
         if ended or stop or save or selection.over or is_due(step, options.save_steps):
-            cursor = gather_cursor(step_batches, options)
-            skips, best = int(skipped.item()), selection.saved(step)
+            skips, cursor, best = int(skipped.item()), gather_cursor(step_batches, options), selection.saved(step)
             progress = checkpoint.Progress(step, recorder.tokens_seen, skips, cursor, rate, best, evaluation_due)
             if options.save_steps or stop or save:  # with save_steps 0, only a signal asks for a checkpoint
                 with recorder.pause("save"):
