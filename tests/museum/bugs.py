@@ -767,8 +767,9 @@ BUGS = [
         (
             Change(
                 "train.py",
-                "    skipped_in_a_row = torch.zeros_like(skipped)\n",
-                "    skipped_in_a_row = torch.zeros_like(skipped)\n    start = progress.step\n",
+                "    skipped, skipped_in_a_row = torch.tensor([progress.skipped_steps, 0], device=device)\n",
+                "    skipped, skipped_in_a_row = torch.tensor([progress.skipped_steps, 0], device=device)\n"
+                "    start = progress.step\n",
             ),
             Change(
                 "train.py", "learning_rate(step, plan.total_steps,", "learning_rate(step - start, plan.total_steps,"
