@@ -149,10 +149,13 @@ def check_data(options: Options) -> None:
     for name in INTERVALS if options.streaming else ():
         if getattr(options, name) == EPOCH:
             raise OptionError(f"{name} epoch: a stream has no epochs; pass a number of steps")
-    if options.streaming and (sources[:1] not in (["train_file"], ["dataset_name"], ["dataset"])):
-        raise OptionError("streaming true: only these can be streamed: pass --train_file or --dataset_name")
+    if options.streaming and not sources:
+        raise OptionError("streaming true: pass what to stream: --train_file, --train_mixture or --dataset_name")
     if options.streaming and "," in (options.dataset or ""):
-        raise OptionError(f"streaming true: one data set can be streamed, not {options.dataset}; pass one name")
+        raise OptionError(
+            f"streaming true: one data set can be streamed, not {options.dataset}\npass one name, or the files of all "
+            "with weights, because a stream does not know their sizes: --train_mixture a.jsonl=0.7,b.jsonl=0.3"
+        )
     if options.streaming and options.objective == "dpo":
         raise OptionError(
             "streaming true: cannot be combined with objective dpo, which evaluates all pairs before the run\n"

@@ -53,7 +53,7 @@ def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict
     - `input_ids` and `labels` [B, T]. Labels are IGNORE_INDEX at padding and at masked tokens.
     - `indices` [B]: the numbers of the sequences. `tokens` [B]: their lengths without padding.
     - `targets`, a scalar: how many tokens the model has to predict.
-    - `cursor` [B, 6], of a stream only: the position of each sequence in it.
+    - `cursor` [B, 1 + 4 sources], of a stream only: the number of each sequence in it, and places in the sources.
 
     Padding needs no attention mask, because causal attention never looks to the right and the labels there are ignored.
     It is masked by length and not by token, because many tokenizers pad with EOS, and EOS must be trained on. An

@@ -65,7 +65,9 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
     held_out = {name: _find_files("validation_file", files, options) for name, files in sets.items()}
     if options.train_mixture:
         weights = mixture_weights(options.train_mixture)
-        found = ((_find_files("train_mixture", name, options), weight) for name, weight in weights.items())
+        found = (
+            (_find_files("train_mixture", name, options, options.streaming), weight) for name, weight in weights.items()
+        )
         sources = [replace(source, weight=weight) for source, weight in found]
     elif options.train_file:
         sources = [_find_files("train_file", options.train_file, options, options.streaming)]

@@ -32,6 +32,31 @@ def lines_of(path: Path, offset: int, lines: int | None, limit: int) -> Generato
             yield line, offset
 
 
+def lines_between(
+    path: Path, begin: int, end: int, lines: int | None, limit: int
+) -> Generator[tuple[bytes, int], None, None]:
+    """The lines from the first one that begins in bytes `begin` to `end` on, and the byte where each ends.
+
+    So each line of a file begins in one of the ranges that it is cut into, and no process has to read another range to
+    find it. Reads a range at once, and what follows it only if the caller goes on. No file is open meanwhile. `lines`
+    come before the first one, for messages, if they are known.
+    """
+    file, offset = open_text(path, max(0, begin - 1))
+    with file:
+        data = io.BytesIO(file.read(max(0, end - offset)))
+    if begin:
+        offset += len(data.readline())  # the end of a line that begins earlier, or only its line feed
+        if offset >= end:
+            return
+    while offset < end and (line := data.readline()).endswith(b"\n"):
+        offset += len(line)
+        lines = None if lines is None else lines + 1
+        if len(line) > limit:
+            check_size(f"{path}: line {lines or f'at byte {offset - len(line):,}'}", len(line), limit)
+        yield line, offset
+    yield from lines_of(path, offset, lines, limit)
+
+
 def open_text(path: Path, offset: int) -> tuple[io.BufferedReader, int]:
     """The text of a file, open at byte `offset` of it, or after a UTF-8 BOM. Also returns the byte that comes next.
 
