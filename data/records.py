@@ -20,6 +20,7 @@ from chat.shapes import without_padding
 from config.errors import OptionError, first_line
 from data.dataset_info import Entry
 from data.files.bounded import BLOCK, COMPRESSIONS, check_size, lines_between, lines_of, open_text, text
+from data.files.remote import File, Remote
 
 if TYPE_CHECKING:
     import datasets
@@ -52,12 +53,12 @@ class Source:
 
     name: str
     key: str
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     dataset: "datasets.Dataset | datasets.IterableDataset | None" = None
     weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
     entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
     max_record_bytes: int = MAX_RECORD_BYTES  # of a record or a line; a larger one is refused
-    statuses: dict[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were found
+    statuses: dict[File, tuple[object, ...]] = field(default_factory=dict)  # of the files when they were found
 
 
 class Part(NamedTuple):
@@ -115,12 +116,13 @@ def is_table(dataset: "datasets.Dataset | datasets.IterableDataset") -> "TypeGua
     return hasattr(dataset, "__len__")
 
 
-def can_cut(path: Path) -> bool:
+def can_cut(path: File) -> bool:
     """Whether parts of a file can be read by themselves: if it is no table of text, no array and not compressed."""
     kind = file_format(path)
     if path.suffix.lower() in COMPRESSIONS or kind in (".csv", ".tsv"):
         return False
-    return READERS[kind] is not _read_json or not _is_array(path)
+    # A remote file of lines is not opened for this, because there may be many of them: each is a request.
+    return READERS[kind] is not _read_json or (kind != ".json" and isinstance(path, Remote)) or not _is_array(path)
 
 
 def parsed(raw: RawRecord) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def _read_part(source: Source, part: Part, numbered: bool) -> Iterator[RawRecord
     yield from _checked(source, path, _read_part_of_file(path, part, source.max_record_bytes, numbered))
 
 
-def _read_part_of_file(path: Path, part: Part, limit: int, numbered: bool) -> Iterator[RawRecord]:
+def _read_part_of_file(path: File, part: Part, limit: int, numbered: bool) -> Iterator[RawRecord]:
     kind = file_format(path)
     if part.parts == 1:
         yield from READERS[kind](path, (part.file, 0, 0), limit)
@@ -183,8 +185,9 @@ def _read_part_of_file(path: Path, part: Part, limit: int, numbered: bool) -> It
         first, end = _rows_of_part(path, part)
         yield from islice(_read_rows(path, (part.file, first, first), limit), end - first)
     else:
-        begin, end = (path.stat().st_size * number // part.parts for number in (part.number, part.number + 1))
-        before = _count_lines(path, begin) if numbered else None
+        size = size_of_file(path)
+        begin, end = (size * number // part.parts for number in (part.number, part.number + 1))
+        before = _count_lines(path, begin) if numbered and isinstance(path, Path) else None
         lines = lines_between(path, begin, end, before, limit)
         read_lines = _objects if READERS[kind] is _read_json else _fragments_of_part
         yield from read_lines(path, lines, (part.file, begin, before), end)
@@ -198,32 +201,40 @@ def _read_dataset(source: Source, dataset: Iterable[dict[str, Any]], name: str, 
         yield RawRecord(place, without_padding(record), (0, row + 1, row + 1))
 
 
-def _checked(source: Source, path: Path, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
+def _checked(source: Source, path: File, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
     """The records of a file. Raises OptionError if it cannot be read, or is changed meanwhile."""
     try:
         _check_unchanged(source, path)
         yield from records
-        _check_unchanged(source, path)
+        if isinstance(path, Path):
+            _check_unchanged(source, path)  # a remote file is asked about once for each part
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise OptionError(
-            f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n"
-            "check that it is complete and has the format of its name; copy or download it again"
-        ) from error
+        remedy = "check that it is complete and has the format of its name; copy or download it again"
+        if isinstance(path, Remote) and isinstance(error, OSError):
+            remedy = "look at the network and the server; then continue with --resume_from_checkpoint auto"
+        raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n{remedy}") from error
 
 
-def status_of(path: Path) -> tuple[int, ...]:
+def status_of(path: File) -> tuple[object, ...]:
     """Device, inode, size and time of the last change of the content. They differ if the file was changed."""
+    if isinstance(path, Remote):
+        return path.status()
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_unchanged(source: Source, path: Path) -> None:
+def size_of_file(path: File) -> int:
+    """The bytes of a file; of a remote one, when it was found."""
+    return path.size if isinstance(path, Remote) else path.stat().st_size
+
+
+def _check_unchanged(source: Source, path: File) -> None:
     """Refuse a file that was changed after it was found: its records would be some of each version."""
     if source.statuses.get(path, status := status_of(path)) != status:
         raise OptionError(f"{path}: was changed while it was read\nstart again when no program writes to it")
 
 
-def file_format(path: Path) -> str:
+def file_format(path: File) -> str:
     """The suffix of a file in lower case, without that of its compression, such as .jsonl."""
     *_, last = ("", *(suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS))
     return last
@@ -257,18 +268,18 @@ def size_of_value(value: Any) -> int:
     return sum(map(size_of_value, value)) if isinstance(value, list) else 8
 
 
-def _read_fragments(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_fragments(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """One document, in fragments of about FRAGMENT characters that add up to its exact text.
 
     A fragment ends where a line ends and the next one starts with a character that is no white space. Pre-tokenizers
     split there anyway, so the tokens are those of the whole text.
     """
-    if start[2] and start[1] == path.stat().st_size:
+    if start[2] and start[1] == size_of_file(path):
         return
     yield from _fragments(path, lines_of(path, start[1], None, limit), start, None)
 
 
-def _fragments(path: Path, lines: Lines, start: Position, stop: int | None) -> Iterator[RawRecord]:
+def _fragments(path: File, lines: Lines, start: Position, stop: int | None) -> Iterator[RawRecord]:
     """The fragments that begin before byte `stop`, or all."""
     number, offset, records = start
     fragment: list[str] = []
@@ -288,7 +299,7 @@ def _fragments(path: Path, lines: Lines, start: Position, stop: int | None) -> I
     yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records + 1), begins, True)
 
 
-def _fragments_of_part(path: Path, lines: Lines, start: tuple[int, int, int | None], stop: int) -> Iterator[RawRecord]:
+def _fragments_of_part(path: File, lines: Lines, start: tuple[int, int, int | None], stop: int) -> Iterator[RawRecord]:
     """The fragments of a range of bytes. Its first one begins where `_fragments` may end one."""
     number, begin, _ = start
     for line, end in lines:
@@ -300,7 +311,7 @@ def _fragments_of_part(path: Path, lines: Lines, start: tuple[int, int, int | No
             return
 
 
-def _read_json(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_json(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The objects of a file: one in a line, or all of them in one array, whichever its first character says."""
     if _is_array(path):
         yield from _read_array(path, start, limit)
@@ -308,14 +319,14 @@ def _read_json(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     yield from _objects(path, lines_of(path, start[1], start[2], limit), start, None)
 
 
-def _is_array(path: Path) -> bool:
+def _is_array(path: File) -> bool:
     file, _ = open_text(path, 0)
     with file:
         first = next((block.lstrip() for block in iter(partial(file.read, 4096), b"") if block.strip()), b"")
     return first.startswith(b"[")
 
 
-def _objects(path: Path, lines: Lines, start: tuple[int, int, int | None], stop: int | None) -> Iterator[RawRecord]:
+def _objects(path: File, lines: Lines, start: tuple[int, int, int | None], stop: int | None) -> Iterator[RawRecord]:
     """One JSON object in a line, of the lines that begin before byte `stop`, or of all.
 
     Raises OptionError if the first object of the file spans lines, or holds all records. The number of the lines before
@@ -343,7 +354,7 @@ def _count_lines(path: Path, end: int) -> int:
         return 1 + sum(block.count(b"\n") for block in blocks)
 
 
-def _check_first_object(path: Path, line: bytes, end: int) -> None:
+def _check_first_object(path: File, line: bytes, end: int) -> None:
     count = dict.fromkeys((b"{", b"}", b"[", b"]"), 0)
     for token in JSON_TOKEN.finditer(line):
         if token[0] == b'"':
@@ -355,7 +366,7 @@ def _check_first_object(path: Path, line: bytes, end: int) -> None:
             f"{path}: line 1: the JSON object does not end in its line, so it is cut off or spans several lines\n"
             f"write one record in a line, or all in one array: jq -c . {path.name} > lines.jsonl"
         )
-    if end == path.stat().st_size and count[b"["]:  # the only line
+    if end == size_of_file(path) and count[b"["]:  # the only line
         record = parsed(RawRecord(f"{path}: line 1", line, START))
         for key in WRAPPERS:
             if isinstance(items := record.get(key), list) and items and isinstance(items[0], dict):
@@ -365,7 +376,7 @@ def _check_first_object(path: Path, line: bytes, end: int) -> None:
                 )
 
 
-def _read_array(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_array(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The objects of one JSON array, over any number of lines or in one. Holds an object, and a block of the file.
 
     The brackets outside of strings tell where an object ends.
@@ -437,7 +448,7 @@ def _read_array(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     check(gap, b"")
 
 
-def _read_table(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_table(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The rows of a .csv or .tsv file, as texts. Its first row has the names of the columns."""
     number, begin, before = start
     with closing(_read_cells(path, 0, 0, limit)) as cells:
@@ -455,7 +466,7 @@ def _read_table(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
 
 
 def _read_cells(
-    path: Path, offset: int, lines: int, limit: int
+    path: File, offset: int, lines: int, limit: int
 ) -> Generator[tuple[list[str], int, int, int], None, None]:
     """The cells of each row, the line where it begins, and the byte and the number of lines after it."""
     before, offsets, begin = lines, [offset], offset  # a row begins at byte `begin`
@@ -480,13 +491,13 @@ def _read_cells(
             yield row, row_line, offsets[0], before + rows.line_num
 
 
-def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_rows(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """Rows of a .parquet file, from the row group that holds the first one.
 
     Reads 100 rows at a time, or fewer if rows are large. Large rows become Python objects one by one.
     """
     number, _, first = start
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path.open() if isinstance(path, Remote) else path) as file:
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
@@ -513,9 +524,9 @@ def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
                             yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
 
 
-def _rows_of_part(path: Path, part: Part) -> tuple[int, int]:
+def _rows_of_part(path: File, part: Part) -> tuple[int, int]:
     """The first row of a part and of the next one: whole row groups, unless there are fewer groups than parts."""
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path.open() if isinstance(path, Remote) else path) as file:
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     numbers = (part.number, part.number + 1)
     if len(rows) < part.parts:

@@ -38,7 +38,7 @@ import torch
 from config.errors import OptionError
 from data.files.bounded import COMPRESSIONS
 from data.packing import Packing, pack
-from data.records import Part, RawRecord, Source, can_cut, chunks, file_format, is_table, read_part
+from data.records import Part, RawRecord, Source, can_cut, chunks, file_format, is_table, read_part, size_of_file
 from data.sequences import Integers, Sequence
 from data.tokens import MASKED, Encoded, Rendering, document_lengths, encoder
 
@@ -245,7 +245,7 @@ def cut(source: Source, lanes: int) -> tuple[Integers, Integers]:
         sizes, whole, limits = np.array([source.dataset.data.nbytes]), np.array([False]), np.array([PART])
         most = np.array([len(source.dataset)])
     else:
-        sizes = np.array([path.stat().st_size for path in source.files])
+        sizes = np.array([size_of_file(path) for path in source.files])
         whole = np.array([not can_cut(path) for path in source.files])
         rows = np.array([file_format(path) == ".parquet" for path in source.files])
         packed = np.array([path.suffix.lower() in COMPRESSIONS for path in source.files])

@@ -264,7 +264,7 @@ def test_what_a_directory_leaves_out(
     (elsewhere / "up").symlink_to(root)  # a circle
     options.train_file = str(root)
     (source,), _ = find_sources(options)
-    assert [str(path.relative_to(root)) for path in source.files] == data
+    assert [str(path).removeprefix(f"{root}/") for path in source.files] == data
     left_out = len(others)
     assert f"reads 4 files and leaves out {left_out} (" in capsys.readouterr().err
     monkeypatch.chdir(root)
