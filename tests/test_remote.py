@@ -224,6 +224,22 @@ def test_training(tiny: list[object], server: Server, folder: Path, tmp_path: Pa
     assert differences(tmp_path / "files", tmp_path / "urls") == []
 
 
+@pytest.mark.slow
+def test_two_ranks_read_what_one_reads(tiny: list[object], server: Server, folder: Path, tmp_path: Path) -> None:
+    """Together, because each reads its half: counted by the server."""
+    (folder / "large.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 100)
+    options = [*tiny, "--train_file", urls(server, "large.jsonl"), "--streaming", "--global_batch_size", 16]
+    options += ["--per_device_train_batch_size", 4, "--max_steps", 4, "--validation_split_percentage", 0]
+    sent = []
+    for ranks in (1, 2):
+        server.sent.clear()
+        train_ok(ranks, *options, "--dataloader_num_workers", 0, "--output_dir", tmp_path / str(ranks))
+        sent.append(sum(server.sent))
+    lines = (folder / "large.jsonl").stat().st_size
+    assert lines / 5 < sent[0] < lines / 2
+    assert sent[0] < sent[1] < 1.4 * sent[0]  # each rank also reads the beginning of the file, to see its columns
+
+
 def test_s3(folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server of S3: a bucket, a file in it, what it does not have, and no credentials."""
     moto = pytest.importorskip("moto.server")
