@@ -29,7 +29,7 @@ import fsdp
 import metrics
 import optim
 from config import Options, Plan
-from data.batches import Batch, micro_batches, to_device
+from data.batches import Batch, draw, micro_batches, to_device
 from data.ledger import Ledger
 from data.loader import ReadableBatches, make_loader, stream_batches
 from data.prepare import prepare_data
@@ -228,7 +228,7 @@ def training_batches(
         while True:
             sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
             first, end = steps_into_epoch * plan.accumulation, plan.steps_per_epoch * plan.accumulation
-            numbers = dataset.epoch_indices(epoch, options.seed)[list(sampler)].tolist()
+            numbers = draw(sampler, dataset.epoch_indices(epoch, options.seed))  # numbers[list(sampler)], as an array
             yield from micro_batches(numbers, options.per_device_train_batch_size, first, end)
             epoch, steps_into_epoch = epoch + 1, 0
 

@@ -111,8 +111,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _is_place(value: Any) -> bool:
-    """Whether a JSON value is a place in a stream (data/stream.py), whose chunks are numbered with 43 bits."""
-    return isinstance(value, list) and len(value) == 6 and all(_fits(part, int) and part < 2**43 for part in value)
+    """Whether a JSON value is a place of a lane in a stream (data/stream.py), whose numbers have at most 43 bits."""
+    return isinstance(value, list) and len(value) > 4 and all(_fits(part, int) and part < 2**43 for part in value)
 
 
 def _fits(value: Any, kind: Any) -> bool:

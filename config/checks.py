@@ -6,6 +6,7 @@ import importlib.util
 import math
 import netrc
 import os
+import re
 import shutil
 import stat
 import sys
@@ -122,6 +123,21 @@ def check(options: Options, world_size: int) -> None:
     check_schedule(options)
 
 
+def check_urls(option: str, value: str, streamed: bool) -> None:
+    """Refuse URLs that are not streamed, or that hold credentials. Raises OptionError, without the credentials."""
+    for url in re.findall(r"[a-zA-Z0-9+.-]+://[^,]*", value):
+        scheme, _, rest = url.partition("://")
+        shown = f"{option} {scheme}://{re.split('[?#]', rest)[0].rpartition('@')[2]}"
+        if "@" in rest.partition("/")[0] or "?" in rest:
+            raise OptionError(
+                f"{shown}: a URL with a user or a query may hold credentials, and it would be printed and saved\n"
+                "pass it without them, and set the credentials in the environment, such as AWS_PROFILE or HF_TOKEN"
+            )
+        if not streamed:
+            remedy = "add --streaming --max_steps N, or download it" if option != "validation_file" else "download it"
+            raise OptionError(f"{shown}: prepared data is made of files on a disk, not behind a URL\n{remedy}")
+
+
 def check_data(options: Options) -> None:
     """Refuse what cannot work of the options for data and sequences. Raises OptionError."""
     _at_least(options, "block_size", 2)
@@ -149,10 +165,13 @@ def check_data(options: Options) -> None:
     for name in INTERVALS if options.streaming else ():
         if getattr(options, name) == EPOCH:
             raise OptionError(f"{name} epoch: a stream has no epochs; pass a number of steps")
-    if options.streaming and (sources[:1] not in (["train_file"], ["dataset_name"], ["dataset"])):
-        raise OptionError("streaming true: only these can be streamed: pass --train_file or --dataset_name")
+    if options.streaming and not sources:
+        raise OptionError("streaming true: pass what to stream: --train_file, --train_mixture or --dataset_name")
     if options.streaming and "," in (options.dataset or ""):
-        raise OptionError(f"streaming true: one data set can be streamed, not {options.dataset}; pass one name")
+        raise OptionError(
+            f"streaming true: one data set can be streamed, not {options.dataset}\npass one name, or the files of all "
+            "with weights, because a stream does not know their sizes: --train_mixture a.jsonl=0.7,b.jsonl=0.3"
+        )
     if options.streaming and options.objective == "dpo":
         raise OptionError(
             "streaming true: cannot be combined with objective dpo, which evaluates all pairs before the run\n"
@@ -160,6 +179,8 @@ def check_data(options: Options) -> None:
         )
     if options.train_mixture:
         mixture_weights(options.train_mixture)
+    for name in ("train_file", "train_mixture", "validation_file"):
+        check_urls(name, getattr(options, name) or "", options.streaming and name != "validation_file")
     if options.chat_template_kwargs is not None:
         try:
             variables = load_json(options.chat_template_kwargs)

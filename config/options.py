@@ -107,7 +107,7 @@ class Options:
     merge_lora: bool = option(ADAPTERS, False, "Export the model with its adapters added, not the adapters.")
 
     train_file: str | None = option(
-        DATA, None, "Training data: file, directory or glob; .txt .jsonl .json .parquet .gz .zst."
+        DATA, None, "Training data: file, directory, glob or URL; .txt .jsonl .json .parquet .gz .zst."
     )
     train_mixture: str | None = option(DATA, None, "Weighted sources: a.jsonl=0.7,b.jsonl=0.3 of the sequences.")
     validation_file: str | None = option(DATA, None, "Validation data, in the formats of train_file.")

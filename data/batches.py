@@ -4,13 +4,15 @@ Shapes: B sequences, T tokens of the longest of them.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DistributedSampler
 
-from data.sequences import Sequence
+from data.sequences import Integers, Sequence
 
 Batch = dict[str, Tensor]
 
@@ -29,12 +31,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return moved
 
 
-def micro_batches(indices: list[int], size: int, first: int, end: int) -> list[list[int]]:
+def draw(sampler: DistributedSampler[int], numbers: Integers) -> Integers:
+    """numbers[list(sampler)], of a sampler that shuffles and drops the rest, without a list of Python's integers.
+
+    Such a list of a terabyte takes half a minute and gigabytes on each rank. This is the permutation that the sampler
+    draws, of 4 bytes for each sequence.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(sampler.seed + sampler.epoch)
+    dtype = torch.int32 if len(numbers) < 2**31 else torch.int64  # the same order
+    order = torch.randperm(len(numbers), generator=generator, dtype=dtype)
+    drawn: Integers = numbers[order[sampler.rank : sampler.total_size : sampler.num_replicas].numpy()]
+    return drawn
+
+
+def micro_batches(indices: Integers, size: int, first: int, end: int) -> Iterator[list[int]]:
     """Micro-batches number `first` to `end` - 1 of a rank's `indices`, each of `size` sequences.
 
     A resumed run moves `first`, so no sequence is read and thrown away.
     """
-    return [indices[start : start + size] for start in range(first * size, end * size, size)]
+    return (indices[start : start + size].tolist() for start in range(first * size, end * size, size))
 
 
 def validation_batches(sequences: int, rank: int, world_size: int, size: int) -> list[list[int]]:
@@ -53,7 +69,7 @@ def collate(sequences: list[Sequence], padded_length: int | None = None) -> dict
     - `input_ids` and `labels` [B, T]. Labels are IGNORE_INDEX at padding and at masked tokens.
     - `indices` [B]: the numbers of the sequences. `tokens` [B]: their lengths without padding.
     - `targets`, a scalar: how many tokens the model has to predict.
-    - `cursor` [B, 6], of a stream only: the position of each sequence in it.
+    - `cursor` [B, 1 + 4 sources], of a stream only: the number of each sequence in it, and places in the sources.
 
     Padding needs no attention mask, because causal attention never looks to the right and the labels there are ignored.
     It is masked by length and not by token, because many tokenizers pad with EOS, and EOS must be trained on. An

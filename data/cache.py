@@ -34,7 +34,7 @@ from config.errors import OptionError, other_place
 from data.files.bounded import COMPRESSIONS
 from data.files.checked import VERIFIED_AT_START, CheckedWriter, Content, DamagedError, read_checked, write_checked
 from data.packing import Packing, pack_in_parts
-from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of
+from data.records import CHUNK, START, Position, RawRecord, Source, chunks, parsed, read, size_of, size_of_file
 from data.sequences import Split, open_prepared
 from data.tokens import MASKED, Encoded, Had, Outcome, Rendering, can_stop, document_lengths, encoder, readable
 from runtime import ignore_signals, locked
@@ -187,7 +187,7 @@ def _write_tokens(
     """
     done, tokens_file, records_file = _resume(folder)
     plain = not any(path.suffix.lower() in (".parquet", *COMPRESSIONS) for path in source.files)
-    size = sum(path.stat().st_size for path in source.files) if plain else 0  # of the text; 0 if unknown
+    size = sum(map(size_of_file, source.files)) if plain else 0  # of the text; 0 if unknown
     bar = tqdm(
         desc=f"Tokenizing {source.name}",
         total=size or None,

@@ -79,5 +79,5 @@ def make_loader(
 
 def stream_batches(dataset: StreamingDataset, options: Options) -> Generator[Batch]:
     """The micro-batches of one rank's `dataset`, without end. Raises OptionError for a record that cannot be read."""
-    workers = min(1, options.dataloader_num_workers)  # because each worker would read all of the text
+    workers = min(1, options.dataloader_num_workers)  # because a batch has all lanes of the rank, each in its place
     return make_loader(dataset, None, options, workers)

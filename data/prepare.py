@@ -30,7 +30,7 @@ from data.packing import Packing
 from data.records import RawRecord, Source, read
 from data.sequences import Mixture, PreparedDataset, Split, total
 from data.sources import cache_directory, find_sources
-from data.stream import StreamingDataset
+from data.stream import StreamingDataset, Text
 from data.tokens import Prompt, Rendering, detect_shape, encode_prompt, encoder, stop_tokens
 from model.build import load_config_and_tokenizer
 from model.documents.trial import document_obstacle
@@ -107,7 +107,8 @@ def prepare_data(
         stop for source, one in zip(sources, renderings, strict=True) for stop in stop_tokens(one, firsts[source.name])
     }
     if options.streaming:
-        data = _stream(name, sources[0], renderings[0], packing, options.seed, validation)
+        texts = [Text(source, one, source.weight or 1) for source, one in zip(sources, renderings, strict=True)]
+        data = _stream(name, texts, packing, options.seed, validation)
     else:
         data = _read_prepared(name, sources, packing, training, validation)
     stops.update(data.stop_tokens)
@@ -155,6 +156,8 @@ def describe_data(data: Data, block_size: int) -> dict[str, str]:
     if "train" not in data.counts:
         sequences = f"of up to {block_size} tokens, packing {data.packing}"
         lines = {"tokenizer": data.tokenizer, "data": data.source, "sequences": sequences, "validation": validation}
+        if isinstance(data.train, StreamingDataset) and len(data.train.texts) > 1:
+            lines["mixture"] = f"{', '.join(f'{text.weight:.1%}' for text in data.train.texts)} of the sequences"
         return lines | ({"not used": f"columns {unused} of the first record"} if unused else {})
     train, slots = data.counts["train"], tokens_per_sequence(data, block_size)
     lines = {
@@ -251,22 +254,24 @@ def _report_template(renderings: list[Rendering]) -> None:
 
 def _stream(
     tokenizer: str,
-    source: Source,
-    rendering: Rendering,
+    texts: list[Text],
     packing: Packing,
     seed: int,
     held_out: dict[str, Prepared],
 ) -> Data:
     """Training sequences that are made during training, and prepared validation sequences."""
-    keys = [cache_key(source, rendering, packing, percentage=0), *(part.fingerprint for part in held_out.values())]
+    keys: list[object] = [cache_key(text.source, text.rendering, packing, percentage=0) for text in texts]
+    keys += [part.fingerprint for part in held_out.values()]
+    keys += [[text.weight for text in texts]] if len(texts) > 1 else []
+    firsts = [encoder(text.rendering)(list(islice(read(text.source), 1)))[0] for text in texts]
     return Data(
-        source=f"{source.name}, streamed",
+        source=f"{', '.join(text.source.name for text in texts)}, streamed",
         tokenizer=tokenizer,
         fingerprint=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         packing=packing.kind,
         stop_tokens=[],  # prepare_data adds those that the template shows
-        unused=Counter(encoder(rendering)(list(islice(read(source), 1)))[0].unused),
-        train=StreamingDataset(source, rendering, packing, seed),
+        unused=sum((Counter(first.unused) for first in firsts), Counter()),
+        train=StreamingDataset(texts, packing, seed),
         validation=_datasets(held_out, packing),
         counts=_counts(held_out),
     )

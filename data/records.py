@@ -1,16 +1,16 @@
-"""Records, as they are read from the files or the data set of a source, from any position on."""
+"""Records, as they are read from the files or the data set of a source: from any position on, or a part of a file."""
 
 import csv
 import json
 import re
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow
@@ -19,7 +19,8 @@ from pyarrow import parquet
 from chat.shapes import without_padding
 from config.errors import OptionError, first_line
 from data.dataset_info import Entry
-from data.files.bounded import BLOCK, COMPRESSIONS, check_size, lines_of, open_text, text
+from data.files.bounded import BLOCK, COMPRESSIONS, check_size, lines_between, lines_of, open_text, text
+from data.files.remote import File, Remote
 
 if TYPE_CHECKING:
     import datasets
@@ -43,6 +44,8 @@ number of lines, fragments or rows before it in that file."""
 
 START: Position = (0, 0, 0)
 
+Lines = Iterator[tuple[bytes, int]]  # lines of a file, and the byte where each ends
+
 
 @dataclass(frozen=True)
 class Source:
@@ -50,12 +53,20 @@ class Source:
 
     name: str
     key: str
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     dataset: "datasets.Dataset | datasets.IterableDataset | None" = None
     weight: float | None = 1.0  # in a mixture: its weight in the sequences of an epoch; None: each sequence once
     entry: Entry | None = None  # says which columns its records have, if dataset_info.json names the source
     max_record_bytes: int = MAX_RECORD_BYTES  # of a record or a line; a larger one is refused
-    statuses: dict[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were found
+    statuses: dict[File, tuple[object, ...]] = field(default_factory=dict)  # of the files when they were found
+
+
+class Part(NamedTuple):
+    """Number `number` of the `parts` parts of a file, or of the shards or rows of a data set. A stream reads parts."""
+
+    file: int  # its number in the source, or that of a shard
+    number: int
+    parts: int
 
 
 class RawRecord(NamedTuple):
@@ -89,6 +100,31 @@ def read(source: Source, start: Position = START) -> Iterator[RawRecord]:
         raise OptionError(f"{source.name}: num_samples is {limit}, and there are {records} records; lower it")
 
 
+def read_part(source: Source, part: Part, numbered: bool = False) -> Iterator[RawRecord]:
+    """The records of one part, without reading the others: each record of a file is in one part of it.
+
+    A text or file of lines is cut into ranges of bytes, and a record belongs to the range where it begins. A .parquet
+    file is cut into groups of rows, or within them if it has fewer groups than parts. Other files have one part.
+    Messages name a record by its byte, or by its line if `numbered`, which costs reading the file up to there.
+    """
+    for raw in _read_part(source, part, numbered):
+        yield raw if source.entry is None else raw._replace(content=source.entry.convert(parsed(raw), raw.place))
+
+
+def is_table(dataset: "datasets.Dataset | datasets.IterableDataset") -> "TypeGuard[datasets.Dataset]":
+    """Whether a data set is on this machine, so that the number of its rows is known and any of them can be read."""
+    return hasattr(dataset, "__len__")
+
+
+def can_cut(path: File) -> bool:
+    """Whether parts of a file can be read by themselves: if it is no table of text, no array and not compressed."""
+    kind = file_format(path)
+    if path.suffix.lower() in COMPRESSIONS or kind in (".csv", ".tsv"):
+        return False
+    # A remote file of lines is not opened for this, because there may be many of them: each is a request.
+    return READERS[kind] is not _read_json or (kind != ".json" and isinstance(path, Remote)) or not _is_array(path)
+
+
 def parsed(raw: RawRecord) -> dict[str, Any]:
     """The columns of a record. Raises OptionError with its place if it cannot be parsed."""
     if isinstance(raw.content, dict):
@@ -119,38 +155,86 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read(source: Source, start: Position) -> Iterator[RawRecord]:
     """The records of a source, with the columns of its files or data set."""
     if source.dataset is not None:
-        for row, record in enumerate(source.dataset.skip(start[1]), start[1]):
-            place = f"{source.name}: row {row}"
-            check_size(place, size_of_value(record), source.max_record_bytes)
-            yield RawRecord(place, without_padding(record), (0, row + 1, row + 1))
+        yield from _read_dataset(source, source.dataset.skip(start[1]), "row", start[1])
         return
     for number in range(start[0], len(source.files)):
         path = source.files[number]
-        try:
-            _check_unchanged(source, path)
-            begin = start if number == start[0] else (number, 0, 0)
-            yield from READERS[file_format(path)](path, begin, source.max_record_bytes)
-            _check_unchanged(source, path)
-        except (OSError, EOFError, pyarrow.ArrowException) as error:
-            raise OptionError(
-                f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n"
-                "check that it is complete and has the format of its name; copy or download it again"
-            ) from error
+        begin = start if number == start[0] else (number, 0, 0)
+        yield from _checked(source, path, READERS[file_format(path)](path, begin, source.max_record_bytes))
 
 
-def status_of(path: Path) -> tuple[int, ...]:
+def _read_part(source: Source, part: Part, numbered: bool) -> Iterator[RawRecord]:
+    """The records of a part, with the columns of its file or data set."""
+    if source.dataset is not None:
+        if is_table(source.dataset):
+            first, end = (len(source.dataset) * number // part.parts for number in (part.number, part.number + 1))
+            yield from _read_dataset(source, source.dataset.select(range(first, end)), "row", first)
+        else:
+            shard = source.dataset.shard(source.dataset.num_shards, part.file)
+            yield from _read_dataset(source, shard, f"shard {part.file}, row", 0)
+        return
+    path = source.files[part.file]
+    yield from _checked(source, path, _read_part_of_file(path, part, source.max_record_bytes, numbered))
+
+
+def _read_part_of_file(path: File, part: Part, limit: int, numbered: bool) -> Iterator[RawRecord]:
+    kind = file_format(path)
+    if part.parts == 1:
+        yield from READERS[kind](path, (part.file, 0, 0), limit)
+    elif kind == ".parquet":
+        first, end = _rows_of_part(path, part)
+        yield from islice(_read_rows(path, (part.file, first, first), limit), end - first)
+    else:
+        size = size_of_file(path)
+        begin, end = (size * number // part.parts for number in (part.number, part.number + 1))
+        before = _count_lines(path, begin) if numbered and isinstance(path, Path) else None
+        lines = lines_between(path, begin, end, before, limit)
+        read_lines = _objects if READERS[kind] is _read_json else _fragments_of_part
+        yield from read_lines(path, lines, (part.file, begin, before), end)
+
+
+def _read_dataset(source: Source, dataset: Iterable[dict[str, Any]], name: str, first: int) -> Iterator[RawRecord]:
+    """The rows of a data set, which are numbered from `first` on."""
+    for row, record in enumerate(dataset, first):
+        place = f"{source.name}: {name} {row}"
+        check_size(place, size_of_value(record), source.max_record_bytes)
+        yield RawRecord(place, without_padding(record), (0, row + 1, row + 1))
+
+
+def _checked(source: Source, path: File, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
+    """The records of a file. Raises OptionError if it cannot be read, or is changed meanwhile."""
+    try:
+        _check_unchanged(source, path)
+        yield from records
+        if isinstance(path, Path):
+            _check_unchanged(source, path)  # a remote file is asked about once for each part
+    except (OSError, EOFError, pyarrow.ArrowException) as error:
+        remedy = "check that it is complete and has the format of its name; copy or download it again"
+        if isinstance(path, Remote) and isinstance(error, OSError):
+            remedy = "look at the network and the server; then continue with --resume_from_checkpoint auto"
+        raise OptionError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}\n{remedy}") from error
+
+
+def status_of(path: File) -> tuple[object, ...]:
     """Device, inode, size and time of the last change of the content. They differ if the file was changed."""
+    if isinstance(path, Remote):
+        return path.status()
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_unchanged(source: Source, path: Path) -> None:
+def size_of_file(path: File) -> int:
+    """The bytes of a file; of a remote one, when it was found."""
+    return path.size if isinstance(path, Remote) else path.stat().st_size
+
+
+def _check_unchanged(source: Source, path: File) -> None:
     """Refuse a file that was changed after it was found: its records would be some of each version."""
     if source.statuses.get(path, status := status_of(path)) != status:
         raise OptionError(f"{path}: was changed while it was read\nstart again when no program writes to it")
 
 
-def file_format(path: Path) -> str:
+def file_format(path: File) -> str:
     """The suffix of a file in lower case, without that of its compression, such as .jsonl."""
     *_, last = ("", *(suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS))
     return last
@@ -184,22 +268,30 @@ def size_of_value(value: Any) -> int:
     return sum(map(size_of_value, value)) if isinstance(value, list) else 8
 
 
-def _read_fragments(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_fragments(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """One document, in fragments of about FRAGMENT characters that add up to its exact text.
 
     A fragment ends where a line ends and the next one starts with a character that is no white space. Pre-tokenizers
     split there anyway, so the tokens are those of the whole text.
     """
-    number, offset, records = start
-    if records and offset == path.stat().st_size:
+    if start[2] and start[1] == size_of_file(path):
         return
+    yield from _fragments(path, lines_of(path, start[1], None, limit), start, None)
+
+
+def _fragments(path: File, lines: Lines, start: Position, stop: int | None) -> Iterator[RawRecord]:
+    """The fragments that begin before byte `stop`, or all."""
+    number, offset, records = start
     fragment: list[str] = []
     size, begins = 0, offset == 0
-    for line, end in lines_of(path, offset, None, limit):
+    for line, end in lines:
         decoded = text(path, line, end - len(line))
-        if size >= FRAGMENT and not decoded[0].isspace():
+        stops = stop is not None and offset >= stop
+        if (size >= FRAGMENT or stops) and not decoded[0].isspace():
             records += 1
             yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records), begins, False)
+            if stops:
+                return
             fragment, size, begins = [], 0, False
         fragment.append(decoded)
         size += len(decoded)
@@ -207,29 +299,62 @@ def _read_fragments(path: Path, start: Position, limit: int) -> Iterator[RawReco
     yield RawRecord(str(path), {"text": "".join(fragment)}, (number, offset, records + 1), begins, True)
 
 
-def _read_json(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _fragments_of_part(path: File, lines: Lines, start: tuple[int, int, int | None], stop: int) -> Iterator[RawRecord]:
+    """The fragments of a range of bytes. Its first one begins where `_fragments` may end one."""
+    number, begin, _ = start
+    for line, end in lines:
+        offset = end - len(line)
+        if begin and offset >= stop:
+            return
+        if not begin or not text(path, line, offset)[0].isspace():
+            yield from _fragments(path, chain([(line, end)], lines), (number, offset if begin else 0, 0), stop)
+            return
+
+
+def _read_json(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The objects of a file: one in a line, or all of them in one array, whichever its first character says."""
+    if _is_array(path):
+        yield from _read_array(path, start, limit)
+        return
+    yield from _objects(path, lines_of(path, start[1], start[2], limit), start, None)
+
+
+def _is_array(path: File) -> bool:
     file, _ = open_text(path, 0)
     with file:
-        first = next((block.lstrip() for block in iter(partial(file.read, BLOCK), b"") if block.strip()), b"")
-    yield from (_read_array if first.startswith(b"[") else _read_objects)(path, start, limit)
+        first = next((block.lstrip() for block in iter(partial(file.read, 4096), b"") if block.strip()), b"")
+    return first.startswith(b"[")
 
 
-def _read_objects(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
-    """One JSON object in a line. Raises OptionError if the first object spans lines, or holds all records."""
-    number, offset, lines = start
+def _objects(path: File, lines: Lines, start: tuple[int, int, int | None], stop: int | None) -> Iterator[RawRecord]:
+    """One JSON object in a line, of the lines that begin before byte `stop`, or of all.
+
+    Raises OptionError if the first object of the file spans lines, or holds all records. The number of the lines before
+    may not be known.
+    """
+    number, offset, before = start
     begins = offset == 0
-    for line, end in lines_of(path, offset, lines, limit):
-        lines += 1
-        if not line.strip():
-            continue
-        if begins:
-            _check_first_object(path, line, end)
-            begins = False
-        yield RawRecord(f"{path}: line {lines}", line, (number, end, lines))
+    for count, (line, end) in enumerate(lines, 1):
+        if line.strip():
+            if begins:
+                _check_first_object(path, line, end)
+                begins = False
+            place = f"at byte {end - len(line):,}" if before is None else f"{before + count}"
+            yield RawRecord(f"{path}: line {place}", line, (number, end, (before or 0) + count))
+        if stop is not None and end >= stop:
+            return  # so that the line after the range is not read
 
 
-def _check_first_object(path: Path, line: bytes, end: int) -> None:
+def _count_lines(path: Path, end: int) -> int:
+    """The number of the lines that begin before the first one that begins at byte `end` or later."""
+    if end == 0:
+        return 0
+    with open(path, "rb") as file:
+        blocks = (file.read(min(BLOCK, end - 1 - offset)) for offset in range(0, end - 1, BLOCK))
+        return 1 + sum(block.count(b"\n") for block in blocks)
+
+
+def _check_first_object(path: File, line: bytes, end: int) -> None:
     count = dict.fromkeys((b"{", b"}", b"[", b"]"), 0)
     for token in JSON_TOKEN.finditer(line):
         if token[0] == b'"':
@@ -241,7 +366,7 @@ def _check_first_object(path: Path, line: bytes, end: int) -> None:
             f"{path}: line 1: the JSON object does not end in its line, so it is cut off or spans several lines\n"
             f"write one record in a line, or all in one array: jq -c . {path.name} > lines.jsonl"
         )
-    if end == path.stat().st_size and count[b"["]:  # the only line
+    if end == size_of_file(path) and count[b"["]:  # the only line
         record = parsed(RawRecord(f"{path}: line 1", line, START))
         for key in WRAPPERS:
             if isinstance(items := record.get(key), list) and items and isinstance(items[0], dict):
@@ -251,7 +376,7 @@ def _check_first_object(path: Path, line: bytes, end: int) -> None:
                 )
 
 
-def _read_array(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_array(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The objects of one JSON array, over any number of lines or in one. Holds an object, and a block of the file.
 
     The brackets outside of strings tell where an object ends.
@@ -323,7 +448,7 @@ def _read_array(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
     check(gap, b"")
 
 
-def _read_table(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_table(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """The rows of a .csv or .tsv file, as texts. Its first row has the names of the columns."""
     number, begin, before = start
     with closing(_read_cells(path, 0, 0, limit)) as cells:
@@ -341,7 +466,7 @@ def _read_table(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
 
 
 def _read_cells(
-    path: Path, offset: int, lines: int, limit: int
+    path: File, offset: int, lines: int, limit: int
 ) -> Generator[tuple[list[str], int, int, int], None, None]:
     """The cells of each row, the line where it begins, and the byte and the number of lines after it."""
     before, offsets, begin = lines, [offset], offset  # a row begins at byte `begin`
@@ -366,13 +491,13 @@ def _read_cells(
             yield row, row_line, offsets[0], before + rows.line_num
 
 
-def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
+def _read_rows(path: File, start: Position, limit: int) -> Iterator[RawRecord]:
     """Rows of a .parquet file, from the row group that holds the first one.
 
     Reads 100 rows at a time, or fewer if rows are large. Large rows become Python objects one by one.
     """
     number, _, first = start
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path.open() if isinstance(path, Remote) else path) as file:
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
@@ -397,6 +522,18 @@ def _read_rows(path: Path, start: Position, limit: int) -> Iterator[RawRecord]:
                         row += 1
                         if row > first:
                             yield RawRecord(f"{path}: row {row - 1}", without_padding(record), (number, row, row))
+
+
+def _rows_of_part(path: File, part: Part) -> tuple[int, int]:
+    """The first row of a part and of the next one: whole row groups, unless there are fewer groups than parts."""
+    with parquet.ParquetFile(path.open() if isinstance(path, Remote) else path) as file:
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    numbers = (part.number, part.number + 1)
+    if len(rows) < part.parts:
+        first, end = (sum(rows) * number // part.parts for number in numbers)
+    else:
+        first, end = (sum(rows[: len(rows) * number // part.parts]) for number in numbers)
+    return first, end
 
 
 # The suffixes of source code and of texts with markup. Each file is one document, as a .txt file is.

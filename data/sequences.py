@@ -22,7 +22,7 @@ from config.errors import OptionError
 from data.files.checked import CheckedArray, Content, DamagedError, read_checked
 from data.tokens import MASKED
 
-Integers = NDArray[np.int64]
+Integers = NDArray[np.signedinteger]
 
 
 class Sequence(NamedTuple):
@@ -68,8 +68,8 @@ class PreparedDataset(torch.utils.data.Dataset[Sequence]):
         return Sequence(index, tokens & ~MASKED, tokens < MASKED, (segments[:, 1] - segments[:, 0]).tolist())
 
     def epoch_indices(self, epoch: int, seed: int) -> Integers:
-        """The numbers of the sequences of an epoch, for a sampler to shuffle: int64 [len(self)]. Always all of them."""
-        return np.arange(len(self))
+        """The numbers of the sequences of an epoch, for a sampler to shuffle: [len(self)]. Always all of them."""
+        return np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
 
     def __reduce__(self) -> tuple[type, tuple[Path, int | None]]:
         return PreparedDataset, (self.folder, self.padded_length)  # a worker process gets the path, not the content

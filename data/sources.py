@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from config.text import load_json
 from config.validation import validation_files
 from data.dataset_info import FILE_NAME, Entry, read_entries
 from data.files.bounded import COMPRESSIONS
-from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, status_of
+from data.files.remote import File, Remote, find_remote, is_url
+from data.records import READERS, SOURCE_SUFFIXES, Source, file_format, parsed, read, size_of_file, status_of
 from runtime import locked
 from runtime.files import replace_text, require_readable, require_trusted
 
@@ -65,7 +66,9 @@ def find_sources(options: Options) -> tuple[list[Source], dict[str, Source]]:
     held_out = {name: _find_files("validation_file", files, options) for name, files in sets.items()}
     if options.train_mixture:
         weights = mixture_weights(options.train_mixture)
-        found = ((_find_files("train_mixture", name, options), weight) for name, weight in weights.items())
+        found = (
+            (_find_files("train_mixture", name, options, options.streaming), weight) for name, weight in weights.items()
+        )
         sources = [replace(source, weight=weight) for source, weight in found]
     elif options.train_file:
         sources = [_find_files("train_file", options.train_file, options, options.streaming)]
@@ -113,8 +116,11 @@ def _find_files(option: str, value: str, options: Options, streaming: bool = Fal
 
 
 def _find_readable_files(option: str, value: str, options: Options, streaming: bool) -> Source:
-    files: list[Path] = []
+    files: list[File] = []
     for name in [value] if Path(value).expanduser().exists() else value.split(","):
+        if is_url(name):
+            files += _find_remote_files(option, name)
+            continue
         path = Path(name).expanduser()
         if not path.is_dir() and not {"*", "?"} & set(name):
             files.append(path)
@@ -131,23 +137,44 @@ def _find_readable_files(option: str, value: str, options: Options, streaming: b
         if others and option != "validation_file" and len(others) < len(found):
             _say(f"{option} {name}: trains on {_listed('', others)}, too; move files that are not for training")
         files += found
-    for file in files:
-        if not file.name.lower().endswith(SUFFIXES):
-            raise OptionError(f"{option} {file}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
+    for each in files:
+        if not each.name.lower().endswith(SUFFIXES):
+            raise OptionError(f"{option} {each}: pass {FORMATS} files; lines and tables may end in .gz or .zst")
+    local = [file for file in files if isinstance(file, Path)]
     try:
-        for file in files:
+        for file in local:
             if file.exists() and not file.is_file():
                 raise OptionError(f"{option} {file}: is a pipe or a device\nwrite its content to a file, and pass that")
             require_readable(option, file)
-        statuses = {file: status_of(file) for file in files}
-        key = _statuses(files) if streaming else _hash_once(files, cache_directory(options.data_cache_dir))
-        empty = all(file.stat().st_size == 0 for file in files)
+        statuses = {file: ("", *astuple(file)) if isinstance(file, Remote) else status_of(file) for file in files}
+        key = _statuses(files) if streaming else _hash_once(local, cache_directory(options.data_cache_dir))
+        empty = all(size_of_file(file) == 0 for file in files)
     except OSError as error:
         raise OptionError(f"{option} {error.filename or value}: {error.strerror}; pass a readable file") from error
     if empty:
         raise OptionError(f"{option} {value}: the file is empty; pass one that holds text")
     name = f"{option} {value}"
     return Source(name, key, tuple(files), max_record_bytes=options.max_record_bytes, statuses=statuses)
+
+
+def _find_remote_files(option: str, url: str) -> list[Remote]:
+    """The file at a URL, or the files of data of a directory there, or all that match a pattern. Raises OptionError."""
+    found = find_remote(option, url)
+    if "*" in url or [file.url for file in found] == [url]:
+        return found
+    hidden = re.compile(r"/[._][^/]*")  # also the directories of other programs, such as _temporary
+    data = [
+        file
+        for file in found
+        if file.name.lower().endswith(DATA_SUFFIXES)
+        and file.name not in NOT_DATA
+        and not hidden.search(file.url.removeprefix(url.rstrip("/")))
+    ]
+    if left_out := [file.name for file in found if file not in data]:
+        _say(f"{option} {url}: reads {len(data)} files and leaves out {_listed('', left_out)}")
+    if not data:
+        raise OptionError(f"{option} {url}: no file there has one of the suffixes {FORMATS}; pass a file or a pattern")
+    return data
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -216,11 +243,11 @@ def _listed(opening: str, names: list[str]) -> str:
 
 def _report_twice(sources: list[Source], held_out: dict[str, Source]) -> None:
     """Say which files are read twice: by two names, or for training and for validation."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[object, ...]] = set()
     for source in [*sources, *held_out.values()]:
         again = []
         for file in source.files:
-            identity = (file.stat().st_dev, file.stat().st_ino)
+            identity = source.statuses[file][:2]
             again += [file.name] if identity in seen else []
             seen.add(identity)
         if again:
@@ -370,8 +397,11 @@ def _writing(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _statuses(files: list[Path]) -> str:
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _statuses(files: list[File]) -> str:
+    facts = [
+        astuple(file) if isinstance(file, Remote) else (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from tokenizers import processors
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from config.errors import OptionError
 from config.options import Options
-from data.batches import IGNORE_INDEX, collate, micro_batches, validation_batches
+from data.batches import IGNORE_INDEX, collate, draw, micro_batches, validation_batches
 from data.prepare import Data, prepare_data
 from data.records import FRAGMENT, read
 from data.sequences import Mixture, PreparedDataset
@@ -174,7 +175,7 @@ def test_embedded_split_is_by_file(
     (source,), _ = find_sources(options)
     assert len(source.files) > 400
     assert not any("/test/" in str(path) or "/tests/" in str(path) for path in source.files)
-    files = list(source.files[::20])
+    files = [path for path in source.files[::20] if isinstance(path, Path)]
     monkeypatch.setattr("data.sources.demo_files", lambda: files)
     options.validation_split_percentage, options.packing = 10, "none"
     data = prepare_data(options, tokenizer)
@@ -244,7 +245,7 @@ def global_batches(
                 cast(Any, range(sequences)), num_replicas=world_size, rank=rank, shuffle=True, seed=42, drop_last=True
             )
             first = step * accumulation
-            for indices in micro_batches(list(sampler), micro_batch, first, first + accumulation):
+            for indices in micro_batches(draw(sampler, np.arange(sequences)), micro_batch, first, first + accumulation):
                 batch += indices
         yield sorted(batch)
 
@@ -255,6 +256,20 @@ def test_global_batch_does_not_depend_on_ranks() -> None:
     assert len({sequence for batch in reference for sequence in batch}) == 8 * 12, "no sequence twice in an epoch"
     for world_size, micro_batch, accumulation in ((1, 3, 4), (2, 6, 1), (2, 2, 3), (3, 2, 2), (4, 3, 1), (4, 1, 3)):
         assert list(global_batches(101, world_size, micro_batch, accumulation, steps=8)) == reference
+
+
+@pytest.mark.parametrize("sequences", [101, 70_000])
+def test_an_epoch_is_that_of_the_sampler(sequences: int) -> None:
+    """Without a list of all its numbers: the order of DistributedSampler for each rank, seed and epoch."""
+    for world_size in (1, 2, 7):
+        for rank in range(world_size):
+            sampler: Any = DistributedSampler(
+                cast(Any, range(sequences)), num_replicas=world_size, rank=rank, shuffle=True, seed=7, drop_last=True
+            )
+            for epoch in (0, 3):
+                sampler.set_epoch(epoch)
+                numbers = np.arange(sequences) * 3
+                assert draw(sampler, numbers).tolist() == numbers[list(sampler)].tolist()
 
 
 @pytest.mark.fault(

@@ -124,7 +124,10 @@ def refused(*argv: object, world_size: int = 1) -> str:
             ["--streaming", "--train_file", "a", "--num_train_epochs", "1"],
             "streaming true: the number of sequences is not",
         ),
-        (["--streaming", "--max_steps", "3"], "only these can be streamed: pass --train_file or --dataset_name"),
+        (
+            ["--streaming", "--max_steps", "3"],
+            "streaming true: pass what to stream: --train_file, --train_mixture or --dataset_name",
+        ),
         (["--validation_file", "a.txt"], "validation_file a.txt: pass --train_file"),
         (["--ddp_backend", "nccl"], "ddp_backend nccl: there is no GPU here"),
         (["--scale_learning_rate", "sqrt"], "scale_learning_rate sqrt, reference_batch_size None: pass both"),

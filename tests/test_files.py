@@ -5,18 +5,21 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from config.errors import OptionError
 from config.options import Options
 from data.loader import stream_batches
 from data.prepare import prepare_data
-from data.records import Source, parsed, read
+from data.records import Part, Source, can_cut, parsed, read, read_part
 from data.sequences import Sequence
 from data.sources import find_sources
 from data.stream import StreamingDataset
@@ -261,7 +264,7 @@ def test_what_a_directory_leaves_out(
     (elsewhere / "up").symlink_to(root)  # a circle
     options.train_file = str(root)
     (source,), _ = find_sources(options)
-    assert [str(path.relative_to(root)) for path in source.files] == data
+    assert [str(path).removeprefix(f"{root}/") for path in source.files] == data
     left_out = len(others)
     assert f"reads 4 files and leaves out {left_out} (" in capsys.readouterr().err
     monkeypatch.chdir(root)
@@ -336,3 +339,67 @@ def test_data_sets(
     options.dataset_name, options.train_file = None, str(tmp_path / "one")
     with pytest.raises(OptionError, match="was written by save_to_disk of datasets; pass --dataset_name"):
         find_sources(options)
+
+
+SHORT = ["plain", "größer, 文字, 🙂", "a \r\n b", "", "  spaces", "x" * 300, "\n\n", "end"]
+SHORT_LINES = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in SHORT * 2]
+CUT = {
+    "a.jsonl": b"\n".join(SHORT_LINES) + b"\n",
+    "no-end.jsonl": b"\n".join(SHORT_LINES),
+    "crlf.jsonl": b"\r\n".join(SHORT_LINES) + b"\r\n",
+    "bom.jsonl": codecs.BOM_UTF8 + b"\n".join(SHORT_LINES),
+    "blank.ndjson": b"\n\n\n" + b"\n\n".join(SHORT_LINES) + b"\n\n\n",
+    "one.jsonl": SHORT_LINES[1],
+    "a.txt": "\n".join(SHORT * 4).encode(),
+    "crlf.txt": codecs.BOM_UTF8 + "\r\n".join(["größer", "  文字", "", "\t🙂", "more"] * 20).encode(),
+    "indented.md": b"first\n" + b"  second\n" * 40,
+    "no-line.txt": "文字".encode() * 100,
+    "a.parquet": b"",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("fragment", [1, 40])
+def test_parts_of_a_file(name: str, fragment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In however many parts a file is read: each record is in one of them, whole, in its order and with its line."""
+    monkeypatch.setattr("data.records.FRAGMENT", fragment)
+    path = tmp_path / name
+    path.write_bytes(CUT[name])
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([{"text": text} for text in SHORT * 4]), path, row_group_size=5)
+    source = Source("text", "key", (path,))
+    records = list(read(source))
+    assert can_cut(path)
+    for parts in [*range(2, 25), 100, 301]:
+        parts = min(parts, path.stat().st_size)
+        found = [raw for number in range(parts) for raw in read_part(source, Part(0, number, parts), numbered=True)]
+        if path.suffix in (".txt", ".md"):
+            texts, whole = ([str(parsed(raw)["text"]) for raw in some] for some in (found, records))
+            assert "".join(texts) == "".join(whole)
+            assert [raw.begins for raw in found] == [True, *[False] * (len(found) - 1)]
+            assert [raw.ends for raw in found] == [*[False] * (len(found) - 1), True]
+            assert all(text[0].strip() for text in texts[1:])  # tokens are those of the whole text
+        else:
+            assert [(raw.place, raw.content) for raw in found] == [(raw.place, raw.content) for raw in records]
+
+
+def test_a_part_reads_no_other(tmp_path: Path) -> None:
+    """A record that is much larger than a part is read once. A range in which none begins is not read on."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 10_000 + b'"}\n{"text": "small"}\n')
+    source = Source("text", "key", (path,))
+    sizes = [[len(raw.content) for raw in read_part(source, Part(0, number, 10))] for number in range(10)]
+    assert sizes == [[10_013], *[[]] * 8, [18]]
+    path.write_bytes(b"\xff" * 5000)
+    with pytest.raises(OptionError, match=r"max_record_bytes 4000: .*: line at byte 0 has more bytes than that"):
+        list(read_part(replace(source, max_record_bytes=4000), Part(0, 0, 2)))
+    assert list(read_part(replace(source, max_record_bytes=4000), Part(0, 1, 2))) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.jsonl.gz", "a.jsonl"])
+def test_what_cannot_be_cut(name: str, tmp_path: Path) -> None:
+    """A record may span lines, and only the lines before say so."""
+    (tmp_path / name).write_bytes(b" \n" * 10_000 + b'[{"text": "a"}]')
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert not can_cut(tmp_path / name)

@@ -3,12 +3,12 @@
 import codecs
 import io
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow
 
 from config.errors import OptionError
+from data.files.remote import File, Remote, RemoteFile
 
 BLOCK = 1 << 20  # bytes that are read at a time
 
@@ -17,7 +17,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def lines_of(path: Path, offset: int, lines: int | None, limit: int) -> Generator[tuple[bytes, int], None, None]:
+def lines_of(path: File, offset: int, lines: int | None, limit: int) -> Generator[tuple[bytes, int], None, None]:
     """The lines of a file from byte `offset` of its text on, and the byte where each ends. `lines` come before them.
 
     Raises OptionError for a line of more than `limit` bytes, by its number, or by its first byte if `lines` is None.
@@ -32,7 +32,32 @@ def lines_of(path: Path, offset: int, lines: int | None, limit: int) -> Generato
             yield line, offset
 
 
-def open_text(path: Path, offset: int) -> tuple[io.BufferedReader, int]:
+def lines_between(
+    path: File, begin: int, end: int, lines: int | None, limit: int
+) -> Generator[tuple[bytes, int], None, None]:
+    """The lines from the first one that begins in bytes `begin` to `end` on, and the byte where each ends.
+
+    So each line of a file begins in one of the ranges that it is cut into, and no process has to read another range to
+    find it. Reads a range at once, and what follows it only if the caller goes on. No file is open meanwhile. `lines`
+    come before the first one, for messages, if they are known.
+    """
+    file, offset = open_text(path, max(0, begin - 1))
+    with file:
+        data = io.BytesIO(file.read(max(0, end - offset)))
+    if begin:
+        offset += len(data.readline())  # the end of a line that begins earlier, or only its line feed
+        if offset >= end:
+            return
+    while offset < end and (line := data.readline()).endswith(b"\n"):
+        offset += len(line)
+        lines = None if lines is None else lines + 1
+        if len(line) > limit:
+            check_size(f"{path}: line {lines or f'at byte {offset - len(line):,}'}", len(line), limit)
+        yield line, offset
+    yield from lines_of(path, offset, lines, limit)
+
+
+def open_text(path: File, offset: int) -> tuple[io.BufferedReader, int]:
     """The text of a file, open at byte `offset` of it, or after a UTF-8 BOM. Also returns the byte that comes next.
 
     In a compressed file, that costs reading up to there. `datasets` needs pyarrow, which reads both compressions;
@@ -41,10 +66,11 @@ def open_text(path: Path, offset: int) -> tuple[io.BufferedReader, int]:
     """
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
-        file = open(path, "rb")  # noqa: SIM115, because the caller closes it
+        file = path.open() if isinstance(path, Remote) else open(path, "rb")  # noqa: SIM115, because the caller closes it
         file.seek(offset)
     else:
-        file = io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression=compression)), BLOCK)
+        packed = io.BufferedReader(RemoteFile(path), BLOCK) if isinstance(path, Remote) else str(path)
+        file = io.BufferedReader(cast(Any, pyarrow.input_stream(packed, compression=compression)), BLOCK)
         for size in [BLOCK] * (offset // BLOCK) + [offset % BLOCK]:
             file.read(size)
     if offset == 0:
@@ -65,7 +91,7 @@ def check_size(place: str, size: int, limit: int) -> None:
         )
 
 
-def text(path: Path, raw: bytes, offset: int) -> str:
+def text(path: File, raw: bytes, offset: int) -> str:
     """The text of bytes that begin at byte `offset` of a file. Raises OptionError if they are no text in UTF-8."""
     try:
         decoded = raw.decode()
