@@ -60,14 +60,16 @@ families: $(DEVELOPMENT) ## train every family of models in every way and write 
 curves: $(DEVELOPMENT) ## train the demo on 1, 2 and 4 ranks and draw docs/curves.svg
 	PYTHONPATH=. $(BIN)/python -m compare.curves
 
-# The measurements of the first table of docs/performance.md: model and micro-batch. Without a GPU, one of them.
+# Model and micro-batch of each measurement: those of the first table of docs/performance.md, or without a GPU the demo's.
+# 30B-A3B-3-layers:4 is a mixture of experts.
 ROWS ?= $(if $(shell command -v nvidia-smi),0.6B:4 0.6B:8 1.7B:4,0.6B:4)
 bench: $(DEVELOPMENT) ## measure this trainer and others on the same model and blocks (ARGS="options of compare.bench", ROWS=0.6B:4)
 	@set -e; for row in $(ROWS); do (set -x; PYTHONPATH=. $(BIN)/python -m compare.bench --model $${row%:*} --batch $${row#*:} $(ARGS)); done
 
-compare: $(DEVELOPMENT) ## check that the trainers that are installed do the same work, and measure them (ARGS="options of train.py")
-	PYTHONPATH=. $(BIN)/python -m compare.peers.same $(ARGS)
-	PYTHONPATH=. $(BIN)/python -m compare.bench $(ARGS)
+compare: $(DEVELOPMENT) ## check that the trainers that are installed do the same work, and measure them (ARGS="options of train.py", ROWS=0.6B:4)
+	@set -e; for row in $(ROWS); do (set -x; \
+	PYTHONPATH=. $(BIN)/python -m compare.peers.same --model $${row%:*} --per_device_train_batch_size $${row#*:} $(ARGS); \
+	PYTHONPATH=. $(BIN)/python -m compare.bench --model $${row%:*} --batch $${row#*:} $(ARGS)); done
 
 museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum

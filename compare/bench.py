@@ -56,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     # Three layers of Qwen3-30B-A3B: its states in fp32 fit one GPU.
-    "30B-A3B, 3 layers": {
+    "30B-A3B-3-layers": {
         **QWEN3_600M,
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

@@ -37,7 +37,7 @@ A3B: dict[str, Any] = {**SHAPES["8B"], "hidden_size": 2048, "num_hidden_layers":
 A3B |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
 A3B |= {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 SMALL_MIXTURE = {**A3B, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_experts": 32}
-MODELS = {**SHAPES, "32B": QWEN3_32B, "30B-A3B, 3 layers": A3B, "mixture of 32": SMALL_MIXTURE}
+MODELS = {**SHAPES, "32B": QWEN3_32B, "30B-A3B-3-layers": A3B, "mixture of 32": SMALL_MIXTURE}
 MODELS["30B-A3B"] = {**A3B, "num_hidden_layers": 48}
 FSDP: dict[str, Any] = {"strategy": "fsdp"}
 CHECKPOINTED: dict[str, Any] = {**FSDP, "gradient_checkpointing": True}
@@ -112,12 +112,12 @@ CASES = [
     Case("8B", 8, 2, {**FSDP, "tensor_parallel": 4}),
     Case("8B", 8, 1, {**FSDP, "context_parallel": 4, "block_size": 8 * LENGTH}),
     Case("8B", 8, 1, {**CHECKPOINTED, "context_parallel": 8, "block_size": 32 * LENGTH}),
-    Case("30B-A3B, 3 layers", 1, 4, {}),
-    Case("30B-A3B, 3 layers", 1, 4, FSDP),
-    Case("30B-A3B, 3 layers", 1, 4, {"torch_compile": False}),
-    Case("30B-A3B, 3 layers", 1, 4, {**FSDP, "torch_compile": False}),
-    Case("30B-A3B, 3 layers", 1, 4, CHECKPOINTED),
-    Case("30B-A3B, 3 layers", 1, 4, {**FSDP, "optim": "muon"}),
+    Case("30B-A3B-3-layers", 1, 4, {}),
+    Case("30B-A3B-3-layers", 1, 4, FSDP),
+    Case("30B-A3B-3-layers", 1, 4, {"torch_compile": False}),
+    Case("30B-A3B-3-layers", 1, 4, {**FSDP, "torch_compile": False}),
+    Case("30B-A3B-3-layers", 1, 4, CHECKPOINTED),
+    Case("30B-A3B-3-layers", 1, 4, {**FSDP, "optim": "muon"}),
     Case("mixture of 32", 1, 4, {}),
     Case("mixture of 32", 1, 4, {"gradient_checkpointing": True}),
     Case("mixture of 32", 8, 4, FSDP),

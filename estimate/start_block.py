@@ -26,6 +26,8 @@ from model.weights import Weights
 from optim.schedule import learning_rate
 from runtime.files import read_json
 
+FLOAT8_PAYS = 2048  # hidden size: 1.15 to 1.20 times the speed of bf16 from there on, and 1.02 to 1.06 at 1024
+
 
 def describe_run(
     options: Options,
@@ -52,7 +54,10 @@ def describe_run(
     compute = "bfloat16" if options.bf16 else masters  # gradients follow the dtype of their parameter
     rounded = "bfloat16, rounded stochastically" if options.optim_state_dtype == "bfloat16" else masters
     compute += ", also between layers" * options.bf16_residual
-    compute += ", matrix products of the layers float8" * options.float8 + ", layers compiled" * options.torch_compile
+    if options.float8:
+        small = getattr(model.config.get_text_config(), "hidden_size", FLOAT8_PAYS) < FLOAT8_PAYS
+        compute += ", matrix products of the layers float8" + " (hardly faster: the hidden size is small)" * small
+    compute += ", layers compiled" * options.torch_compile
     compute += ", launched as CUDA graphs" * (not obstacle(options, data.packing, objective))
     epoch = f"{plan.steps_per_epoch:,}" if plan.steps_per_epoch else "an unknown number"
     tokens = plan.global_batch_size * tokens_per_sequence(data, plan.block_size)

@@ -33,6 +33,7 @@ from compare.packing import TRAIN
 from compare.peers import titan
 from compare.peers.trainers import PEERS, package_of, versions_of
 from compare.peers.witness import STEPS
+from compare.sharded import configuration
 from config.command_line import parse
 from metrics.records import read_records
 from model.build import load_config_and_tokenizer
@@ -85,7 +86,7 @@ def common_options(folder: str, model: str, more: list[str]) -> list[str]:
     argv += ["--per_device_train_batch_size", "4", *(["--block_size", "4096"] if ON_GPU else []), *more]
     config, tokenizer = load_config_and_tokenizer(parse([]))
     if ON_GPU:
-        config = type(config)(**{**SHAPES[model], "vocab_size": len(tokenizer)})
+        config = configuration({**SHAPES[model], "vocab_size": len(tokenizer)})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(f"{folder}/model")
     tokenizer.save_pretrained(f"{folder}/model")
