@@ -18,6 +18,7 @@ from config.errors import OptionError, first_line
 from config.options import Options
 from data.batches import Batch
 from model.layers import expert_stacks, random_noise
+from runtime.hang.watch import ACTIVITY
 
 WARMUP_STEPS = 3  # on the plain path: layers are compiled, and FSDP and cuBLAS allocate what they keep
 
@@ -102,6 +103,7 @@ class Replayed:
             assert tensor.shape == self.inputs[name].shape, f"{name} has another shape"
             self.inputs[name].copy_(tensor)
         self.scale.fill_(scale)
+        ACTIVITY.micro_step = position + 1  # for the report of a hang; on the plain path, a hook of the model counts
         graph, loss = self.graphs[kind]
         graph.replay()
         if position == self.micro_steps - 1:  # zero_grad has removed the gradients, but the graph writes them again
