@@ -18,7 +18,7 @@ from config.errors import OptionError, first_line
 from config.options import Options
 from data.batches import Batch
 from model.layers import expert_stacks, random_noise
-from runtime.hang.watch import ACTIVITY
+from runtime import ACTIVITY
 
 WARMUP_STEPS = 3  # on the plain path: layers are compiled, and FSDP and cuBLAS allocate what they keep
 
