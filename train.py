@@ -119,6 +119,7 @@ def main(argv: list[str]) -> int:
         (loss * scale).backward()
         return loss.detach()
 
+    # The function itself, or CUDA graphs of it: the same kernels on the same memory, launched by one call.
     micro_step = with_cuda_graphs(forward_backward, wrapped, objective, options, data.packing, plan.accumulation)
     skipped, skipped_in_a_row = torch.tensor([progress.skipped_steps, 0], device=device)
     for step in range(progress.step + 1, plan.total_steps + 1):
