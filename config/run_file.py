@@ -27,12 +27,13 @@ def read_run_file(name: str) -> dict[str, str]:
     """The options of a .json or .yaml file by name, with their values as text. Those that are null are left out.
 
     A list becomes its elements with commas between them, and a mapping becomes JSON.
-    Raises OptionError for a file that cannot be read, a key that appears twice, and a list or mapping for an option
-    that takes none.
+    Raises OptionError for a file that cannot be read, a file of torchtune, a key that appears twice, and a list or
+    mapping for an option that takes none.
     """
     path = Path(name).expanduser()
     if path.suffix not in RUN_FILES:
-        raise OptionError(f"{name}: not an option and not a .json or .yaml file of options")
+        python = "\na Python file of nanoGPT becomes a YAML file: docs/coming-from.md" if path.suffix == ".py" else ""
+        raise OptionError(f"{name}: not an option and not a .json or .yaml file of options{python}")
     try:
         text = read_text(path)
         values = read_json(text) if path.suffix == ".json" else _read_yaml(text)
@@ -43,6 +44,11 @@ def read_run_file(name: str) -> dict[str, str]:
         raise OptionError(f"{name}: cannot be read as a file of options: {line}{cause}") from error
     if not isinstance(values, dict):
         raise OptionError(f"{name}: must hold one mapping from option to value, as in learning_rate: 1e-4")
+    if any(isinstance(value, dict) and "_component_" in value for value in values.values()):
+        raise OptionError(
+            f"{name}: a file of torchtune, whose _component_ keys name Python functions\n"
+            "write a file with the options of this trainer, as docs/coming-from.md shows"
+        )
     options: dict[str, str] = {}
     for key, value in values.items():
         option = str(key).lstrip("-").replace("-", "_")

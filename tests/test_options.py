@@ -77,6 +77,13 @@ base_model micro_batch_size sequence_len sample_packing train_on_inputs val_set_
 dataset_prepared_path pad_to_sequence_len wandb_project datasets
 """
 
+# The settings of nanoGPT's train.py, beyond those with our names.
+NANOGPT = """
+out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project
+wandb_run_name dataset batch_size n_layer n_head n_embd dropout bias max_iters beta1 beta2 grad_clip decay_lr
+warmup_iters lr_decay_iters min_lr backend device dtype compile
+"""
+
 LAUNCHERS = """
 num_processes num_machines machine_rank mixed_precision config_file main_process_port use_fsdp use_deepspeed
 nproc_per_node nnodes node_rank master_addr master_port rdzv_endpoint num_gpus hostfile local_rank
@@ -106,7 +113,7 @@ def test_every_training_argument_is_answered() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [EARLIER, RUN_CLM, TRL, OTHERS, LAUNCHERS], ids=["4.x", "run_clm", "trl", "lf", "run"]
+    "names", [EARLIER, RUN_CLM, TRL, OTHERS, NANOGPT, LAUNCHERS], ids=["4.x", "run_clm", "trl", "lf", "nanogpt", "run"]
 )
 def test_every_option_of_other_trainers_is_answered(names: str) -> None:
     assert [name for name in names.split() if name not in OURS and not find_answer(name)] == []
@@ -223,6 +230,10 @@ def test_docs_have_the_table() -> None:
         (["--val_size", 0], {"validation_split_percentage": 0}),
         (["--max_steps", "1e3"], {"max_steps": 1000}),
         (["--resume_from_checkpoint", "false"], {}),
+        (["--max_iters", 9, "--lr_decay_iters", 9, "--beta2", 0.95], {"max_steps": 9, "adam_beta2": 0.95}),
+        (["--decay_lr=True", "--min_lr=1e-5"], {"lr_scheduler_type": "cosine_with_min_lr", "min_lr": 1e-5}),
+        (["--decay_lr=False", "--grad_clip=0.0"], {"lr_scheduler_type": "constant", "max_grad_norm": 0}),
+        (["--init_from=resume", "--device=cuda"], {"resume_from_checkpoint": "auto"}),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -255,6 +266,16 @@ def test_accepted(argv: list[object], expected: dict[str, object]) -> None:
         (["--gradient_checkpointing_kwargs", '{"a": 1}'], 'gradient_checkpointing_kwargs {"a": 1}: every layer is'),
         (["--max_length", 8, "--block_size", 9], "max_length 8: it means block_size 8, and cannot be combined with"),
         (["--packing", "true", "--packing_strategy", "x"], "packing_strategy x: "),
+        (["--max_iters", 9, "--lr_decay_iters", 8], "lr_decay_iters 8: the rate falls until the last step\npass the"),
+        (
+            ["--init_from", "gpt2"],
+            "init_from gpt2: an option of its own says where weights come from\npass --config_name",
+        ),
+        (
+            ["--template", "qwen3"],
+            "template qwen3: the tokenizer's own chat template is used\nremove it, or pass --chat",
+        ),
+        (["config/train_gpt2.py"], "a Python file of nanoGPT becomes a YAML file: docs/coming-from.md"),
         (["--batch_size", "8"], "batch_size 8: it may mean two things\npass --per_device_train_batch_size for"),
         (["--finetuning_type", "freeze"], "finetuning_type freeze: all parameters are trained, or with --use_peft"),
         (["--use_dora", "true"], "use_dora true: adapters are LoRA of linear modules"),
@@ -435,6 +456,11 @@ def test_json_is_as_yaml(tmp_path: Path) -> None:
         ("run.yaml", "", "must hold one mapping from option to value"),
         ("run.yaml", "config: other.yaml", "--config: unknown option"),
         ("run.yaml", "datasets: [{path: a}]", 'datasets [{"path": "a"}]: training data is named by --train_file'),
+        (
+            "run.yaml",
+            "dataset:\n  _component_: a.b",
+            "a file of torchtune, whose _component_ keys name Python functions",
+        ),
         ("run.yaml", "train_file: ''", "train_file: it is empty"),
         ("run.yaml", "learning_rate: fast", "argument --learning_rate: invalid float value: 'fast'"),
     ],

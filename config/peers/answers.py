@@ -122,6 +122,11 @@ def warmup_ratio(value: str, given: Given) -> Words:
     return {} if steps else {"warmup_steps": value}
 
 
+def lr_decay_iters(value: str, given: Given) -> Words | None:
+    """Nothing if it is the number of all steps. None for another number, at which the rate would stop falling."""
+    return {} if value in (given.get("max_iters"), given.get("max_steps")) else None
+
+
 PACKING = {"bfd": "documents", "bfd_split": "documents", "binpack": "documents", "wrapped": "concat"}
 
 

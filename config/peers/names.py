@@ -1,8 +1,8 @@
 """What options of other trainers mean here: an option of ours, no effect because nothing depends on it, or a refusal.
 
 Names are those of transformers 5.17 (TrainingArguments, run_clm.py) and of earlier versions, TRL 1.16 (SFTConfig,
-DPOConfig, ModelConfig, ScriptArguments), LLaMA-Factory 0.9.5, ms-swift 4.6, axolotl, and of launchers. A value is
-accepted only if it means the same here. docs/options.md shows the table.
+DPOConfig, ModelConfig, ScriptArguments), LLaMA-Factory 0.9.5, ms-swift 4.6, axolotl, nanoGPT, and of launchers. A value
+is accepted only if it means the same here. docs/options.md shows the table.
 """
 
 import dataclasses
@@ -69,8 +69,16 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         refused("config.json says the type", "pass --config_name DIR for random weights of a configuration"),
     ),
     (
-        "config_overrides rope_scaling model_kwargs model_init_kwargs",
+        "config_overrides rope_scaling model_kwargs model_init_kwargs n_layer n_head n_embd dropout bias",
         refused("config.json decides", "change config.json"),
+    ),
+    (
+        "init_from",
+        Answer(
+            {"resume": "--resume_from_checkpoint auto"},
+            "an option of its own says where weights come from",
+            "pass --config_name DIR for random weights, or --model_name_or_path DIR for those of a model",
+        ),
     ),
     ("cache_dir", refused("the hub's cache decides", "set the environment variable HF_HOME")),
     (
@@ -120,7 +128,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Answer({"full": "", "lora": "--use_peft true"}, FULL, "pass full or lora"),
     ),
     ("adapter", Answer({"lora": "--use_peft true"}, LORA, "pass --use_peft, or remove it")),
-    ("lora_rank", alias("lora_r")),
+    ("lora_rank", alias("lora_r", "lora_alpha does not follow it")),
     (
         "lora_target target_modules",
         Answer({"all": "--lora_target_modules all-linear", ANY: "--lora_target_modules {}"}),
@@ -240,7 +248,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("padding_free", no_effect("--packing documents needs no padding")),
     (
         "template template_name chat_template_name template_type agent_template tool_format",
-        refused("the tokenizer's own chat template is used", "pass --chat_template FILE for another one"),
+        refused("the tokenizer's own chat template is used", "remove it, or pass --chat_template FILE for another one"),
     ),
     ("use_chat_template apply_chat_template", only("true", "conversations are rendered by the chat template")),
     ("system default_system", refused("a system message belongs to a record", "write it into the records")),
@@ -291,7 +299,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     # Batches
     ("lr", alias("learning_rate")),
     ("epochs num_epochs", alias("num_train_epochs")),
-    ("steps max_train_steps", alias("max_steps")),
+    ("steps max_train_steps max_iters", alias("max_steps")),
     ("max_epochs", refused("a run ends after its epochs or steps", "pass --num_train_epochs or --max_steps")),
     ("micro_batch_size per_gpu_train_batch_size", alias("per_device_train_batch_size")),
     ("per_gpu_eval_batch_size", alias("per_device_eval_batch_size")),
@@ -407,7 +415,26 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         ),
     ),
     ("warmup num_warmup_steps lr_warmup_steps", alias("warmup_steps")),
-    ("max_norm gradient_clipping clip_grad_norm", alias("max_grad_norm")),
+    ("warmup_iters", alias("warmup_steps", "the first step has a rate of 0, not of 1 / (warmup_iters + 1)")),
+    (
+        "decay_lr",
+        Answer(
+            {"true": "--lr_scheduler_type cosine_with_min_lr", "false": "--lr_scheduler_type constant"},
+            "it is true or false",
+        ),
+    ),
+    (
+        "lr_decay_iters",
+        Answer(
+            fact="the rate falls until the last step",
+            remedy="pass the value of max_iters, or remove it",
+            translate=answers.lr_decay_iters,
+            shown="no effect if it equals `max_iters`: the rate falls until the last step",
+        ),
+    ),
+    ("max_norm gradient_clipping clip_grad_norm grad_clip", alias("max_grad_norm")),
+    ("beta1", alias("adam_beta1")),
+    ("beta2", alias("adam_beta2")),
     (
         "optim_args adam_betas betas",
         refused("AdamW has options of its own", "pass --adam_beta1, --adam_beta2 and --adam_epsilon"),
@@ -454,6 +481,8 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph", no_effect(DDP_DETAILS)),
     ("device_map", refused("each rank has one GPU", "remove it, and start with torchrun --nproc_per_node=N train.py")),
+    ("backend", alias("ddp_backend")),
+    ("device", only("cuda", "a visible GPU is used", "set CUDA_VISIBLE_DEVICES= in the environment for the CPU")),
     ("use_cpu no_cuda", only("false", "a visible GPU is used", "set CUDA_VISIBLE_DEVICES= in the environment")),
     ("use_mps_device use_ipex tpu_num_cores", Answer({"false": "", "0": ""}, "the device is a CUDA GPU or the CPU")),
     (
@@ -490,13 +519,14 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Answer({"true": "--gradient_checkpointing false", "false": "--gradient_checkpointing true"}),
     ),
     ("activation_offloading", alias("offload_activations")),
+    ("compile", alias("torch_compile")),
     ("torch_compile_backend", Answer({"inductor": "--torch_compile true"}, "the compiler is inductor")),
     ("torch_compile_mode", Answer({"default": "--torch_compile true"}, "the mode is default")),
     ("use_liger_kernel liger_kernel_config enable_liger_kernel use_liger", no_effect(LIGER)),
     ("use_cache use_kv_cache", no_effect("training keeps no keys and values")),
     ("torch_empty_cache_steps", no_effect("the memory of the GPU stays with its allocator")),
     # Output directory and checkpoints
-    ("output output_path save_path", alias("output_dir")),
+    ("output output_path save_path out_dir", alias("output_dir")),
     (
         "save_strategy",
         Answer(
@@ -518,6 +548,14 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         no_effect("rank 0 logs, and a checkpoint is written once, into an output_dir that all nodes see"),
     ),
     ("enable_jit_checkpoint", no_effect("SIGTERM always finishes the step and saves")),
+    (
+        "always_save_checkpoint",
+        only(
+            "true",
+            "a checkpoint is written every --save_steps",
+            "pass --load_best_model_at_end, which exports the best one",
+        ),
+    ),
     ("ignore_data_skip", only("false", "a resumed run continues with the next sequence")),
     (
         "restore_callback_states_from_checkpoint add_version",
@@ -549,6 +587,16 @@ TABLE: tuple[tuple[str, Answer], ...] = (
             translate=answers.do_eval,
             shown="no effect: validation data is evaluated if there is any; without `do_train`, `max_steps` and "
             "`num_train_epochs`: `--num_train_epochs 0`",
+        ),
+    ),
+    ("eval_only", only("false", "a run trains", "pass --num_train_epochs 0 and no number of steps")),
+    ("eval_interval", alias("eval_steps", "checkpoints are written every --save_steps")),
+    ("log_interval", alias("logging_steps")),
+    (
+        "eval_iters",
+        refused(
+            "an evaluation reads all validation data",
+            "pass --validation_split_percentage N or a shorter --validation_file",
         ),
     ),
     ("do_predict predict_with_generate", only("false", NOTHING_GENERATED)),
@@ -589,7 +637,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("env", refused("options set no variables of the environment", "export them before the start")),
     ("wandb_run_name wandb_name swanlab_run_name swanlab_exp_name", alias("run_name")),
     ("tensorboard_dir", alias("logging_dir")),
-    ("use_wandb", Answer({"true": "--report_to wandb", "false": ""}, "--report_to decides")),
+    ("use_wandb wandb_log", Answer({"true": "--report_to wandb", "false": ""}, "--report_to decides")),
     ("use_swanlab", Answer({"true": "--report_to swanlab", "false": ""}, "--report_to decides")),
     ("use_tensorboard", Answer({"true": "--report_to tensorboard", "false": ""}, "--report_to decides")),
     (
