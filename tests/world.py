@@ -1,8 +1,12 @@
-"""The inputs of the tests and of the proof: ragged documents, a tokenizer, a tiny tied Qwen3 model."""
+"""The inputs of the tests, of the proof and of the book: ragged documents, a tokenizer, a tiny tied Qwen3 model.
+
+python -m tests.world DIRECTORY        writes what the runs of docs/book/ read
+"""
 
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -151,3 +155,20 @@ def with_markers(template: str) -> str:
 
 def without_markers(template: str) -> str:
     return template.replace("BEGIN", "{% if true %}").replace("END", "{% endif %}")
+
+
+def main(argv: list[str]) -> None:
+    """Write what the runs of docs/book/ read: a model, ragged documents, and two questions with answers."""
+    path = Path(argv[0])
+    path.mkdir(exist_ok=True)
+    make_model(path / "model")
+    make_train_file(path / "documents.jsonl")
+    answers = {"May I copy the Software?": " Yes.", "Is there any warranty?": " No."}
+    with open(path / "answers.jsonl", "w") as file:
+        for question, answer in answers.items():
+            file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+    print(f"{path}: model, documents.jsonl, answers.jsonl")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

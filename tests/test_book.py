@@ -1,0 +1,154 @@
+"""Each chapter of docs/book/: its code is the code of the files that it names, its commands print what it shows, its
+exercise fails as it says, and no part is missing.
+
+A ```text block shows the output of the ```bash block before it. In it, a line `...` is any number of lines.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, train
+from tests.museum.bugs import BUGS
+from tests.test_house import files
+from tests.test_readme import anchors
+
+BOOK = ROOT / "docs" / "book"
+CHAPTERS = [pytest.param(path, id=path.stem) for path in sorted(BOOK.glob("[1-8]-*.md"))]
+# Speeds and times differ between runs. Libraries of other trainers, if they are installed, log with a date.
+MASKED = re.compile(r"[\d,]+ tokens/s, \d+:\d\d:\d\d left|^\[\d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+EXERCISE = "\n## Exercise\n"
+each_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """Each block of commands, and the output that follows it."""
+    return re.findall(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def statements(text: str) -> list[str]:
+    """The lines of code without indentation, empty lines and lines of comments."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def check_shown(shown: str, printed: str, command: str) -> None:
+    """The whole output is what is shown."""
+    pattern = re.escape(MASKED.sub("", shown)).replace(r"\.\.\." + "\\\n", r"(?:.*\n)*?")
+    assert re.fullmatch(pattern, MASKED.sub("", printed)), f"{command}shown:\n{shown}\nprinted:\n{printed}"
+
+
+@each_chapter
+def test_has_all_parts(chapter: Path) -> None:
+    """The question, the drawing, the code, a prediction, a run, an exercise with its solution, and practice."""
+    text = chapter.read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[0] == "Question"
+    assert headings[-2:] == ["Exercise", "What goes wrong in practice"]
+    assert {"The code", "Predict first", "Run"} <= set(headings)
+    assert headings.index("Predict first") < headings.index("Run")
+    assert blocks(text, "mermaid")
+    assert blocks(text, "python")
+    assert len(commands(text)) == len(blocks(text, "bash")) > 1, "each command shows its output"
+    before, exercise = text.split(EXERCISE)
+    exercise, practice = exercise.split("\n## What goes wrong in practice\n")
+    assert before.count("<details>") >= 3, "questions with folded answers"
+    assert text.count("<details>") == text.count("</details>") == text.count("<summary>")
+    (solution,) = re.findall(r"<details>(.*)</details>", exercise, re.DOTALL)
+    assert blocks(solution, "diff")
+    assert commands(solution)
+    assert 1500 < len(re.findall(r"\w+", text)) < 5000, "10 to 20 minutes"
+    issues = re.findall(r"https://github.com/([^/]+/[^/]+)/(?:issues|pull)/(\d+)", practice)
+    assert len(issues) >= 3
+    assert {"#".join(issue) for issue in issues} <= {bug.source for bug in BUGS}, "sources that the museum has"
+
+
+@each_chapter
+def test_code_is_that_of_the_file(chapter: Path) -> None:
+    """Each block of Python names its file, which has these lines, one after another, once."""
+    text = chapter.read_text()
+    named = re.findall(r"^<!-- from ([\w/.]+) -->\n```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(named) == len(blocks(text, "python")), "a block without <!-- from FILE -->"
+    for name, block in named:
+        code, shown = statements((ROOT / name).read_text()), statements(block)
+        found = [start for start in range(len(code)) if code[start : start + len(shown)] == shown]
+        assert len(found) == 1, f"{len(found)} times in {name}:\n{block}"
+
+
+@pytest.mark.parametrize("page", sorted(BOOK.glob("*.md")), ids=lambda path: path.stem)
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        if not target.startswith("https://"):
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def test_contents() -> None:
+    """README.md of the book has eight chapters in order, and links those that exist."""
+    rows = re.findall(
+        r"^\| (\d) \| (?:\[[^]]+\]\(([^)]+)\)|[^|\[]+) \|", (BOOK / "README.md").read_text(), re.MULTILINE
+    )
+    assert [number for number, _ in rows] == list("12345678")
+    linked = [(int(path.name[0]), path.name) for path in sorted(BOOK.glob("[1-8]-*.md"))]
+    assert [(int(number), name) for number, name in rows if name] == linked
+
+
+def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """What one command prints: train.py on forked ranks, modules in this process, others in a shell."""
+    words = shlex.split(command.removesuffix(" | cat"))  # which stands for no terminal, and tests have none
+    if "train.py" in words:
+        ranks = int(words[1].removeprefix("--nproc_per_node=")) if words[0] == "torchrun" else 1
+        outcome = train(ranks, words[words.index("train.py") + 1 :], before=partial(os.chdir, place))
+        assert outcome.exit_codes == [0] * ranks, outcome.output
+        return outcome.output
+    if words[:2] == ["python", "-m"]:
+        capfd.readouterr()
+        importlib.import_module(words[2]).main(words[3:])
+        return capfd.readouterr().out
+    return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=True).stdout
+
+
+@each_chapter
+def test_commands(
+    chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands before the exercise, in their order."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    for command, shown in commands(chapter.read_text().split(EXERCISE)[0]):
+        lines = command.replace("\\\n", " ").splitlines()
+        check_shown(shown, "".join(run_quickly(line, tmp_path, capfd) for line in lines), command)
+
+
+@pytest.mark.slow
+@each_chapter
+def test_as_a_reader_types(chapter: Path, tmp_path: Path) -> None:
+    """All commands in a copy of the tree, by the shell; those of the exercise after its diff is applied."""
+    for path in files(".py", ".yaml", ""):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    before, exercise = chapter.read_text().split(EXERCISE)
+    for part in (before, exercise):
+        for change in blocks(part, "diff"):
+            subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=change, text=True, check=True)
+        for command, shown in commands(part):
+            run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert "Traceback" not in run.stderr, run.stderr
+            check_shown(shown, run.stdout, command)
