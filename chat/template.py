@@ -265,7 +265,8 @@ def _find_closing(renderings: _Renderings, index: int, words: Span) -> str:
     if not alone.strip():
         raise TemplateMismatchError(
             "chat_template: it writes nothing after an answer, so the model could not learn to stop\n"
-            "pass a --chat_template that ends an answer, with EOS or another special token"
+            "pass a --chat_template that ends an answer, with EOS or another special token; see "
+            "docs/troubleshooting.md#gibberish-after-fine-tuning"
         )
     if not renderings.has_prompts():
         # The template writes the prompt for an answer never, or always. If always, it ends this text and the prompt.

@@ -29,7 +29,8 @@ from runtime.files import regular_file, require_readable
 
 # Options that decide what adapters are. Names in lora_target_modules may differ and mean the same modules.
 ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "use_rslora")
-OTHER_CHECKPOINT = "pass --resume_from_checkpoint auto, or another checkpoint"
+HELP = "see docs/troubleshooting.md#resume-refused"
+OTHER_CHECKPOINT = f"pass --resume_from_checkpoint auto, or another checkpoint; {HELP}"
 
 
 def choose_checkpoint(options: Options) -> Path | None:
@@ -88,7 +89,7 @@ def _look(options: Options, wanted: str | None) -> tuple[str | None, str | None]
     if candidates:
         return None, (
             f"resume_from_checkpoint auto: all {len(candidates)} checkpoints of {options.output_dir} are damaged\n"
-            "pass another --output_dir, or --overwrite_output_dir instead, to start a new run"
+            f"pass another --output_dir, or --overwrite_output_dir instead, to start a new run; {HELP}"
         )
     return None, None
 
@@ -101,7 +102,7 @@ def _require_same_adapters(options: Options, path: Path) -> None:
         if was != now:
             value = str(was).lower() if isinstance(was, bool) else was
             raise OptionError(
-                f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\npass --{name} {value}"
+                f"resume_from_checkpoint {path}: {name} was {was} and is {now} now\npass --{name} {value}; {HELP}"
             )
 
 
@@ -160,7 +161,9 @@ def load_checkpoint(
         was, now = saved[field.name], getattr(identity, field.name)
         if was != now:
             remedy = field.metadata["remedy"].format(was)
-            raise OptionError(f"resume_from_checkpoint {path}: {field.name} was {was} and is {now} now\n{remedy}")
+            raise OptionError(
+                f"resume_from_checkpoint {path}: {field.name} was {was} and is {now} now\n{remedy}; {HELP}"
+            )
     # A checkpoint of an older version lacks the newest fields.
     known = [field.name for field in dataclasses.fields(Progress) if field.name in saved]
     progress = Progress(**{name: saved[name] for name in known} | {"best": Best(**saved.get("best", {}))})

@@ -200,7 +200,8 @@ def check_skipped(options: Options, step: int, skipped_in_a_row: int) -> None:
         raise OptionError(
             f"max_skipped_steps {options.max_skipped_steps}: up to step {step}, {skipped_in_a_row} steps in a row had "
             "no usable gradient (see loss and grad_norm in metrics.jsonl)\nresume from an earlier checkpoint with a "
-            f"lower --learning_rate than {options.learning_rate}, or look for sequences without targets"
+            f"lower --learning_rate than {options.learning_rate}, or look for sequences without targets\n"
+            "find the step and its sequences: docs/troubleshooting.md#nan-and-skipped-steps"
         )
 
 

@@ -115,7 +115,8 @@ def prepare_data(
     if not stops and os.environ.get("RANK", "0") == "0":
         print(
             f"chat_template: no special token ends a turn, so the finished model stops at {tokenizer.eos_token} only\n"
-            "pass a --chat_template that ends a turn with a special token",
+            "pass a --chat_template that ends a turn with a special token; see "
+            "docs/troubleshooting.md#gibberish-after-fine-tuning",
             file=sys.stderr,
         )
     number = next((index for index, rendering in enumerate(renderings) if rendering.shape != "text"), 0)

@@ -169,7 +169,7 @@ def _can_split(model: PreTrainedModel, options: Options, ranks: int) -> bool:
 
 
 def explain_out_of_memory(argv: list[str], error: Exception) -> str:
-    """The predicted memory for the options `argv`, the memory of the GPU, and options that save memory.
+    """The predicted memory for the options `argv`, the memory of the GPU, options that save memory, and where more is.
 
     Returns "" for any other error than a lack of memory. A lack of host memory has no class of its own in torch.
     """
@@ -199,4 +199,4 @@ def explain_out_of_memory(argv: list[str], error: Exception) -> str:
         lines += advice(model, options, ranks)[:3]
     except OptionError as unknown:
         lines.append(str(unknown))
-    return "\n".join(lines)
+    return "\n".join([*lines, "remedies by what they cost in speed: docs/troubleshooting.md#out-of-memory"])

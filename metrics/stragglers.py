@@ -99,7 +99,8 @@ class Stragglers:
             f"rank {self.slow_rank} ({node_of_rank(self.slow_rank)}) has been slow for {self.slow_seconds:.0f} s, and "
             f"the others wait: it waits for data {wait:.0%} of the time, and its layers take {ratio:.1f} times "
             "the median\n"
-            "look there for a slow disk, for other processes on its CPU cores and GPU, and for a GPU that throttles"
+            "look there for a slow disk, for other processes on its CPU cores and GPU, and for a GPU that throttles\n"
+            "see docs/troubleshooting.md#slow-on-several-gpus"
         )
 
     def _seconds(self, start: Any, end: Any) -> float:

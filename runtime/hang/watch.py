@@ -259,7 +259,8 @@ class Watch:
             silent = max(2.5 * self.interval, min(self.patience, (time.monotonic() - self.since) / 2))
             message = explain(beats, self.peers, silent)
             output = f"stacks of the ranks: {self.directory}/rank-*.txt; a collective fails after --ddp_timeout "
-            print(f"{message}\n{output}{self.timeout:g}", file=sys.stderr, flush=True)
+            output += f"{self.timeout:g}; see docs/troubleshooting.md#hangs"
+            print(f"{message}\n{output}", file=sys.stderr, flush=True)
             self.printed = True
             if any(beat.failure or beat.state == stacks.STATES["Z"] for beat in beats):
                 self._ask(lambda: self.store.set("ended", "1"))
