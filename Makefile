@@ -21,7 +21,7 @@ ON_CPU = CUDA_VISIBLE_DEVICES=
 SEED ?=
 MINUTES ?= 30
 
-.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench compare museum lint format clean
+.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench compare museum quiz lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -74,6 +74,10 @@ compare: $(DEVELOPMENT) ## check that the trainers that are installed do the sam
 museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museum.md
 	$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum
 
+quiz: $(DEVELOPMENT) ## plant a bug of the museum in quiz/tree and show its effect (CHAPTER=1 to 8, SEED=n); HINT=1 to 3; ANSWER=1
+	@$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum.quiz $(if $(CHAPTER),--chapter "$(CHAPTER)") \
+	$(if $(SEED),--seed "$(SEED)") $(if $(HINT),--hint "$(HINT)") $(if $(ANSWER),--answer "$(ANSWER)")
+
 lint: $(DEVELOPMENT) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,8 +87,8 @@ format: $(DEVELOPMENT) ## fix lint and format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and output/; prepared data stays in its cache
-	rm -rf .venv output .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environment, output/ and quiz/; prepared data stays in its cache
+	rm -rf .venv output quiz .mypy_cache .pytest_cache .ruff_cache
 
 # A stamp is written last, so an interrupted installation starts again.
 $(RUNTIME): requirements.txt

@@ -17,7 +17,7 @@ STEPS = 40
 def write_plots() -> None:
     """Train all curves, then replace the plots of the page."""
     drawn: dict[str, str] = {}
-    unchanged = Bug("unchanged", "", "", "", (), "")
+    unchanged = Bug("unchanged", "", 0, "", "", (), "")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         right_tree = plant(unchanged, directory)

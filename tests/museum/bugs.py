@@ -15,6 +15,18 @@ GROUPS = {  # as docs/museum.md shows them
 }
 
 
+CHAPTERS = {  # of docs/book; `make quiz CHAPTER=n` plants a bug of one
+    1: "one process",
+    2: "ranks and data",
+    3: "DDP",
+    4: "FSDP and ZeRO",
+    5: "numbers",
+    6: "memory and time",
+    7: "checkpoints",
+    8: "splitting layers, sequences, experts",
+}
+
+
 @dataclass(frozen=True)
 class Change:
     """A fragment of a file, and the text that the bug puts there."""
@@ -40,6 +52,7 @@ class Bug:
 
     name: str
     group: str  # of GROUPS
+    chapter: int  # of CHAPTERS
     story: str
     symptom: str
     changes: tuple[Change, ...]
@@ -71,6 +84,7 @@ BUGS = [
     Bug(
         "no set_epoch",
         "data",
+        2,
         "A DistributedSampler shuffles by seed and epoch, so the loop must tell it the epoch. PyTorch's documentation "
         "warns of this, and loops still forget it.",
         "Nothing breaks. Every epoch has the order of the first one, and the training loss gets a pattern that "
@@ -86,6 +100,7 @@ BUGS = [
     Bug(
         "a different shuffle on each rank",
         "data",
+        2,
         "Each rank seeds its own sampler, because seeds 'must differ between ranks'. This is true for dropout. It is "
         "wrong for the permutation that all ranks shard.",
         "Ranks read overlapping shards: some sequences come twice in an epoch and others never. No curve shows it.",
@@ -100,6 +115,7 @@ BUGS = [
     Bug(
         "the epoch starts again on resume",
         "data",
+        2,
         "The checkpoint holds the step, but the loader starts its epoch from the beginning. The sequences before the "
         "interruption are seen twice, and the last ones of the epoch are not seen at all.",
         "After each resume the training loss is a little too low, because the model has seen these sequences before.",
@@ -110,6 +126,7 @@ BUGS = [
     Bug(
         "the position restored without its epoch",
         "data",
+        2,
         "The position within the epoch is restored, but the number of the epoch is not. The run continues at the right "
         "position of the wrong permutation.",
         "None in the curve. From the second epoch on, every resume repeats some sequences and loses others.",
@@ -124,6 +141,7 @@ BUGS = [
     Bug(
         "documents without EOS",
         "data",
+        2,
         "Documents are concatenated without an EOS token between them, so the model never trains on the end of a text.",
         "The loss looks normal. The model never stops generating.",
         one("data/tokens.py", "before * raw.begins + ids + after * raw.ends", "before * raw.begins + ids"),
@@ -132,6 +150,7 @@ BUGS = [
     Bug(
         "EOS masked as padding",
         "data",
+        2,
         "The tokenizer has no pad token, so EOS is used for padding. Labels are masked where the token is the pad "
         "token, and this masks every true EOS too.",
         "The loss changes a little, because one kind of token is missing. The model never learns to stop.",
@@ -146,6 +165,7 @@ BUGS = [
     Bug(
         "padding is trained on",
         "data",
+        2,
         "Labels are a copy of the padded inputs, and the code does not set them to -100 at the padding.",
         "The loss is far too low, because padding is easy to predict. The shorter the documents, the lower it is.",
         one("data/batches.py", "torch.full(shape, IGNORE_INDEX)", "torch.zeros(shape, dtype=torch.int64)"),
@@ -156,6 +176,7 @@ BUGS = [
     Bug(
         "the question is trained on",
         "data",
+        2,
         "The template marks the assistant's answer, but the labels are the whole text. The model learns to ask "
         "questions.",
         "The loss is too high, because questions are hard to predict. Generated answers continue with the next "
@@ -167,6 +188,7 @@ BUGS = [
     Bug(
         "the end of the answer is masked",
         "data",
+        2,
         "The mask selects the answer, but not the token that ends the turn. The template writes this token after the "
         "answer.",
         "None in the loss. The model answers, and then does not stop.",
@@ -177,6 +199,7 @@ BUGS = [
     Bug(
         "attention leaks between packed documents",
         "data",
+        2,
         "Several documents share a sequence, but the model is not told where each begins. Every document attends to "
         "all documents before it.",
         "The loss is a little too low where documents resemble each other. The model has learned to copy from "
@@ -192,6 +215,7 @@ BUGS = [
     Bug(
         "the next document is predicted",
         "data",
+        2,
         "The label of the first token of a packed document is not masked, so the last token of the document before has "
         "to predict it.",
         "The loss is a little too high, and grows with the number of documents in a sequence.",
@@ -201,6 +225,7 @@ BUGS = [
     Bug(
         "labels shifted twice",
         "loss",
+        1,
         "The model shifts the labels by one, and the loss function that it calls shifts them again. The model is "
         "trained to predict the token after the next one.",
         "The loss falls, but stays too high. Generated text skips every other word.",
@@ -212,6 +237,7 @@ BUGS = [
     Bug(
         "labels not shifted",
         "loss",
+        1,
         "The loss function expects shifted labels and gets the inputs. Each position has to predict its own token.",
         "The loss is the best ever seen and falls towards zero: a residual connection is enough to copy the input.",
         one(
@@ -223,6 +249,7 @@ BUGS = [
     Bug(
         "a mean over padding",
         "loss",
+        1,
         "The sum of the token losses is right, but the divisor counts every position, including padding.",
         "Loss and gradient shrink with the amount of padding, so short documents count less.",
         one(
@@ -237,6 +264,7 @@ BUGS = [
     Bug(
         "targets counted before the shift",
         "loss",
+        1,
         "Targets are counted in the labels before the shift: one too many in each sequence.",
         "The loss is too low by a factor of (T - 1) / T for sequences of T tokens: by half for two tokens.",
         one("data/batches.py", "(next_tokens(labels_BT) != IGNORE_INDEX).sum()", "(labels_BT != IGNORE_INDEX).sum()"),
@@ -246,6 +274,7 @@ BUGS = [
     Bug(
         "NaN when all labels are masked",
         "numbers",
+        5,
         "A mean over no target is 0 / 0. A long prompt that is truncated before its answer gives such a micro-batch on "
         "one rank, and the all-reduce spreads the NaN to all ranks.",
         "At some step the loss is NaN, and from then on every weight is NaN.",
@@ -256,6 +285,7 @@ BUGS = [
     Bug(
         "mean of means over ranks",
         "loss",
+        3,
         "Each rank divides by its own number of targets, and DDP averages over ranks. Where a rank has fewer targets, "
         "each of them counts more. This bug remained when transformers had fixed its accumulation.",
         "The curve depends on the number of GPUs. It looks like noise, but it is a bias.",
@@ -267,6 +297,7 @@ BUGS = [
     Bug(
         "mean of means over micro-steps",
         "loss",
+        1,
         "The mean of each micro-batch is divided by the number of micro-steps. The most used trainer did this until "
         "October 2024, when users showed that one large batch and many small ones gave different curves.",
         "The curve depends on the number of micro-steps, and more so when sequence lengths vary.",
@@ -278,6 +309,7 @@ BUGS = [
     Bug(
         "reference log-probabilities rounded to bf16",
         "numbers",
+        5,
         "FSDP casts the floating-point inputs of a module to bf16. The reference log-probability of an answer is a sum "
         "of some hundred nats, and bf16 represents it with three digits. The DPO loss consists of differences of such "
         "sums.",
@@ -288,6 +320,7 @@ BUGS = [
     Bug(
         "divided by the micro-steps twice",
         "gradients",
+        1,
         "The loop divides the loss by the number of micro-steps, and the library that it calls divides again.",
         "AdamW hides it, because its update does not depend on the scale of the gradient. Clipping and epsilon depend "
         "on it. With SGD, the learning rate is too small by the number of micro-steps.",
@@ -299,6 +332,7 @@ BUGS = [
     Bug(
         "divided by the world size twice",
         "gradients",
+        3,
         "DDP averages gradients over ranks. Code that divides a sum by the global number of targets must multiply by "
         "the world size to undo the average.",
         "Invisible with AdamW until the norm is clipped. With SGD, the learning rate is too small by the world size.",
@@ -310,6 +344,7 @@ BUGS = [
     Bug(
         "only the last micro-step counts",
         "gradients",
+        1,
         "zero_grad is called inside the accumulation loop, one line too deep.",
         "A noisier curve at the cost of a large batch: all micro-steps are computed, and only the last one is used.",
         one("train.py", BACKWARD, f"wrapped.zero_grad()\n        {BACKWARD}"),
@@ -320,6 +355,7 @@ BUGS = [
     Bug(
         "never synchronized",
         "gradients",
+        3,
         "no_sync() covers the last micro-step too, because an index is off by one. Each rank trains a model of its "
         "own.",
         "No error, and faster steps. The replicas diverge, and only the replica of rank 0 is saved.",
@@ -331,6 +367,7 @@ BUGS = [
     Bug(
         "accumulated gradients summed in every micro-step",
         "gradients",
+        3,
         "A handwritten all-reduce in the micro-step loop sums the gradient that has accumulated so far. The first "
         "micro-steps are summed again each time, and are multiplied by the world size each time.",
         "The first micro-batches of a step outweigh the last ones by powers of the world size.",
@@ -354,6 +391,7 @@ BUGS = [
     Bug(
         "clipped by the norm of a shard",
         "sharding",
+        5,
         "The norm for clipping is computed from the shards of one rank. With sharding, this is a fraction of the "
         "gradient, and each rank finds a different norm.",
         "Steps are clipped too little, by about the square root of the number of ranks, and each shard by a different "
@@ -366,6 +404,7 @@ BUGS = [
     Bug(
         "replicated gradients counted on every rank",
         "sharding",
+        8,
         "Tensor parallelism splits the matrices and replicates the norm weights. A sum of squares over all ranks "
         "counts the replicated gradients once per rank.",
         "The gradient norm is a little too large, and more so with more tensor-parallel ranks. Steps are clipped a "
@@ -376,17 +415,19 @@ BUGS = [
     Bug(
         "the gradient of one vocabulary shard",
         "sharding",
+        8,
         "The output projection is split by vocabulary. Each rank computes the gradient of the hidden states from its "
         "own logits, and these gradients must be summed. The missing call is Megatron's all-reduce in the backward "
         "pass.",
-        "The loss is right to the last digit, and falls. Every layer below the output projection gets the gradient of "
-        "one vocabulary shard, a different one on each rank, and replicated weights diverge.",
+        "The loss is right to the last digit, and falls. Every layer below the output projection gets a gradient from "
+        "a fraction of the vocabulary, a different one on each rank, and replicated weights diverge.",
         one("parallel/tensor.py", "_AllGather.apply(*inputs, group, True)", "_AllGather.apply(*inputs, group, False)"),
         SPLIT,
     ),
     Bug(
         "the last token of a local sequence has no target",
         "sharding",
+        8,
         "Context parallelism cuts a sequence into local sequences, and cuts inputs and labels at the same places. The "
         "loss shifts the labels by one, so the last position of each local sequence has no label.",
         "One target is missing at each cut. The curve is a little off, and no error appears.",
@@ -396,6 +437,7 @@ BUGS = [
     Bug(
         "clipped before the all-reduce",
         "gradients",
+        3,
         "The gradient is clipped after each micro-step, before it holds the other micro-steps and ranks.",
         "Steps are shorter and have a different direction. With a low limit, the curve depends on ranks and "
         "micro-steps.",
@@ -411,6 +453,7 @@ BUGS = [
     Bug(
         "different dropout in the recomputation",
         "numbers",
+        6,
         "Activation checkpointing recomputes the forward pass, but the random state has advanced. The backward pass "
         "uses other dropout masks than the loss.",
         "Gradients contain noise. The loss is a little worse than without activation checkpointing.",
@@ -421,6 +464,7 @@ BUGS = [
     Bug(
         "the same dropout on all ranks",
         "numbers",
+        3,
         "One seed for all ranks is right for the initial weights and the data order. With the same seed for dropout, "
         "all ranks drop the same positions.",
         "None in the curve. The noise of a large batch is as large as that of a small one.",
@@ -431,6 +475,7 @@ BUGS = [
     Bug(
         "different initial weights on each rank",
         "sharding",
+        4,
         "Every rank draws its random weights with a different seed. DDP hides this, because it broadcasts the weights "
         "of rank 0. FSDP takes a shard from each rank, and the full model is one that no rank initialized.",
         "The curve of FSDP differs from that of DDP, and depends on the number of ranks.",
@@ -441,6 +486,7 @@ BUGS = [
     Bug(
         "the head untied by wrapping",
         "sharding",
+        4,
         "Embedding and output projection share one tensor until some call replaces one of them: wrapping, a move, a "
         "cast, or leaving the meta device.",
         "The model has more parameters than its configuration says, and embedding and output projection train "
@@ -457,6 +503,7 @@ BUGS = [
     Bug(
         "buffers missing from the checkpoint",
         "sharding",
+        4,
         "A model on the meta device gets memory, and then its weights from files. The frequencies of rotary embeddings "
         "are buffers, which no file holds, so they keep the values of uninitialized memory.",
         "The model does not know positions if the memory was zero. The loss is NaN in some runs if it was not.",
@@ -467,6 +514,7 @@ BUGS = [
     Bug(
         "all-reduced in every micro-step",
         "gradients",
+        6,
         "set_gradient_sync is called with True before each micro-step. The sum of averages is still the right "
         "gradient, so no test of numbers sees it.",
         "None in any curve. A step is slower by one all-reduce of all gradients for each further micro-step.",
@@ -476,6 +524,7 @@ BUGS = [
     Bug(
         "one FSDP unit for the whole model",
         "sharding",
+        6,
         "fully_shard is called on the root only, and not on the decoder layers. The root unit then holds all "
         "parameters.",
         "None in any curve. Every parameter is gathered before the first layer runs, communication does not overlap "
@@ -486,6 +535,7 @@ BUGS = [
     Bug(
         "bf16 master weights",
         "numbers",
+        5,
         "The files of the model are bf16, so the weights are bf16 too, and the optimizer updates them. An update "
         "smaller than 1/256 of a weight is rounded away.",
         "The loss falls at first. With a small learning rate most weights never change.",
@@ -501,6 +551,7 @@ BUGS = [
     Bug(
         "weight decay on norms",
         "numbers",
+        1,
         "All parameters are in one group, so the scales of the norms decay towards zero with the matrices.",
         "A slightly worse model with the same curve at first. The scales shrink by the learning rate times the weight "
         "decay in each step.",
@@ -515,6 +566,7 @@ BUGS = [
     Bug(
         "the schedule steps with micro-steps",
         "numbers",
+        1,
         "scheduler.step() is called once per micro-batch, or once per process.",
         "The warmup is too short, and the learning rate reaches its end long before the training does.",
         one(
@@ -529,6 +581,7 @@ BUGS = [
     Bug(
         "a logarithmic warmup taken for a linear one",
         "numbers",
+        4,
         "WarmupLR in a DeepSpeed file rises logarithmically, unless the file says linear. A port of the file often "
         "uses the common linear warmup.",
         "The learning rate is far too low for most of the warmup. Two runs with the same settings have different "
@@ -540,6 +593,7 @@ BUGS = [
     Bug(
         "skipped by one rank alone",
         "numbers",
+        5,
         "One rank sees that its numbers are not finite and skips the update. The other ranks do not know it.",
         "All weights but those of one rank are NaN. If the skipped code contains a collective, the run hangs.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(loss_sum) | (targets == 0)"),
@@ -549,6 +603,7 @@ BUGS = [
     Bug(
         "a stale gradient after a skipped step",
         "numbers",
+        5,
         "A step with a gradient that is not finite is skipped, together with the line that clears the gradient.",
         "After one NaN every later gradient is NaN, and no weight changes any more.",
         one("train.py", "        wrapped.zero_grad()\n", "        if not skip:\n            wrapped.zero_grad()\n"),
@@ -558,6 +613,7 @@ BUGS = [
     Bug(
         "a step without targets still updates",
         "numbers",
+        5,
         "Without targets the gradient is zero, but momentum and weight decay still act, and AdamW counts a step.",
         "None in the curve: weights change although the step has no target.",
         one("train.py", "~torch.isfinite(grad_norm) | (targets == 0)", "~torch.isfinite(grad_norm)"),
@@ -566,6 +622,7 @@ BUGS = [
     Bug(
         "updated shards that are not gathered",
         "sharding",
+        4,
         "With a sharded optimizer each rank updates its own shard of the parameters, and must gather the shards of the "
         "other ranks.",
         "Each rank trains its own shard and keeps the initial values of all others.",
@@ -582,6 +639,7 @@ BUGS = [
     Bug(
         "the loss of rank 0 alone",
         "loss",
+        3,
         "Rank 0 logs its own loss. With the global number of targets as the divisor, this loss is also too small by "
         "the number of ranks.",
         "The training loss jumps when the number of ranks changes, and it has the noise of one rank.",
@@ -593,6 +651,7 @@ BUGS = [
     Bug(
         "evaluated on duplicates",
         "loss",
+        2,
         "When the number of sequences is not a multiple of the number of ranks, a DistributedSampler repeats some "
         "sequences. They count twice.",
         "The validation loss depends on the number of ranks, in the third digit.",
@@ -607,6 +666,7 @@ BUGS = [
     Bug(
         "evaluated as a mean of batches",
         "loss",
+        1,
         "The validation loss is the mean of the batches' means. A last batch with one short sequence counts as much as "
         "a full batch.",
         "The validation loss depends on the batch size and the number of ranks.",
@@ -624,6 +684,7 @@ BUGS = [
     Bug(
         "evaluated by rank 0 alone",
         "loss",
+        3,
         "Each rank evaluates its shard of the sequences, but the sums are not all-reduced.",
         "The validation loss covers a fraction of the sequences, and this fraction depends on the number of ranks.",
         one("loss/evaluation.py", "        dist.all_reduce(totals)\n", ""),
@@ -632,6 +693,7 @@ BUGS = [
     Bug(
         "left in evaluation mode",
         "loss",
+        1,
         "After the first evaluation the code does not call train() again.",
         "Dropout is off for the rest of the run. The training loss drops at once, and overfitting begins early.",
         one("loss/evaluation.py", "    wrapped.train()\n", ""),
@@ -641,6 +703,7 @@ BUGS = [
     Bug(
         "the head untied on disk",
         "checkpoints",
+        7,
         "The files hold the shared tensor once, but the configuration does not say that it is shared.",
         "Training was right. When the model is loaded, its output projection gets random values, with a warning at "
         "best.",
@@ -655,6 +718,7 @@ BUGS = [
     Bug(
         "saved while the weights change",
         "checkpoints",
+        7,
         "A checkpoint is written in the background from the live tensors. Some are from this step, and some from later "
         "steps.",
         "None until a run resumes. Then the loss jumps a little.",
@@ -665,6 +729,7 @@ BUGS = [
     Bug(
         "written under its final name",
         "checkpoints",
+        7,
         "The checkpoint is written under its final name, so an incomplete checkpoint looks like a complete one.",
         "None, until the power fails during a save.",
         one(
@@ -678,6 +743,7 @@ BUGS = [
     Bug(
         "the old checkpoint is deleted first",
         "checkpoints",
+        7,
         "To save disk space, the last checkpoint is deleted before the next one is written.",
         "None, until a save fails and no checkpoint is left.",
         (
@@ -695,6 +761,7 @@ BUGS = [
     Bug(
         "checkpoints sorted as text",
         "checkpoints",
+        7,
         "The newest checkpoint is taken to be the last one by name, but checkpoint-99 sorts after checkpoint-100.",
         "From step 100 on, new checkpoints are pruned, and every resume starts from step 99.",
         one(
@@ -708,6 +775,7 @@ BUGS = [
     Bug(
         "moments dropped on resume",
         "checkpoints",
+        7,
         "Weights are restored, but the optimizer starts with empty moments: its file was saved under a name that the "
         "resuming code did not look for.",
         "The first resumed loss is right, so a test of one step does not see the bug. Then the loss jumps.",
@@ -723,6 +791,7 @@ BUGS = [
     Bug(
         "the step count dropped on resume",
         "checkpoints",
+        7,
         "AdamW divides its moments by 1 - beta ** step. With the moments of many steps and a step count of one, this "
         "divisor is far too small.",
         "The loss jumps at the resume: the second moment is too large by a factor of a thousand, the first by a factor "
@@ -735,6 +804,7 @@ BUGS = [
     Bug(
         "random numbers dropped on resume",
         "checkpoints",
+        7,
         "Random generators start from the seed again, so dropout repeats the masks of the first steps.",
         "None. The curve is different, and as good.",
         one("checkpoint/load.py", 'restore_rng(state["rng"][rank])', "seed_rank(identity.seed, 0, rank)"),
@@ -744,6 +814,7 @@ BUGS = [
     Bug(
         "the resumed model taken as the reference",
         "checkpoints",
+        7,
         "The DPO loss compares the model with the initial model. A resumed run loads its checkpoint, and then takes "
         "the loaded model as the reference.",
         "After a resume the loss is ln 2 again, and the model can move further from the initial model with each "
@@ -762,6 +833,7 @@ BUGS = [
     Bug(
         "the schedule starts again on resume",
         "checkpoints",
+        7,
         "The checkpoint does not hold the scheduler, so a resumed run starts its schedule from the beginning.",
         "The curve has a second warmup in the middle, and the learning rate never reaches its end.",
         (
