@@ -140,7 +140,7 @@ class Options:
         SEQUENCES, 0.1, "Fraction of conversations that may be left out: no token to train on."
     )
     show_examples: int = option(
-        SEQUENCES, 0, "Sequences to print at the start. Tokens trained on are green, in a file within « »."
+        SEQUENCES, 0, "Sequences to print at the start. Tokens trained on are green, or within « »."
     )
 
     per_device_train_batch_size: int = option(BATCH, 8, "Sequences in a micro-batch of one rank.")
@@ -236,7 +236,7 @@ class Options:
         PRECISION, torch.cuda.is_available(), "Compile each layer. With a GPU, the default is true."
     )
     cuda_graphs: Literal["auto", "true", "false"] = option(
-        PRECISION, "auto", "Launch all kernels of a micro-step at once. auto: where shapes never change."
+        PRECISION, "auto", "Launch all kernels of a micro-step at once. auto: on one rank."
     )
     gradient_checkpointing: bool = option(PRECISION, False, "Save only each layer's input, and recompute the rest.")
     offload_activations: bool = option(PRECISION, False, "gradient_checkpointing: save these inputs in host memory.")
