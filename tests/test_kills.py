@@ -201,7 +201,7 @@ def test_killed_mid_step(noisy: list[object], request: pytest.FixtureRequest, tm
     unbroken, _ = request.getfixturevalue(f"unbroken_{strategy}")
     run = tmp_path / "run"
     argv = [*noisy, "--strategy", strategy, "--output_dir", run, *RESUME]
-    steps = [("loss_sum += loss", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5)]
+    steps = [("loss_sum += micro_step", 11), ("optimizer.step()", 5), ("wrapped.zero_grad()", 5)]
     places = [*(("train.py", line, count) for line, count in steps), ("loss/evaluation.py", "totals[0] +=", 3)]
     for attempt, (file, line, count) in enumerate(places):
         outcome = train(2, argv, before=partial(die_at_line, file, line, count, attempt % 2))
