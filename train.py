@@ -86,8 +86,7 @@ def main(argv: list[str]) -> int:
         objective, layers, mesh, device, options.bf16, options.reshard_after_forward, options.cpu_offload, reduce_dtype
     )
     torch.manual_seed(options.seed)  # the same on all ranks: they must agree on random initial weights
-    needs_weights = not resumed_from or objective.needs_initial_model  # dpo, and adapters, start from them
-    load_weights(model, weights if needs_weights else None)  # None: the checkpoint fills the parameters
+    load_weights(model, weights if not resumed_from or objective.needs_initial_model else None)  # dpo reads them
     optimizer = optim.build_optimizer(model, options)
     if options.shard_optimizer:
         strategy.shard_optimizer(optimizer, mesh)
@@ -112,14 +111,12 @@ def main(argv: list[str]) -> int:
     signals, stop, evaluation_due = runtime.defer_signals(), False, False
 
     # === 5. The loop: one optimizer step per iteration. =============================================================
-    def forward_backward(batch: Batch, scale: float) -> Tensor:
-        """A micro-step: add the gradients of `scale` x the loss of `batch`; return the loss."""
+    def forward_backward(batch: Batch, scale: float) -> Tensor:  # a micro-step: adds the gradients of scale x loss
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             loss = wrapped(**batch)  # a sum over targets, in fp32
         (loss * scale).backward()
         return loss.detach()
 
-    # The function itself, or CUDA graphs of it: the same kernels on the same memory, launched by one call.
     micro_step = with_cuda_graphs(forward_backward, wrapped, objective, options, data.packing, plan.accumulation)
     skipped, skipped_in_a_row = torch.tensor([progress.skipped_steps, 0], device=device)
     for step in range(progress.step + 1, plan.total_steps + 1):
@@ -144,9 +141,8 @@ def main(argv: list[str]) -> int:
         for index, batch in enumerate(step_batches):
             # Gradients accumulate on each rank. Only the last backward communicates them, overlapped with its work.
             strategy.set_gradient_sync(wrapped, options.sync_each_batch or index == plan.accumulation - 1)
-            # DDP and FSDP average gradients over ranks. We want their sum over ranks, divided by the targets of all
-            # ranks: hence world_size / targets. (N ranks that split a layer or a sequence all count its targets, so
-            # `targets` is N times too large. Their gradients are, too: see parallel/. So N cancels.)
+            # DDP and FSDP average gradients over ranks. We want their sum divided by all targets: world_size / targets.
+            # (N ranks that split a layer or a sequence count targets N times; their gradients are N times too large.)
             loss_sum += micro_step(to_device(batch, device), world_size / max(1, targets))
         grad_norm = strategy.grad_norm(wrapped)
 
