@@ -73,6 +73,7 @@ def one_rank(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
         pytest.param(2, ["--strategy", "fsdp", "--context_parallel", "2"], marks=two_gpus),
         pytest.param(2, ["--strategy", "fsdp", "--reshard_after_forward", "false"], marks=two_gpus),
+        pytest.param(2, ["--shard_optimizer"], marks=two_gpus),
         pytest.param(2, [], marks=two_gpus),
     ],
     ids=str,
@@ -419,6 +420,39 @@ def test_muon(tiny: list[object], tmp_path: Path, world_size: int, extra: list[s
     train_ok(world_size, *options, "--output_dir", tmp_path / "other", *extra)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("other", "one"))
     assert relative_l2(ours, theirs) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def bf16_moments(tiny: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, fp32, with a compiled update of bf16 moments."""
+    output_dir = tmp_path_factory.mktemp("moments")
+    train_ok(1, *tiny, "--bf16", "false", "--optim_state_dtype", "bfloat16", "--output_dir", output_dir)
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("world_size", "extra"),
+    [
+        (1, ["--torch_compile", "false"]),
+        (1, ["--strategy", "fsdp"]),
+        (2, ["--ddp_backend", "gloo", "--strategy", "fsdp"]),
+        pytest.param(2, ["--shard_optimizer"], marks=two_gpus),
+        pytest.param(2, ["--strategy", "fsdp"], marks=two_gpus),
+    ],
+    ids=str,
+)
+def test_bf16_moments(
+    bf16_moments: Path, tiny: list[object], tmp_path: Path, world_size: int, extra: list[str]
+) -> None:
+    """All ranks round as one rank does. A few moments are rounded the other way, as gradients differ in a last bit."""
+    options = [*tiny, "--bf16", "false", "--optim_state_dtype", "bfloat16"]
+    train_ok(world_size, *options, *extra, "--output_dir", tmp_path)
+    records, references = (read_records(path / "metrics.jsonl") for path in (tmp_path, bf16_moments))
+    for record, reference in zip(records, references, strict=True):
+        for key in {"loss", "eval_loss"} & reference.keys():
+            assert record[key] == pytest.approx(reference[key], abs=1e-5)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, bf16_moments))
+    assert relative_l2(ours, theirs) < 1e-4
 
 
 @pytest.mark.parametrize(("bf16", "gate"), [(False, 1e-5), (True, 2e-2)])
