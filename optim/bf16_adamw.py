@@ -67,11 +67,11 @@ class Bf16AdamW(torch.optim.AdamW):
                 changed = [local_shard(each).view(-1) for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
                 for first in range(0, len(gradient), self.slice):
                     slices = [each[first : first + self.slice] for each in (gradient, *changed)]
-                    self.update(slices, row, skip, first)
+                    self.update(slices, _moved(row, first) if first else row, skip)
 
 
-def update(slices: list[Tensor], numbers: Tensor, skip: Tensor, first: int) -> None:
-    """Update n elements in place, from element `first` of a shard on. They move by the moments before rounding.
+def update(slices: list[Tensor], numbers: Tensor, skip: Tensor) -> None:
+    """Update n elements of a parameter in place. The parameter moves by the moments before rounding.
 
     `slices` has [n] elements of the gradient, the parameter and its moments; `numbers` is a row of `_numbers`.
     """
@@ -81,7 +81,7 @@ def update(slices: list[Tensor], numbers: Tensor, skip: Tensor, first: int) -> N
     new_exp_avg = exp_avg.float().lerp(gradient, weight1)
     new_exp_avg_sq = exp_avg_sq.float().lerp(gradient * gradient, weight2)
     moved = parameter * decay - rate * new_exp_avg / (new_exp_avg_sq.sqrt() / root + epsilon)
-    positions = torch.arange(len(gradient), dtype=torch.int32, device=gradient.device) + first
+    positions = torch.arange(len(gradient), dtype=torch.int32, device=gradient.device)
     bits = mix(positions + start.view(torch.int32))  # 32 of them: 16 for each moment
     skipped = skip > 0
     parameter.copy_(torch.where(skipped, parameter, moved))
@@ -122,6 +122,14 @@ def _numbers(group: dict[str, Any], steps_N: Tensor, grad_scale: Tensor | float,
     names, positions = origins.unbind(dim=1)
     numbers[:, 7] = (mix(names ^ steps.int()) + positions).view(torch.float32)
     return numbers
+
+
+def _moved(row: Tensor, first: int) -> Tensor:
+    """A row of `_numbers` for a slice that begins at element `first` of the shard."""
+    # A number that `update` took would have 64 bits in compiled code, which then cannot add it to 32 bits.
+    row = row.clone()
+    row[7:].view(torch.int32).add_(first)
+    return row
 
 
 def _origin(parameter: Tensor, name: str, seed: int) -> Tensor:
