@@ -236,7 +236,7 @@ class Options:
         PRECISION, torch.cuda.is_available(), "Compile each layer. With a GPU, the default is true."
     )
     cuda_graphs: Literal["auto", "true", "false"] = option(
-        PRECISION, "auto", "Launch all kernels of a micro-step at once. auto: on one rank."
+        PRECISION, "auto", "Launch all kernels of a micro-step at once. auto: where possible."
     )
     gradient_checkpointing: bool = option(PRECISION, False, "Save only each layer's input, and recompute the rest.")
     offload_activations: bool = option(PRECISION, False, "gradient_checkpointing: save these inputs in host memory.")

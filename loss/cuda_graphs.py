@@ -40,7 +40,6 @@ def obstacle(options: Options, packing: str, objective: nn.Module) -> str:
         "torch_compile is false": not options.torch_compile,
         "trace_steps shows the collectives of plain steps": options.trace_steps > 0,
         "DDP needs a single rank; fsdp does not": several and options.strategy == "ddp",
-        "auto is for a single rank; pass --cuda_graphs true": several and options.cuda_graphs == "auto",
         f"with packing {packing}, the shapes of batches change": packing != "concat" or options.streaming,
         "offloading needs the CPU": options.cpu_offload or options.offload_activations,
         "experts get different numbers of tokens": bool(expert_stacks(model)),

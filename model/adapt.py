@@ -51,4 +51,4 @@ def adapt_model(objective: nn.Module, options: Options, packing: str, mesh: Devi
         # A layer's graph ends where tokens travel, so what a rank computes for them is compiled on its own.
         apply_expert_parallel(model, expert_mesh, torch.compile(grouped_mlp) if options.torch_compile else grouped_mlp)
     if options.torch_compile:
-        compile_layers(model, options)
+        compile_layers(model, options, packing)

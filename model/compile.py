@@ -25,13 +25,15 @@ Shape = tuple[int, int, int, int]
 _attention_flops: Callable[[Shape, Shape, Shape], int] = flop_counter.sdpa_flop_count
 
 
-def compile_layers(model: PreTrainedModel, options: Options) -> None:
+def compile_layers(model: PreTrainedModel, options: Options, packing: str) -> None:
     """Make each decoder layer compile when it first runs. Must be called before wrapping.
 
     Equal layers share one compilation. One graph of the full model is slower and takes longer to compile. If the
-    sequence length changes between batches, a layer compiles a second time, for any length. `activation_memory_budget`
-    is the fraction of a layer's activations that may be saved for the backward pass: the compiler chooses the cheapest
-    ones to recompute (a knapsack problem).
+    sequence length changes between batches, a layer compiles a second time, for any length. With `packing` concat, it
+    compiles for each shape instead, because there are few: those of training, evaluation and its last batch. Otherwise
+    a resumed run, which sees these shapes in another order, would add numbers in another order.
+    `activation_memory_budget` is the fraction of a layer's activations that may be saved for the backward pass: the
+    compiler chooses the cheapest ones to recompute (a knapsack problem).
 
     With gradient checkpointing, the recomputation is compiled together with the backward pass, and omits what that does
     not need, such as the last matrix product of the layer. In these cases, transformers recomputes the compiled layer
@@ -59,7 +61,7 @@ def compile_layers(model: PreTrainedModel, options: Options) -> None:
             layer.gradient_checkpointing = False  # type: ignore[assignment]  # transformers' own
             forward = MethodType(_checkpointed_forward, layer)
         # Only the forward function, because the hooks of FSDP in __call__ cannot be compiled.
-        layer.forward = torch.compile(forward)
+        layer.forward = torch.compile(forward, dynamic=False if packing == "concat" else None)
 
 
 def _checkpointed_forward(layer: nn.Module, *inputs: Any, **named: Any) -> Any:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,29 @@ def test_lengths_are_compiled_twice(model_dir: Path) -> None:
     assert counters["stats"]["unique_graphs"] <= 2 * 2  # of a layer, and of the loss
 
 
+@pytest.mark.parametrize(("packing", "symbols"), [("concat", [False] * 3), ("none", [False, True])])
+def test_shapes_of_concat_are_static(
+    packing: str, symbols: list[bool], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training has the same kernels, whether the last batch of an evaluation came before it or not (after a resume).
+
+    All layers share the graphs.
+    """
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=record))
+    model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+    compile_layers(model, Options(), packing)
+    for sequences in (8, 3, 4, 8, 4):
+        model(torch.zeros(sequences, 16, dtype=torch.int64), use_cache=False)
+    assert graphs == symbols
+
+
 @pytest.mark.slow
 def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
     """Two kinds of layers, sequences within and beyond a window, and evaluation exceed torch's default limit."""
@@ -87,7 +111,7 @@ def test_kinds_and_lengths_and_evaluation_are_compiled() -> None:
     model = AutoModelForCausalLM.from_config(gemma, dtype=torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = NextToken(model)
-    compile_layers(model, Options(gradient_checkpointing=True))
+    compile_layers(model, Options(gradient_checkpointing=True), "none")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for length in (64, 33, 47, 12, 10):
             tokens_BT = torch.randint(0, 384, (4, length))
@@ -145,7 +169,7 @@ def test_memory_budget(model_dir: Path) -> None:
         torch.compiler.reset()
         model = AutoModelForCausalLM.from_pretrained(model_dir).train()
         objective = NextToken(model)
-        compile_layers(model, Options(activation_memory_budget=budget))
+        compile_layers(model, Options(activation_memory_budget=budget), "none")
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
@@ -172,7 +196,7 @@ def test_second_forward_drops_the_same_places(model_with_dropout: Path) -> None:
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         objective = NextToken(model)
-        compile_layers(model, Options(gradient_checkpointing=checkpointed))
+        compile_layers(model, Options(gradient_checkpointing=checkpointed), "none")
         torch.manual_seed(1)
         loss = objective(tokens_BT, tokens_BT)
         torch.manual_seed(2)

@@ -105,7 +105,7 @@ def try_one(path: Path, group: dist.ProcessGroup, documents: bool, compiled: boo
     )
     apply_context_parallel(objective, group)
     if compiled:
-        compile_layers(objective.model, Options())
+        compile_layers(objective.model, Options(), "none")
     # The ranks do not divide 33 positions. Some are padding, and documents end anywhere.
     batches = []
     for offset in range(dist.get_world_size() // group.size()):

@@ -242,7 +242,7 @@ def test_compiled_with_checkpointing() -> None:
         objective = NextToken(model)
         if compiled:
             torch.compiler.reset()
-            compile_layers(model, Options(gradient_checkpointing=True))
+            compile_layers(model, Options(gradient_checkpointing=True), "none")
             layer = decoder_layers(model)[0]
             assert not layer.gradient_checkpointing, "the compiled graph recomputes"
         with torch.autocast("cpu", torch.bfloat16):

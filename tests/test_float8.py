@@ -53,7 +53,7 @@ def gradient(
     objective = NextToken(model)
     assert objective.ends_with_head
     if compiled:
-        compile_layers(model, Options())
+        compile_layers(model, Options(), "none")
     tokens_BT = torch.randint(0, 384, (4, length))
     mode = Products()  # type: ignore[no-untyped-call]
     mode.counts = collections.Counter()
@@ -101,7 +101,7 @@ def saved_bytes(model_dir: Path, float8: bool, compiled: bool) -> int:
     if float8:
         compute_in_float8(model)
     if compiled:
-        compile_layers(model, Options())
+        compile_layers(model, Options(), "none")
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 

@@ -73,7 +73,7 @@ def test_all_agree_on_the_layers(mark: str) -> None:
     collectives = predict_collectives(model, Options(block_size=8, strategy="fsdp"), RANKS)
     assert collectives["reduce_scatter"].calls == number + 1
 
-    compile_layers(model, Options())
+    compile_layers(model, Options(), "none")
     assert [module for module in model.modules() if "forward" in vars(module)] == layers
 
     mesh = init_device_mesh("cpu", (1, RANKS, 1), mesh_dim_names=("replicate", "shard", "tensor"))

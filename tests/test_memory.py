@@ -217,7 +217,7 @@ def test_activations(model_dir: Path, more: dict[str, Any], compiled: bool, budg
     model = drawn(options, shape)
     if compiled:
         torch.compiler.reset()
-        compile_layers(model, options)
+        compile_layers(model, options, "none")
     actual = saved_by(model, options)
     kept = count_activations(build_model(options, shape), options)
     seeds = 2 * 24  # of the dropout in each layer's attention, which only a GPU's keeps
