@@ -21,7 +21,7 @@ ON_CPU = CUDA_VISIBLE_DEVICES=
 SEED ?=
 MINUTES ?= 30
 
-.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench compare museum quiz lint format clean
+.PHONY: help train chat doctor test test-all test-gpu soak proof families curves bench compare museum quiz drawings lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list every target
@@ -77,6 +77,9 @@ museum: $(DEVELOPMENT) ## run the trainer with planted bugs and write docs/museu
 quiz: $(DEVELOPMENT) ## plant a bug of the museum in quiz/tree and show its effect (CHAPTER=1 to 8, SEED=n); HINT=1 to 3; ANSWER=1
 	@$(ON_CPU) PYTHONPATH=. $(BIN)/python -m tests.museum.quiz $(if $(CHAPTER),--chapter "$(CHAPTER)") \
 	$(if $(SEED),--seed "$(SEED)") $(if $(HINT),--hint "$(HINT)") $(if $(ANSWER),--answer "$(ANSWER)")
+
+drawings: $(DEVELOPMENT) ## draw docs/book/drawings/ (ARGS=record traces the steps of the timelines again)
+	$(ON_CPU) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.drawings $(ARGS)
 
 lint: $(DEVELOPMENT) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
