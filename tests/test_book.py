@@ -120,7 +120,8 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
         return outcome.output
     if words[:2] == ["python", "-m"]:
         capfd.readouterr()
-        importlib.import_module(words[2]).main(words[3:])
+        package = (ROOT / words[2] / "__main__.py").exists()
+        importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
         return capfd.readouterr().out
     return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=True).stdout
 
