@@ -1,5 +1,5 @@
 """Worked examples: real weights, real commands, and what they print.
 
-A file here prepares data or weights for train.py and shows what came of them. It trains nothing by itself, and no room
-imports it.
+A file here prepares data or weights for train.py and shows what came of them, or it shows one idea of docs/book/ on a
+few numbers. It trains no model by itself, and no room imports it.
 """

@@ -96,6 +96,12 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
+def run_instead(module: str) -> None:
+    """For `before`: run this module as a program, and not train.py."""
+    runpy.run_module(module, run_name="__main__")
+    sys.exit()
+
+
 def _go_to_tree(root: Path, *arguments: Any) -> None:
     """Run a rank with the modules of `root`. The server has imported those of the right tree, this one too."""
     for name, module in list(sys.modules.items()):

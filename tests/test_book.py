@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, train
+from tests.launch import ROOT, run_instead, train
 from tests.museum.bugs import BUGS
 from tests.test_house import files
 from tests.test_readme import anchors
@@ -108,16 +108,20 @@ def test_contents() -> None:
 
 
 def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """What one command prints: train.py on forked ranks, modules in this process, others in a shell."""
+    """What one command prints: train.py and torchrun on forked ranks, modules in this process, others in a shell."""
     words = shlex.split(command.removesuffix(" | cat"))  # which stands for no terminal, and tests have none
-    if "train.py" in words:
-        ranks = int(words[1].removeprefix("--nproc_per_node=")) if words[0] == "torchrun" else 1
-        outcome = train(ranks, words[words.index("train.py") + 1 :], before=partial(os.chdir, place))
+    launched = words[0] == "torchrun"
+    if launched or words[:2] == ["python", "train.py"]:
+        ranks = int(words[1].removeprefix("--nproc_per_node=")) if launched else 1
+        program, *argv = words[launched + 1 :]
+        before = partial(run_instead, *argv) if program == "-m" else partial(os.chdir, place)
+        outcome = train(ranks, argv, before)
         assert outcome.exit_codes == [0] * ranks, outcome.output
         return outcome.output
     if words[:2] == ["python", "-m"]:
         capfd.readouterr()
-        importlib.import_module(words[2]).main(words[3:])
+        package = (ROOT / words[2] / "__main__.py").exists()
+        importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
         return capfd.readouterr().out
     return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=True).stdout
 
