@@ -96,6 +96,13 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
+def go_to(place: Path) -> None:
+    """Let this rank run the train.py of `place`, there. Pass it as `before`."""
+    global ROOT
+    ROOT = place
+    os.chdir(place)
+
+
 def _go_to_tree(root: Path, *arguments: Any) -> None:
     """Run a rank with the modules of `root`. The server has imported those of the right tree, this one too."""
     for name, module in list(sys.modules.items()):
