@@ -23,8 +23,12 @@ from tests.test_readme import anchors
 
 BOOK = ROOT / "docs" / "book"
 CHAPTERS = [pytest.param(path, id=path.stem) for path in sorted(BOOK.glob("[1-8]-*.md"))]
-# Speeds and times differ between runs. Libraries of other trainers, if they are installed, log with a date.
-MASKED = re.compile(r"[\d,]+ tokens/s, \d+:\d\d:\d\d left|^\[\d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+# Speeds, times and the memory of a process differ between runs. Libraries of other trainers log with a date.
+MASKED = re.compile(
+    r"[\d,]+ tokens/s, \d+:\d\d:\d\d left|^\[\d{4}-\d\d-\d\d .*\n|^  [a-z ]+ [\d,]+\.\d\d\n"
+    r'|(?<="tokens_per_second": )[\d.]+|(?<="peak_memory_gib": )[\d.]+|(?<="data_wait_seconds": )[\d.e-]+',
+    re.MULTILINE,
+)
 EXERCISE = "\n## Exercise\n"
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
 
@@ -122,7 +126,8 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
         return outcome.output
     if words[:2] == ["python", "-m"]:
         capfd.readouterr()
-        importlib.import_module(words[2]).main(words[3:])
+        package = (ROOT / words[2] / "__main__.py").exists()
+        importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
         return capfd.readouterr().out
     return in_shell(command, place).stdout
 
@@ -157,7 +162,7 @@ def test_commands(
 @each_chapter
 def test_as_a_reader_types(chapter: Path, tmp_path: Path) -> None:
     """All diffs and commands, in their order, in a copy of the tree, by the shell."""
-    for path in files(".py", ".yaml", ""):
+    for path in files(".py", ".yaml", ".json", ""):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
