@@ -16,15 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, run_instead, train
+from tests.launch import ROOT, go_to, run_instead, train
 from tests.museum.bugs import BUGS
 from tests.test_house import files
 from tests.test_readme import anchors
 
 BOOK = ROOT / "docs" / "book"
 CHAPTERS = [pytest.param(path, id=path.stem) for path in sorted(BOOK.glob("[1-8]-*.md"))]
-# Speeds and times differ between runs. Libraries of other trainers, if they are installed, log with a date.
-MASKED = re.compile(r"[\d,]+ tokens/s, \d+:\d\d:\d\d left|^\[\d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+# Speeds, times and the memory of a process differ between runs. Libraries of other trainers log with a date.
+MASKED = re.compile(
+    r"[\d,]+ tokens/s, \d+:\d\d:\d\d left|^\[\d{4}-\d\d-\d\d .*\n|^  [a-z ]+ [\d,]+\.\d\d\n"
+    r'|(?<="tokens_per_second": )[\d.]+|(?<="peak_memory_gib": )[\d.]+|(?<="data_wait_seconds": )[\d.e-]+',
+    re.MULTILINE,
+)
 EXERCISE = "\n## Exercise\n"
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
 
@@ -36,6 +40,11 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> list[tuple[str, str]]:
     """Each block of commands, and the output that follows it."""
     return re.findall(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def steps(text: str) -> list[tuple[str, str, str]]:
+    """In their order, each diff, and each block of commands with the output that follows it."""
+    return re.findall(r"^```(?:diff\n(.*?)|bash\n(.*?)^```\n\n```text\n(.*?))^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def statements(text: str) -> list[str]:
@@ -114,7 +123,7 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
     if launched or words[:2] == ["python", "train.py"]:
         ranks = int(words[1].removeprefix("--nproc_per_node=")) if launched else 1
         program, *argv = words[launched + 1 :]
-        before = partial(run_instead, *argv) if program == "-m" else partial(os.chdir, place)
+        before = partial(run_instead, *argv) if program == "-m" else partial(go_to, place)
         outcome = train(ranks, argv, before)
         assert outcome.exit_codes == [0] * ranks, outcome.output
         return outcome.output
@@ -123,17 +132,31 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
         package = (ROOT / words[2] / "__main__.py").exists()
         importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
         return capfd.readouterr().out
-    return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=True).stdout
+    return in_shell(command, place).stdout
+
+
+def in_shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
+
+
+def apply(change: str, place: Path) -> None:
+    subprocess.run(["git", "apply", "-"], cwd=place, input=change, text=True, check=True)
 
 
 @each_chapter
 def test_commands(
     chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands before the exercise, in their order."""
+    """The commands before the exercise, in their order, after the diffs that come before them."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copy(ROOT / "train.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for command, shown in commands(chapter.read_text().split(EXERCISE)[0]):
+    for change, command, shown in steps(chapter.read_text().split(EXERCISE)[0]):
+        if change:
+            apply(change, tmp_path)
+            continue
         lines = command.replace("\\\n", " ").splitlines()
         check_shown(shown, "".join(run_quickly(line, tmp_path, capfd) for line in lines), command)
 
@@ -141,18 +164,15 @@ def test_commands(
 @pytest.mark.slow
 @each_chapter
 def test_as_a_reader_types(chapter: Path, tmp_path: Path) -> None:
-    """All commands in a copy of the tree, by the shell; those of the exercise after its diff is applied."""
-    for path in files(".py", ".yaml", ""):
+    """All diffs and commands, in their order, in a copy of the tree, by the shell."""
+    for path in files(".py", ".yaml", ".json", ""):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.pop("PYTHONPATH", None)
-    before, exercise = chapter.read_text().split(EXERCISE)
-    for part in (before, exercise):
-        for change in blocks(part, "diff"):
-            subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=change, text=True, check=True)
-        for command, shown in commands(part):
-            run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert "Traceback" not in run.stderr, run.stderr
-            check_shown(shown, run.stdout, command)
+    for change, command, shown in steps(chapter.read_text()):
+        if change:
+            apply(change, tmp_path)
+            continue
+        run = in_shell(command, tmp_path)
+        assert "Traceback" not in run.stderr, run.stderr
+        check_shown(shown, run.stdout, command)
