@@ -110,7 +110,7 @@ def test_contents() -> None:
 def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """What one command prints: train.py on forked ranks, modules in this process, others in a shell."""
     words = shlex.split(command.removesuffix(" | cat"))  # which stands for no terminal, and tests have none
-    if "train.py" in words:
+    if "train.py" in words and "&" not in words:
         ranks = int(words[1].removeprefix("--nproc_per_node=")) if words[0] == "torchrun" else 1
         outcome = train(ranks, words[words.index("train.py") + 1 :], before=partial(os.chdir, place))
         assert outcome.exit_codes == [0] * ranks, outcome.output
@@ -119,7 +119,13 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
         capfd.readouterr()
         importlib.import_module(words[2]).main(words[3:])
         return capfd.readouterr().out
-    return subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=True).stdout
+    return in_shell(command, place).stdout
+
+
+def in_shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
 
 
 @each_chapter
@@ -127,10 +133,13 @@ def test_commands(
     chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The commands before the exercise, in their order."""
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     for command, shown in commands(chapter.read_text().split(EXERCISE)[0]):
-        lines = command.replace("\\\n", " ").splitlines()
+        # One shell for what runs in the background or has Python of several lines.
+        together = " &\n" in command or 'python -c "\n' in command
+        lines = [command] if together else command.replace("\\\n", " ").splitlines()
         check_shown(shown, "".join(run_quickly(line, tmp_path, capfd) for line in lines), command)
 
 
@@ -142,13 +151,11 @@ def test_as_a_reader_types(chapter: Path, tmp_path: Path) -> None:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.pop("PYTHONPATH", None)
     before, exercise = chapter.read_text().split(EXERCISE)
     for part in (before, exercise):
         for change in blocks(part, "diff"):
             subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=change, text=True, check=True)
         for command, shown in commands(part):
-            run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+            run = in_shell(command, tmp_path)
             assert "Traceback" not in run.stderr, run.stderr
             check_shown(shown, run.stdout, command)
