@@ -68,7 +68,7 @@ def test_has_all_parts(chapter: Path) -> None:
     assert headings[-2:] == ["Exercise", "What goes wrong in practice"]
     assert {"The code", "Predict first", "Run"} <= set(headings)
     assert headings.index("Predict first") < headings.index("Run")
-    assert blocks(text, "mermaid") or "](drawings/" in text or "<!-- drawing: " in text
+    assert blocks(text, "mermaid") or "](drawings/" in text
     assert blocks(text, "python")
     assert len(commands(text)) == len(blocks(text, "bash")) > 1, "each command shows its output"
     before, exercise = text.split(EXERCISE)
@@ -120,7 +120,7 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
     """What one command prints: train.py and torchrun on forked ranks, modules in this process, others in a shell."""
     words = shlex.split(command.removesuffix(" | cat"))  # which stands for no terminal, and tests have none
     launched = words[0] == "torchrun"
-    if launched or words[:2] == ["python", "train.py"]:
+    if "&" not in words and (launched or words[:2] == ["python", "train.py"]):
         ranks = int(words[1].removeprefix("--nproc_per_node=")) if launched else 1
         program, *argv = words[launched + 1 :]
         before = partial(run_instead, *argv) if program == "-m" else partial(go_to, place)
@@ -132,12 +132,13 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
         package = (ROOT / words[2] / "__main__.py").exists()
         importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
         return capfd.readouterr().out
-    return in_shell(command, place).stdout
+    return in_shell(command, place, PYTHONPATH=str(ROOT)).stdout
 
 
-def in_shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+def in_shell(command: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
+    environment |= variables
     return subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
 
 
@@ -157,7 +158,9 @@ def test_commands(
         if change:
             apply(change, tmp_path)
             continue
-        lines = command.replace("\\\n", " ").splitlines()
+        # One shell for what runs in the background or has Python of several lines.
+        together = " &\n" in command or 'python -c "\n' in command
+        lines = [command] if together else command.replace("\\\n", " ").splitlines()
         check_shown(shown, "".join(run_quickly(line, tmp_path, capfd) for line in lines), command)
 
 

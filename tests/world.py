@@ -1,6 +1,7 @@
 """The inputs of the tests, of the proof and of the book: ragged documents, a tokenizer, a tiny tied Qwen3 model.
 
-python -m tests.world DIRECTORY        writes what the runs of docs/book/ read
+python -m tests.world DIRECTORY            writes what the runs of docs/book/ read
+python -m tests.world DIRECTORY mixture    writes the mixture of experts of its last chapter, after that
 """
 
 import json
@@ -113,7 +114,8 @@ def make_mixture(path: Path, tokenizer: Path) -> Path:
 
 def make_family(config: PretrainedConfig, path: Path, tokenizer: Path) -> Path:
     """A model directory with random fp32 values, and the files of `tokenizer`."""
-    shutil.copytree(tokenizer, path, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    without_model = shutil.ignore_patterns("*.safetensors", "*config.json")
+    shutil.copytree(tokenizer, path, ignore=without_model, dirs_exist_ok=True)
     shutil.copy(tokenizer / "tokenizer_config.json", path)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
@@ -158,8 +160,15 @@ def without_markers(template: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Write what the runs of docs/book/ read: a model, ragged documents, and two questions with answers."""
+    """Write what the runs of docs/book/ read: a model, ragged documents, and two questions with answers.
+
+    With "mixture", write a mixture of experts with the tokenizer of that model instead.
+    """
     path = Path(argv[0])
+    if argv[1:] == ["mixture"]:
+        make_mixture(path / "mixture", path / "model")
+        print(f"{path}: mixture")
+        return
     path.mkdir(exist_ok=True)
     make_model(path / "model")
     make_train_file(path / "documents.jsonl")
