@@ -96,13 +96,6 @@ def train_ok(world_size: int, *argv: object) -> str:
     return outcome.output
 
 
-def go_to(place: Path) -> None:
-    """Let this rank run the train.py of `place`, there. Pass it as `before`."""
-    global ROOT
-    ROOT = place
-    os.chdir(place)
-
-
 def run_instead(module: str) -> None:
     """For `before`: run this module as a program, and not train.py."""
     runpy.run_module(module, run_name="__main__")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, go_to, run_instead, train
+from tests.launch import ROOT, run_instead, train
 from tests.museum.bugs import BUGS
 from tests.test_house import files
 from tests.test_readme import anchors
@@ -120,47 +120,35 @@ def run_quickly(command: str, place: Path, capfd: pytest.CaptureFixture[str]) ->
     """What one command prints: train.py and torchrun on forked ranks, modules in this process, others in a shell."""
     words = shlex.split(command.removesuffix(" | cat"))  # which stands for no terminal, and tests have none
     launched = words[0] == "torchrun"
-    if "&" not in words and (launched or words[:2] == ["python", "train.py"]):
+    if launched or words[:2] == ["python", "train.py"]:
         ranks = int(words[1].removeprefix("--nproc_per_node=")) if launched else 1
         program, *argv = words[launched + 1 :]
-        before = partial(run_instead, *argv) if program == "-m" else partial(go_to, place)
+        before = partial(run_instead, *argv) if program == "-m" else partial(os.chdir, place)
         outcome = train(ranks, argv, before)
         assert outcome.exit_codes == [0] * ranks, outcome.output
         return outcome.output
     if words[:2] == ["python", "-m"]:
         capfd.readouterr()
-        package = (ROOT / words[2] / "__main__.py").exists()
-        importlib.import_module(f"{words[2]}.__main__" if package else words[2]).main(words[3:])
+        importlib.import_module(words[2]).main(words[3:])
         return capfd.readouterr().out
-    return in_shell(command, place, PYTHONPATH=str(ROOT)).stdout
+    return in_shell(command, place).stdout
 
 
-def in_shell(command: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def in_shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
-    environment |= variables
     return subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
 
 
-def apply(change: str, place: Path) -> None:
-    subprocess.run(["git", "apply", "-"], cwd=place, input=change, text=True, check=True)
-
-
-@each_chapter
+@pytest.mark.parametrize("chapter", CHAPTERS[:3])
 def test_commands(
     chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands before the exercise, in their order, after the diffs that come before them."""
+    """The commands before the exercise, in their order. The slow test has the other chapters."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    shutil.copy(ROOT / "train.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for change, command, shown in steps(chapter.read_text().split(EXERCISE)[0]):
-        if change:
-            apply(change, tmp_path)
-            continue
-        # One shell for what runs in the background or has Python of several lines.
-        together = " &\n" in command or 'python -c "\n' in command
-        lines = [command] if together else command.replace("\\\n", " ").splitlines()
+    for command, shown in commands(chapter.read_text().split(EXERCISE)[0]):
+        lines = command.replace("\\\n", " ").splitlines()
         check_shown(shown, "".join(run_quickly(line, tmp_path, capfd) for line in lines), command)
 
 
@@ -174,7 +162,7 @@ def test_as_a_reader_types(chapter: Path, tmp_path: Path) -> None:
         shutil.copy(path, copy)
     for change, command, shown in steps(chapter.read_text()):
         if change:
-            apply(change, tmp_path)
+            subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=change, text=True, check=True)
             continue
         run = in_shell(command, tmp_path)
         assert "Traceback" not in run.stderr, run.stderr
