@@ -127,6 +127,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "finetuning_type tuner_type train_type sft_type",
         Answer({"full": "", "lora": "--use_peft true"}, FULL, "pass full or lora"),
     ),
+    ("use_lora", Answer({"true": "--use_peft true", "false": ""}, FULL, "pass true or false")),
     ("adapter", Answer({"lora": "--use_peft true"}, LORA, "pass --use_peft, or remove it")),
     ("lora_rank", alias("lora_r", "lora_alpha does not follow it")),
     (
