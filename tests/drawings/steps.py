@@ -20,6 +20,7 @@ from tests.launch import train
 STEPS = Path(__file__).parent / "steps.json"  # the recorded steps, of which the pictures are drawn
 RANKS, TRACED = 2, 8
 LAYERS = 4
+PAUSE = 11_000  # microseconds without an operator that are a gap; shorter ones are those of Python and a busy CPU
 ROUNDING = 1  # digits of a millisecond
 
 LANES = {
@@ -111,16 +112,7 @@ def read_step(trace: dict[str, Any], number: int) -> list[Span]:
     def lane(time: float) -> str:
         return "forward" if time < backward else "backward" if time < end else "update"
 
-    spans: list[Span] = []
-    gap = step["dur"] / 100  # shorter pauses between operators are those of Python
-    for event in leaves([event for event in own if event["cat"] == "cpu_op"]):
-        if event["ts"] < forward or event["name"] in COLLECTIVES:
-            continue
-        start, stop, name = event["ts"], event["ts"] + event["dur"], lane(event["ts"])
-        if spans and spans[-1].lane == name and start - spans[-1].end < gap:
-            spans[-1].end = stop
-        else:
-            spans.append(Span(name, "", start, stop))
+    collectives: list[Span] = []
     called = [event for event in own if event["name"] in COLLECTIVES]
     done = [event for event in events if event["name"].startswith("gloo:")]
     buckets = 0
@@ -136,9 +128,22 @@ def read_step(trace: dict[str, Any], number: int) -> list[Span]:
         else:
             buckets += 1
             label = f"bucket {buckets}"
-        spans.append(Span(kind, label, work["ts"], work["ts"] + work["dur"]))
+        collectives.append(Span(kind, label, work["ts"], work["ts"] + work["dur"]))
+    # The backward pass has ended when its last collective has.
+    end = max([end, *(span.end for span in collectives if span.label not in ("counts", "norm"))])
+    spans: list[Span] = []
+    for event in leaves([event for event in own if event["cat"] == "cpu_op"]):
+        if event["ts"] < forward or event["name"] in COLLECTIVES:
+            continue
+        start, stop, name = event["ts"], event["ts"] + event["dur"], lane(event["ts"])
+        if spans and spans[-1].lane == name and start - spans[-1].end < PAUSE:
+            spans[-1].end = stop
+        else:
+            spans.append(Span(name, "", start, stop))
     since = trace["baseTimeNanoseconds"] / 1e6
-    return [Span(span.lane, span.label, span.start / 1e3 + since, span.end / 1e3 + since) for span in spans]
+    return [
+        Span(span.lane, span.label, span.start / 1e3 + since, span.end / 1e3 + since) for span in spans + collectives
+    ]
 
 
 def encloses(outer: dict[str, Any], inner: dict[str, Any]) -> bool:
