@@ -20,7 +20,7 @@ from tests.launch import train
 STEPS = Path(__file__).parent / "steps.json"  # the recorded steps, of which the pictures are drawn
 RANKS, TRACED = 2, 8
 LAYERS = 4
-PAUSE = 11_000  # microseconds between operators that are drawn as a gap; shorter ones are those of Python
+PAUSE = 11_000  # microseconds without an operator that are a gap; shorter ones are those of Python and a busy CPU
 ROUNDING = 1  # digits of a millisecond
 
 LANES = {
