@@ -182,7 +182,7 @@ def test_words_of_engineers(page: Path) -> None:
 def test_typography(page: Path) -> None:
     """A blank between Chinese and Latin text, and Chinese punctuation in Chinese text."""
     text = re.sub(r"`[^`\n]*`", "x", re.sub(r"\]\([^)]*\)", "]", prose(page)))
-    text = re.sub(r"[*\[\]]|</?\w+>", "", text)
+    text = re.sub(r"!?\[|[*\]]|</?\w+>", "", text)
     assert re.findall(r".{0,9}(?:[一-龥][A-Za-z0-9]|[A-Za-z0-9%][一-龥]).{0,9}", text) == []
     assert re.findall(r".{0,9}(?:[一-龥][,.;:?!()]|[,;:?!()][一-龥]).{0,9}", text) == []
 
