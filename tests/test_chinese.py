@@ -59,7 +59,7 @@ WRONG = {
     "集体通信": "集合通信",
 }
 # English words that also have an everyday sense, in which they have another name.
-EVERYDAY = {"block", "mixture", "trained on", "unit"}
+EVERYDAY = {"block", "mixture", "store", "trained on", "unit"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -182,7 +182,7 @@ def test_words_of_engineers(page: Path) -> None:
 def test_typography(page: Path) -> None:
     """A blank between Chinese and Latin text, and Chinese punctuation in Chinese text."""
     text = re.sub(r"`[^`\n]*`", "x", re.sub(r"\]\([^)]*\)", "]", prose(page)))
-    text = re.sub(r"[*\[\]]|</?\w+>", "", text)
+    text = re.sub(r"!?\[|[*\]]|</?\w+>", "", text)
     assert re.findall(r".{0,9}(?:[一-龥][A-Za-z0-9]|[A-Za-z0-9%][一-龥]).{0,9}", text) == []
     assert re.findall(r".{0,9}(?:[一-龥][,.;:?!()]|[,;:?!()][一-龥]).{0,9}", text) == []
 
