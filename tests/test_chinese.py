@@ -59,7 +59,7 @@ WRONG = {
     "集体通信": "集合通信",
 }
 # English words that also have an everyday sense, in which they have another name.
-EVERYDAY = {"block", "mixture", "trained on", "unit"}
+EVERYDAY = {"block", "mixture", "store", "trained on", "unit"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
