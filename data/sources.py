@@ -46,6 +46,7 @@ NOT_DATA = {
     *("added_tokens.json", "vocab.json", "model.safetensors.index.json", "preprocessor_config.json", "merges.txt"),
     *("adapter_config.json", "trainer_state.json", "trainer_log.jsonl", "train_results.json", "eval_results.json"),
     *("all_results.json", "metrics.jsonl", FILE_NAME, "dataset_infos.json", "dataset_dict.json", "state.json"),
+    "configuration.json",  # of ModelScope
 }
 
 """Files that other programs and trainers write. They are read only if they are named, not as a part of a directory."""

@@ -254,7 +254,7 @@ def test_what_a_directory_leaves_out(
     data = ["a.jsonl", "deep/b.json", "deep/c.TXT", "linked/d.jsonl"]
     others = [".hidden.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/a.jsonl", "_SUCCESS"]
     others += ["dataset_info.json", "tokenizer.json", "old/metrics.jsonl", "old/checkpoint-20/x.json", "README.md"]
-    others += ["out/metrics-copy.jsonl", "cache/hashes.json"]
+    others += ["out/metrics-copy.jsonl", "cache/hashes.json", "configuration.json"]
     options.output_dir, options.data_cache_dir = str(root / "out"), str(root / "cache")
     for name in [*data, *others]:
         path = (elsewhere / "d.jsonl") if name == "linked/d.jsonl" else root / name
@@ -271,7 +271,7 @@ def test_what_a_directory_leaves_out(
     options.train_file = "**/*.json*"
     (source,), _ = find_sources(options)
     assert [str(path) for path in source.files] == ["a.jsonl", "deep/b.json"]
-    assert "reads 2 files and leaves out 10 (" in capsys.readouterr().err
+    assert "reads 2 files and leaves out 11 (" in capsys.readouterr().err
     for name in ("tokenizer.json", ".hidden.jsonl", ".hid*.jsonl"):  # asked for by its name
         options.train_file = name
         assert len(find_sources(options)[0][0].files) == 1
