@@ -39,7 +39,7 @@ chat: $(RUNTIME) ## talk to a finished model in the terminal (MODEL=directory AR
 doctor: $(RUNTIME) ## print what a bug report needs: versions, GPUs, memory, limits, disks (ARGS="options of train.py")
 	@$(BIN)/python -m runtime.doctor $(ARGS)
 
-test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about eight minutes on two cores (ARGS="options of pytest")
+test: $(DEVELOPMENT) ## run the quick tests on the CPU, in about thirteen minutes on two cores (ARGS="options of pytest")
 	$(ON_CPU) $(PYTEST) -m "not gpu and not slow" $(IN_PARALLEL) $(ARGS)
 
 test-all: $(DEVELOPMENT) ## run these tests and the slow ones, which take minutes
